@@ -1,0 +1,392 @@
+"""What a target, a draft and a decode are: frozen dataclasses, read from and written to Hugging Face's config.json.
+
+Nothing here touches an array or a device. Every fault of one file is collected and raised in one error.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+FAMILIES = ("llama", "qwen2", "qwen3", "gpt_oss")
+MODES = ("greedy", "cached_sequential_verify", "cached_block_verify", "recompute")
+
+
+class ConfigError(ValueError):
+    """A configuration that can't be used: the rule, what came, and what to do."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class RopeConfig:
+    """Rotary position embedding. `kind` is default, linear, llama3 or yarn, as in transformers' `rope_type`."""
+
+    theta: float
+    kind: str = "default"
+    factor: float = 1.0
+    original_max_position: int = 0
+    # llama3
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    # yarn
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertsConfig:
+    """Routed experts of one MLP: `per_token` of `count` are awake for a token. `limit` clamps SwiGLU (GPT-OSS)."""
+
+    count: int
+    per_token: int
+    limit: float = 7.0
+    alpha: float = 1.702
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TargetConfig:
+    """A decoder-only transformer. `windows[i]` is layer i's sliding window in tokens, None for full attention."""
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position: int
+    rms_norm_eps: float
+    rope: RopeConfig
+    windows: tuple[int | None, ...]
+    tie_embeddings: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    sinks: bool = False
+    experts: ExpertsConfig | None = None
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.windows)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class DraftConfig:
+    """A DFlash draft in its canonical form (the conventions of PyPI `dflash==0.1.0`).
+
+    `target_layer_ids[k]` names the target layer whose *output* is context feature k. `windows` and `causal` are per
+    layer; a causal layer hides later block slots. `block_size` counts the anchor.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position: int
+    rms_norm_eps: float
+    rope: RopeConfig
+    windows: tuple[int | None, ...]
+    causal: tuple[bool, ...]
+    block_size: int
+    mask_token_id: int
+    target_layer_ids: tuple[int, ...]
+    num_target_layers: int
+    attention_bias: bool = False
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.windows)
+
+    @property
+    def num_features(self) -> int:
+        return len(self.target_layer_ids)
+
+
+def build_target_layer_ids(num_target_layers: int, num_features: int) -> tuple[int, ...]:
+    """Layers whose outputs condition the draft, evenly spread from 1 to L-3 (z-lab's rule, and SpecForge's).
+
+    Raises ConfigError when the target has too few layers to tell the features apart.
+    """
+    if num_features == 1:
+        return (num_target_layers // 2,)
+    first, last = 1, num_target_layers - 3
+    ids = tuple(round(first + i * (last - first) / (num_features - 1)) for i in range(num_features))
+    if num_features < 1 or len(set(ids)) != num_features or min(ids) < 0:
+        raise ConfigError(
+            f"context features must come from different layers; {num_features} of a target with {num_target_layers} "
+            f"layers would be {list(ids)}; name them with target_layer_ids"
+        )
+    return ids
+
+
+class _Reader:
+    """Reads keys of one config.json and keeps every fault, so that the user sees them all at once."""
+
+    def __init__(self, raw: dict[str, Any], source: str):
+        self.raw, self.source, self.faults = raw, source, list[str]()
+
+    def number(self, key: str, default: Any = None, *, kind: type = int, minimum: float = 1) -> Any:
+        value = self.raw.get(key)
+        value = default if value is None else value
+        if value is None:
+            self.faults.append(f"{key} is missing")
+        elif isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            self.faults.append(f"{key} must be a number, got {value!r}")
+        elif value < minimum or (kind is int and value != int(value)):
+            self.faults.append(f"{key} must be {kind.__name__} >= {minimum}, got {value!r}")
+        else:
+            return kind(value)
+        return kind(max(minimum, 1))
+
+    def expect(self, key: str, allowed: tuple[Any, ...], default: Any) -> Any:
+        value = self.raw.get(key, default)
+        if value not in allowed:
+            self.faults.append(f"{key} must be one of {list(allowed)}, got {value!r}")
+            return allowed[0]
+        return value
+
+    def check(self, good: bool, fault: str) -> None:
+        if not good:
+            self.faults.append(fault)
+
+    def finish(self) -> None:
+        if self.faults:
+            raise ConfigError(f"{self.source} can't be used: " + "; ".join(self.faults))
+
+
+_ROPE_KEYS = {
+    "default": set(),
+    "linear": {"factor"},
+    "llama3": {"factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"},
+    "yarn": {"factor"},
+}
+
+
+def _read_rope(reader: _Reader, max_position: int, default_theta: float) -> RopeConfig:
+    """Rotary settings of transformers 4 (`rope_theta`, `rope_scaling`) and 5 (`rope_parameters`)."""
+    raw = reader.raw
+    scaling = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    theta = scaling.get("rope_theta", raw.get("rope_theta", default_theta))
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind not in _ROPE_KEYS:
+        reader.faults.append(f"rope type must be one of {sorted(_ROPE_KEYS)}, got {kind!r}")
+        return RopeConfig(theta=1.0)
+    missing = sorted(_ROPE_KEYS[kind] - scaling.keys())
+    reader.check(not missing, f"rope type {kind} needs {missing}")
+    reader.check(isinstance(theta, (int, float)) and theta > 1, f"rope_theta must be above 1, got {theta!r}")
+    original = scaling.get("original_max_position_embeddings") or raw.get("original_max_position_embeddings")
+    fields = ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor", "mscale")
+    given = {k: scaling[k] for k in (*fields, "mscale_all_dim", "truncate") if scaling.get(k) is not None}
+    if reader.faults:
+        return RopeConfig(theta=1.0)
+    return RopeConfig(
+        theta=float(theta),
+        kind=kind,
+        factor=float(scaling.get("factor") or 1.0),
+        original_max_position=int(original or max_position),
+        **given,
+    )
+
+
+def _read_windows(reader: _Reader, num_layers: int, family: str) -> tuple[int | None, ...]:
+    """Per-layer windows from `layer_types` and `sliding_window`; GPT-OSS alternates when `layer_types` is absent."""
+    raw = reader.raw
+    types = raw.get("layer_types")
+    if types is None and family == "gpt_oss":
+        types = ["sliding_attention" if i % 2 == 0 else "full_attention" for i in range(num_layers)]
+    elif types is None and family in ("qwen2", "qwen3") and raw.get("use_sliding_window"):
+        first = raw.get("max_window_layers", num_layers)
+        types = ["sliding_attention" if i >= first else "full_attention" for i in range(num_layers)]
+    elif types is None:
+        types = ["full_attention"] * num_layers
+    unknown = sorted(set(types) - {"full_attention", "sliding_attention"})
+    reader.check(not unknown, f"layer_types may hold full_attention and sliding_attention, got {unknown}")
+    reader.check(len(types) == num_layers, f"layer_types has {len(types)} entries for {num_layers} layers")
+    if "sliding_attention" not in types:
+        return (None,) * num_layers
+    window = reader.number("sliding_window")
+    return tuple(window if t == "sliding_attention" else None for t in types)
+
+
+def _read_heads(reader: _Reader, hidden_size: int) -> tuple[int, int, int]:
+    heads = reader.number("num_attention_heads")
+    kv_heads = reader.number("num_key_value_heads", heads)
+    head_dim = reader.number("head_dim", hidden_size // heads)
+    reader.check(heads % kv_heads == 0, f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
+    reader.check(head_dim % 2 == 0, f"head_dim must be even for rotary embedding, got {head_dim}")
+    return heads, kv_heads, head_dim
+
+
+def read_target_config(raw: dict[str, Any], source: str = "config.json") -> TargetConfig:
+    """The target that a Hugging Face config.json describes. Raises ConfigError with every fault in it."""
+    reader = _Reader(raw, source)
+    family = reader.expect("model_type", FAMILIES, None)
+    hidden_size = reader.number("hidden_size")
+    num_layers = reader.number("num_hidden_layers")
+    max_position = reader.number("max_position_embeddings")
+    heads, kv_heads, head_dim = _read_heads(reader, hidden_size)
+    gpt_oss = family == "gpt_oss"
+    if not gpt_oss:
+        reader.expect("hidden_act", ("silu",), "silu")
+    bias = bool(raw.get("attention_bias", gpt_oss))
+    experts = None
+    if gpt_oss:
+        count, per_token = reader.number("num_local_experts"), reader.number("num_experts_per_tok", 4)
+        reader.check(per_token <= count, f"num_experts_per_tok {per_token} is above num_local_experts {count}")
+        limit = reader.number("swiglu_limit", 7.0, kind=float, minimum=0)
+        alpha = reader.number("swiglu_alpha", 1.702, kind=float, minimum=0)
+        experts = ExpertsConfig(count=count, per_token=per_token, limit=limit, alpha=alpha)
+        # transformers fills in YaRN when the keys are absent, other readers plain rotary: ask instead of guessing.
+        reader.check(bool(raw.get("rope_parameters") or raw.get("rope_scaling")), "rope_scaling is missing")
+    config = TargetConfig(
+        family=family,
+        vocab_size=reader.number("vocab_size"),
+        hidden_size=hidden_size,
+        intermediate_size=reader.number("intermediate_size"),
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        max_position=max_position,
+        rms_norm_eps=reader.number("rms_norm_eps", 1e-5 if gpt_oss else 1e-6, kind=float, minimum=0),
+        rope=_read_rope(reader, max_position, 150000.0 if gpt_oss else 10000.0),
+        windows=_read_windows(reader, num_layers, family),
+        # transformers' default differs by family: Llama and Qwen write the key, and leave it out when false.
+        tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        # Qwen2 has these three biases always and has no key for them.
+        qkv_bias=bias or family == "qwen2",
+        o_bias=bias and family != "qwen2",
+        mlp_bias=bool(raw.get("mlp_bias", False)) and family == "llama",
+        qk_norm=family == "qwen3",
+        sinks=gpt_oss,
+        experts=experts,
+    )
+    reader.finish()
+    return config
+
+
+DRAFT_ARCHITECTURES = ("DFlashDraftModel",)
+
+
+def read_draft_config(raw: dict[str, Any], source: str = "config.json") -> DraftConfig:
+    """The draft that a `DFlashDraftModel` config.json describes. Raises ConfigError with every fault in it."""
+    reader = _Reader(raw, source)
+    architectures = raw.get("architectures") or ["?"]
+    reader.check(
+        architectures[0] in DRAFT_ARCHITECTURES,
+        f"architectures must be {list(DRAFT_ARCHITECTURES)}, got {architectures}",
+    )
+    nested = raw.get("dflash_config") or {}
+    reader.expect("hidden_act", ("silu",), "silu")
+    # Older exports changed the network under the same architecture name; each would load and propose rubbish.
+    for key in ("use_mask_embedding", "mlp_bias", "fc_bias"):
+        reader.check(not nested.get(key), f"dflash_config.{key} is not of the canonical draft: convert it first")
+    for key, plain in (("input_embedding_scale", 1.0), ("output_multiplier", 1.0), ("final_logit_softcapping", None)):
+        value = nested.get(key, raw.get(key))
+        reader.check(value in (None, plain), f"{key} must be {plain}, got {value!r}: it is not supported")
+
+    hidden_size = reader.number("hidden_size")
+    num_layers = reader.number("num_hidden_layers")
+    max_position = reader.number("max_position_embeddings", 32768)
+    heads, kv_heads, head_dim = _read_heads(reader, hidden_size)
+    merged = {**raw, **nested}
+    num_target_layers = reader.number("num_target_layers", max(merged.get("target_layer_ids") or [0]) + 1)
+    layer_ids = merged.get("target_layer_ids")
+    if layer_ids is None:
+        layer_ids = build_target_layer_ids(num_target_layers, num_layers)
+    good = isinstance(layer_ids, (list, tuple)) and layer_ids and all(isinstance(i, int) and i >= 0 for i in layer_ids)
+    reader.check(bool(good), f"target_layer_ids must be layer numbers >= 0, got {layer_ids!r}")
+    block = merged.get("block_size", 16)
+    reader.check(isinstance(block, int) and block >= 2, f"block_size must be an integer >= 2, got {block!r}")
+    mask = merged.get("mask_token_id")
+    reader.check(isinstance(mask, int), f"mask_token_id must be a token id, got {mask!r}")
+
+    windows = _read_windows(reader, num_layers, "draft")
+    causal = raw.get("is_causal")
+    rope = _read_rope(reader, max_position, 10000.0)
+    vocab_size = reader.number("vocab_size")
+    intermediate_size = reader.number("intermediate_size")
+    eps = reader.number("rms_norm_eps", 1e-6, kind=float, minimum=0)
+    reader.finish()
+    assert isinstance(layer_ids, (list, tuple))
+    assert isinstance(block, int)
+    assert isinstance(mask, int)
+    return DraftConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        max_position=max_position,
+        rms_norm_eps=eps,
+        rope=rope,
+        windows=windows,
+        # The reference: a sliding layer is causal within the block unless is_causal says otherwise.
+        causal=tuple(w is not None if causal is None else bool(causal) for w in windows),
+        block_size=block,
+        mask_token_id=mask,
+        target_layer_ids=tuple(layer_ids),
+        num_target_layers=num_target_layers,
+        attention_bias=bool(raw.get("attention_bias", False)),
+    )
+
+
+def write_rope(rope: RopeConfig) -> dict[str, Any]:
+    """`rope_theta` and `rope_scaling` as Hugging Face configs spell them; `read_target_config` reads them back."""
+    if rope.kind == "default":
+        return {"rope_theta": rope.theta, "rope_scaling": None}
+    scaling: dict[str, Any] = {
+        "rope_type": rope.kind,
+        "factor": rope.factor,
+        "original_max_position_embeddings": rope.original_max_position,
+    }
+    extra = {
+        "llama3": ("low_freq_factor", "high_freq_factor"),
+        "yarn": ("beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim"),
+    }
+    scaling |= {k: v for k in extra.get(rope.kind, ()) if (v := getattr(rope, k)) is not None}
+    return {"rope_theta": rope.theta, "rope_scaling": scaling}
+
+
+def write_draft_config(config: DraftConfig, dtype: str) -> dict[str, Any]:
+    """config.json of a canonical draft directory: z-lab's keys, readable by `read_draft_config`."""
+    causal = set(config.causal)
+    by_window = config.causal == tuple(w is not None for w in config.windows)
+    if not by_window and len(causal) > 1:
+        raise ConfigError(f"is_causal is one key for all layers; can't write causal={list(config.causal)}")
+    windows = {w for w in config.windows if w is not None}
+    if len(windows) > 1:
+        raise ConfigError(f"sliding_window is one key for all layers; can't write windows={list(config.windows)}")
+    out = {
+        "architectures": ["DFlashDraftModel"],
+        "model_type": "qwen3",
+        "dtype": dtype,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": config.max_position,
+        "rms_norm_eps": config.rms_norm_eps,
+        "hidden_act": "silu",
+        "attention_bias": config.attention_bias,
+        "layer_types": ["full_attention" if w is None else "sliding_attention" for w in config.windows],
+        "sliding_window": min(windows) if windows else None,
+        "use_sliding_window": bool(windows),
+        "num_target_layers": config.num_target_layers,
+        "block_size": config.block_size,
+        "dflash_config": {
+            "target_layer_ids": list(config.target_layer_ids),
+            "mask_token_id": config.mask_token_id,
+            "block_size": config.block_size,
+        },
+        **write_rope(config.rope),
+    }
+    return out if by_window else {**out, "is_causal": config.causal[0]}

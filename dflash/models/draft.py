@@ -1,0 +1,146 @@
+"""The DFlash draft: a few non-causal layers that turn [anchor, mask, mask, ...] into a block of proposals at once.
+
+Its context is the target's hidden states of the committed tokens, projected to keys and values (never queries). The
+anchor, the newest token, has no hidden state yet: it enters as a block token. Embedding and LM head are the target's.
+Canonical form: PyPI `dflash==0.1.0` (q/k norm with weights before RoPE, no bias in fc and MLP, mask = the embedding of
+`mask_token_id`).
+"""
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from dflash.config import DraftConfig
+from dflash.kv_cache import KVCache, attention_mask
+from dflash.models.layers import Linear, RMSNorm, SwiGLU, attend, rope_tables, rotate
+
+Rope = tuple[Array, Array]
+
+
+class DraftAttention(nnx.Module):
+    """Queries from the block; keys and values from context and block, through the same weights."""
+
+    def __init__(self, config: DraftConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.heads, self.kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        bias = config.attention_bias
+        inner = self.heads * self.head_dim
+        self.q = Linear(config.hidden_size, inner, bias=bias, dtype=dtype, rngs=rngs)
+        self.kv = Linear(config.hidden_size, 2 * self.kv_heads * self.head_dim, bias=bias, dtype=dtype, rngs=rngs)
+        self.out = Linear(inner, config.hidden_size, bias=bias, dtype=dtype, rngs=rngs)
+        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps, dtype=dtype)
+        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps, dtype=dtype)
+
+    def keys_values(self, x: Array, rope: Rope) -> tuple[Array, Array]:
+        """x [H, B*T] -> keys and values [G, D, B, T], keys normed and rotated."""
+        _, B, T = rope[0].shape
+        k, v = jnp.split(self.kv(x).reshape(-1, self.head_dim, B, T), 2)
+        return rotate(self.k_norm(k, axis=1), rope), v
+
+    def mix(self, x: Array, rope: Rope, keys: Array, values: Array, visible: Array) -> Array:
+        """Queries of x [H, B*T] over keys [B, G, S, D] and values [B, G, D, S] -> [H, B*T]."""
+        _, B, T = rope[0].shape
+        q = rotate(self.q_norm(self.q(x).reshape(-1, self.head_dim, B, T), axis=1), rope)
+        mixed = attend(q.reshape(self.kv_heads, -1, self.head_dim, B, T), keys, values, visible)
+        return self.out(mixed.reshape(-1, B * T))
+
+
+class DraftLayer(nnx.Module):
+    """x += attention(norm x, context); x += mlp(norm x). The context is not normed again."""
+
+    def __init__(self, config: DraftConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.attention = DraftAttention(config, dtype=dtype, rngs=rngs)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, dtype=dtype, rngs=rngs)
+
+
+class Draft(nnx.Module):
+    """A draft network. The decode loop uses `append_context` and `block`; `uncached` is the same without a cache."""
+
+    def __init__(self, config: DraftConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
+        self.config = config
+        self.dtype = jnp.dtype(dtype)
+        size = config.hidden_size
+        self.fc = Linear(config.num_features * size, size, dtype=dtype, rngs=rngs)
+        self.hidden_norm = RMSNorm(size, config.rms_norm_eps, dtype=dtype)
+        self.layers = nnx.List(DraftLayer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_layers))
+        self.norm = RMSNorm(size, config.rms_norm_eps, dtype=dtype)
+
+    def make_cache(self, *, batch: int, capacity: int, block: int) -> KVCache:
+        """An empty cache for this draft's context; see `KVCache.create`."""
+        c = self.config
+        return KVCache.create(
+            batch=batch,
+            windows=c.windows,
+            num_kv_heads=c.num_kv_heads,
+            head_dim=c.head_dim,
+            capacity=capacity,
+            block=block,
+            dtype=self.dtype,
+        )
+
+    def _rope(self, positions: Array) -> Rope:
+        return rope_tables(self.config.rope, self.config.head_dim, positions)
+
+    def _context(self, features: list[Array]) -> Array:
+        """K context features [H, N] -> what every layer's keys and values are made of [H, N]."""
+        return self.hidden_norm(self.fc(jnp.concatenate(features).astype(self.dtype)))
+
+    def append_context(self, features: list[Array], cache: KVCache) -> KVCache:
+        """Appends the next T tokens' context features (K arrays [H, B*T]) uncommitted, as the target's cache does."""
+        batch = cache.lengths.shape[0]
+        context = self._context(features)
+        rope = self._rope(cache.positions(context.shape[1] // batch))
+        for i, layer in enumerate(self.layers):
+            cache = cache.append(i, *layer.attention.keys_values(context, rope))
+        return cache
+
+    def block(self, x: Array, cache: KVCache) -> Array:
+        """Embedded block [H, B*T] (anchor and masks) over the committed context -> hidden after the norm [H, B*T].
+
+        The block's own keys are written beyond the committed ones and never committed, so the caller's cache stays
+        as it was.
+        """
+        T = x.shape[1] // cache.lengths.shape[0]
+        rope = self._rope(cache.positions(T))
+        for i, layer in enumerate(self.layers):
+            normed = layer.attention_norm(x)
+            filled = cache.append(i, *layer.attention.keys_values(normed, rope))
+            visible = filled.visible(i, T, self.config.causal[i])
+            x = x + layer.attention.mix(normed, rope, filled.keys[i], filled.values[i], visible)
+            x = x + layer.mlp(layer.mlp_norm(x))
+        return self.norm(x)
+
+    def uncached(self, features: list[Array], lengths: Array, x: Array, start: Array | None = None) -> Array:
+        """`block` without a cache: K context features [H, B*C] of which each row's first `lengths` int32 [B] count.
+
+        Context positions are start .. start+C-1 (start int32 [B], 0 by default), the block's follow the row's last
+        context token. Embedded block [H, B*T] -> hidden after the norm [H, B*T].
+        """
+        B = lengths.shape[0]
+        context = self._context(features)
+        C, T = context.shape[1] // B, x.shape[1] // B
+        first = jnp.zeros_like(lengths) if start is None else start
+        context_positions = first[:, None] + jnp.arange(C, dtype=jnp.int32)
+        block_positions = (first + lengths)[:, None] + jnp.arange(T, dtype=jnp.int32)
+        context_rope, block_rope = self._rope(context_positions), self._rope(block_positions)
+        positions = jnp.concatenate([context_positions, block_positions], axis=1)
+        real = jnp.concatenate([jnp.arange(C) < lengths[:, None], jnp.ones((B, T), bool)], axis=1)
+        for i, layer in enumerate(self.layers):
+            normed = layer.attention_norm(x)
+            pairs = zip(
+                layer.attention.keys_values(context, context_rope),
+                layer.attention.keys_values(normed, block_rope),
+                strict=True,
+            )
+            k, v = (jnp.concatenate(pair, axis=3) for pair in pairs)
+            visible = real[:, None, :] & attention_mask(
+                block_positions[:, :, None],
+                positions[:, None, :],
+                window=self.config.windows[i],
+                causal=self.config.causal[i],
+            )
+            keys, values = k.transpose(2, 0, 3, 1), v.transpose(2, 0, 1, 3)
+            x = x + layer.attention.mix(normed, block_rope, keys, values, visible)
+            x = x + layer.mlp(layer.mlp_norm(x))
+        return self.norm(x)
