@@ -8,7 +8,7 @@ from jax import Array
 
 from dflash.config import TargetConfig
 from dflash.kv_cache import KVCache, attention_mask
-from dflash.models.layers import Linear, RMSNorm, SwiGLU, attend, precision, rope_tables, rotate
+from dflash.models.layers import Linear, RMSNorm, SwiGLU, attend, rope_tables, rotate
 
 
 class Attention(nnx.Module):
@@ -70,7 +70,7 @@ class Llama(nnx.Module):
     def __init__(self, config: TargetConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
         self.config = config
         self.dtype = jnp.dtype(dtype)
-        self.embedding = nnx.Param(0.02 * rngs.normal((config.vocab_size, config.hidden_size), dtype))
+        self.embedding = Linear(config.hidden_size, config.vocab_size, dtype=dtype, rngs=rngs)
         self.layers = nnx.List(
             DecoderLayer(config, i, self.make_mlp(dtype, rngs), dtype=dtype, rngs=rngs)
             for i in range(config.num_layers)
@@ -98,13 +98,11 @@ class Llama(nnx.Module):
 
     def embed(self, tokens: Array) -> Array:
         """tokens int32 of any shape -> columns [H, tokens.size]."""
-        return self.embedding[...][tokens.reshape(-1)].T
+        return self.embedding.weight[...][tokens.reshape(-1)].T
 
     def logits(self, x: Array) -> Array:
         """Columns after the final norm [H, N] -> [V, N] in the dtype of computation."""
-        if self.head is not None:
-            return self.head(x)
-        return jnp.matmul(self.embedding[...], x, precision=precision(x.dtype))
+        return (self.embedding if self.head is None else self.head)(x)
 
     def hidden(
         self,

@@ -1,0 +1,114 @@
+"""Tiny random targets and drafts on disk: what tests and a first look need, with no download and in a second.
+
+Weights are drawn so wide that the next token changes with the context (at the usual 0.02 a random model repeats
+itself and a parity check proves nothing).
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import save_file
+
+from dflash.config import read_target_config
+from dflash.weights.huggingface import target_tensors
+
+_YARN = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "original_max_position_embeddings": 4096,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+}
+
+
+def tiny_config(family: str = "llama", **changes: Any) -> dict[str, Any]:
+    """config.json of a tiny target of that family, as Hugging Face writes it, with `changes` applied."""
+    config: dict[str, Any] = {
+        "model_type": family,
+        "vocab_size": 199,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+        "eos_token_id": 2,
+        "hidden_act": "silu",
+    }
+    if family == "gpt_oss":
+        config |= {
+            "attention_bias": True,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "sliding_window": 16,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "rope_theta": 150000.0,
+            "rope_scaling": dict(_YARN),
+            "swiglu_limit": 7.0,
+        }
+    config |= changes
+    architecture = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "gpt_oss": "GptOss"}.get(family, family)
+    return {"architectures": [f"{architecture}ForCausalLM"], **config}
+
+
+def _draw(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    if name.endswith("_blocks"):
+        return rng.integers(0, 256, shape, dtype=np.uint8)
+    if name.endswith("_scales"):
+        return rng.integers(122, 126, shape, dtype=np.uint8)
+    if "norm" in name:
+        return rng.uniform(0.5, 1.5, shape).astype(np.float32)
+    if len(shape) == 1 or name.endswith("bias"):
+        return rng.normal(0, 0.3, shape).astype(np.float32)
+    inputs = shape[-2] if ".experts." in name else shape[-1]
+    scale = 1.0 if "embed" in name else 1.6 * inputs**-0.5
+    return rng.normal(0, scale, shape).astype(np.float32)
+
+
+def write_tiny_target(
+    directory: Path,
+    family: str = "llama",
+    *,
+    seed: int = 0,
+    shards: int = 1,
+    dtype: str = "float32",
+    mxfp4: bool = False,
+    **changes: Any,
+) -> Path:
+    """Writes a random snapshot: config.json and `shards` safetensors files in float32, bfloat16 or float16.
+
+    `mxfp4` packs GPT-OSS's experts. `changes` go into config.json. Returns `directory`.
+    """
+    raw = tiny_config(family, **changes)
+    config = read_target_config(raw)
+    rng = np.random.default_rng(seed)
+    kind = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}[dtype]
+    tensors = {name: _draw(rng, name, shape) for name, shape in target_tensors(config, packed=mxfp4).items()}
+    tensors = {name: t if t.dtype == np.uint8 else t.astype(kind) for name, t in tensors.items()}
+    directory.mkdir(parents=True, exist_ok=True)
+    raw["dtype"] = raw["torch_dtype"] = dtype
+    if mxfp4:
+        raw["quantization_config"] = {"quant_method": "mxfp4"}
+    (directory / "config.json").write_text(json.dumps(raw, indent=2), encoding="utf-8")
+    if shards == 1:
+        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+        return directory
+    names = list(tensors)
+    weight_map = {}
+    for i in range(shards):
+        file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
+        part = {n: tensors[n] for n in names[i::shards]}
+        save_file(part, directory / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    return directory
