@@ -17,7 +17,7 @@ from jax import Array
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KVCache:
-    """keys[i] [B, G, S_i, D] and values[i] [B, G, D, S_i] of layer i; lengths int32 [B], the committed tokens."""
+    """keys[i] [B, G, D, S_i] and values[i] [B, G, S_i, D] of layer i; lengths int32 [B], the committed tokens."""
 
     keys: tuple[Array, ...]
     values: tuple[Array, ...]
@@ -48,8 +48,8 @@ class KVCache:
 
         sizes = [slots(w) for w in windows]
         return cls(
-            keys=tuple(jnp.zeros((batch, num_kv_heads, s, head_dim), dtype) for s in sizes),
-            values=tuple(jnp.zeros((batch, num_kv_heads, head_dim, s), dtype) for s in sizes),
+            keys=tuple(jnp.zeros((batch, num_kv_heads, head_dim, s), dtype) for s in sizes),
+            values=tuple(jnp.zeros((batch, num_kv_heads, s, head_dim), dtype) for s in sizes),
             lengths=jnp.zeros(batch, jnp.int32),
             windows=tuple(windows),
             block=block,
@@ -61,22 +61,20 @@ class KVCache:
 
     def append(self, layer: int, keys: Array, values: Array) -> "KVCache":
         """Writes keys and values [G, D, B, T] of the next T tokens of each row, uncommitted. T <= block."""
-        G, D, B, T = keys.shape
+        B, T = keys.shape[2:]
         if self.block < T:
             raise ValueError(f"a cache made for blocks of {self.block} tokens can't append {T}")
-        size = self.keys[layer].shape[2]
+        old_keys, old_values = self.keys[layer], self.values[layer]
         if B == 1 and self.windows[layer] is None:
             # One row without a ring is one slice; XLA's scatter costs several times as much on a CPU.
             start = self.lengths[0]
-            new_keys = jax.lax.dynamic_update_slice(self.keys[layer], keys.transpose(2, 0, 3, 1), (0, 0, start, 0))
-            new_values = jax.lax.dynamic_update_slice(
-                self.values[layer], values.transpose(2, 0, 1, 3), (0, 0, 0, start)
-            )
+            new_keys = jax.lax.dynamic_update_slice(old_keys, keys.transpose(2, 0, 1, 3), (0, 0, 0, start))
+            new_values = jax.lax.dynamic_update_slice(old_values, values.transpose(2, 0, 3, 1), (0, 0, start, 0))
         else:
             rows = jnp.arange(B)[:, None]
-            slots = self.positions(T) % size if self.windows[layer] is not None else self.positions(T)
-            new_keys = self.keys[layer].at[rows, :, slots, :].set(keys.transpose(2, 3, 0, 1), mode="drop")
-            new_values = self.values[layer].at[rows, :, :, slots].set(values.transpose(2, 3, 0, 1), mode="drop")
+            slots = self.positions(T) % old_values.shape[2]
+            new_keys = old_keys.at[rows, :, :, slots].set(keys.transpose(2, 3, 0, 1))
+            new_values = old_values.at[rows, :, slots, :].set(values.transpose(2, 3, 0, 1))
         return dataclasses.replace(
             self,
             keys=(*self.keys[:layer], new_keys, *self.keys[layer + 1 :]),
@@ -89,7 +87,7 @@ class KVCache:
         The newest position written is lengths + count - 1, so slot s holds the last position up to it that is s
         modulo the ring's size; a slot that would hold a negative position was never written.
         """
-        size = self.keys[layer].shape[2]
+        size = self.values[layer].shape[2]
         window = self.windows[layer]
         slots = jnp.arange(size, dtype=jnp.int32)[None, None, :]
         newest = (self.lengths + (count - 1))[:, None, None]

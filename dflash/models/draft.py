@@ -37,7 +37,7 @@ class DraftAttention(nnx.Module):
         return rotate(self.k_norm(k, axis=1), rope), v
 
     def mix(self, x: Array, rope: Rope, keys: Array, values: Array, visible: Array) -> Array:
-        """Queries of x [H, B*T] over keys [B, G, S, D] and values [B, G, D, S] -> [H, B*T]."""
+        """Queries of x [H, B*T] over keys [B, G, D, S] and values [B, G, S, D] -> [H, B*T]."""
         _, B, T = rope[0].shape
         q = rotate(self.q_norm(self.q(x).reshape(-1, self.head_dim, B, T), axis=1), rope)
         mixed = attend(q.reshape(self.kv_heads, -1, self.head_dim, B, T), keys, values, visible)
@@ -140,7 +140,7 @@ class Draft(nnx.Module):
                 window=self.config.windows[i],
                 causal=self.config.causal[i],
             )
-            keys, values = k.transpose(2, 0, 3, 1), v.transpose(2, 0, 1, 3)
+            keys, values = k.transpose(2, 0, 1, 3), v.transpose(2, 0, 3, 1)
             x = x + layer.attention.mix(normed, block_rope, keys, values, visible)
             x = x + layer.mlp(layer.mlp_norm(x))
         return self.norm(x)

@@ -38,7 +38,7 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q, axis=1), self.k_norm(k, axis=1)
         q, k = rotate(q, rope).reshape(G, R, D, B, T), rotate(k, rope)
         if cache is None:
-            keys, values = k.transpose(2, 0, 3, 1), v.transpose(2, 0, 1, 3)
+            keys, values = k.transpose(2, 0, 1, 3), v.transpose(2, 0, 3, 1)
         else:
             cache = cache.append(self.layer, k, v)
             keys, values = cache.keys[self.layer], cache.values[self.layer]
