@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from dflash.decode.accept import accept_length, produced_length
+from dflash.decoding.accept import accept_length, produced_length
 from dflash.kv_cache import KVCache
 from dflash.models.draft import Draft
 from dflash.models.llama import Llama
