@@ -336,6 +336,22 @@ def read_draft_config(raw: dict[str, Any], source: str = "config.json") -> Draft
     )
 
 
+def check_draft(draft: DraftConfig, target: TargetConfig) -> None:
+    """Raises ConfigError with every reason why this draft can't propose for this target."""
+    faults = []
+    if draft.hidden_size != target.hidden_size:
+        faults.append(f"its hidden size is {draft.hidden_size}, the target's {target.hidden_size}")
+    if draft.vocab_size != target.vocab_size:
+        faults.append(f"its vocabulary has {draft.vocab_size} tokens, the target's {target.vocab_size}")
+    beyond = [i for i in draft.target_layer_ids if not 0 <= i < target.num_layers]
+    if beyond:
+        faults.append(f"it reads layers {beyond} of a target with layers 0..{target.num_layers - 1}")
+    if not 0 <= draft.mask_token_id < target.vocab_size:
+        faults.append(f"its mask token {draft.mask_token_id} is outside the vocabulary of {target.vocab_size}")
+    if faults:
+        raise ConfigError("the draft does not fit the target: " + "; ".join(faults) + ". Give the draft of this target")
+
+
 def write_rope(rope: RopeConfig) -> dict[str, Any]:
     """`rope_theta` and `rope_scaling` as Hugging Face configs spell them; `read_target_config` reads them back."""
     if rope.kind == "default":

@@ -158,9 +158,6 @@ def _step(mode: str, block_size: int, target: Llama, draft: Draft | None, state:
         return _advance(state, predictions, accepted, cache, draft_cache)
 
 
-Models = tuple[Any, Any, Any, Any]
-
-
 def _merge(graphs: tuple[Any, Any], weights: tuple[Any, Any]) -> tuple[Llama, Draft | None]:
     return nnx.merge(graphs[0], weights[0]), None if graphs[1] is None else nnx.merge(graphs[1], weights[1])
 
@@ -235,8 +232,9 @@ class Decoder:
         needed = max(self.prompt_len, max_prompt_len + max_new_tokens + self.block_size)
         self.capacity = _round_up(needed, 64)
         self.script_len = max_new_tokens + self.block_size
-        graphs, weights = zip(*(nnx.split(m) if m is not None else (None, None) for m in (target, draft)), strict=True)
-        self._weights = weights
+        graphs = tuple(None if m is None else nnx.graphdef(m) for m in (target, draft))
+        self.take_weights()
+        weights = self._weights
         start = time.perf_counter()
         state = jax.eval_shape(self._empty)
         chunk = jax.ShapeDtypeStruct((batch, self.chunk), jnp.int32)
@@ -247,6 +245,10 @@ class Decoder:
         self._prefill = _compile(partial(_prefill_chunk, graphs), weights, state, chunk, row)
         self._loop = _compile(partial(_run_loop, graphs, mode, self.block_size), weights, state, scalar)
         self.compile_s = time.perf_counter() - start
+
+    def take_weights(self) -> None:
+        """Takes the models' present weights: training may have changed them since."""
+        self._weights = tuple(None if m is None else nnx.state(m) for m in (self.target, self.draft))
 
     def _empty(self) -> State:
         B, N, S = self.batch, self.max_new_tokens, self.block_size

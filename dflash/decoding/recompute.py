@@ -1,0 +1,81 @@
+"""Decoding without a cache: every step reads the whole sequence again. Slow, simple, and what the loop is held against.
+
+Nothing is shared with the loop but the networks: the accept rule, stop tokens and budget are plain python here.
+"""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from dflash.models.draft import Draft
+from dflash.models.llama import Llama
+
+# Sequences are padded to a multiple of this, so that few shapes are compiled.
+_PAD = 64
+
+
+@nnx.jit(static_argnames="layer_ids")
+def _read(target: Llama, tokens: Array, layer_ids: tuple[int, ...]) -> tuple[Array, list[Array]]:
+    """tokens int32 [1, T] -> the greedy token after each [T], and the context features [H, T]."""
+    x, features, _ = target.hidden(tokens, layer_ids=layer_ids)
+    return jnp.argmax(target.logits(x), axis=0), features
+
+
+@nnx.jit
+def _propose(target: Llama, draft: Draft, features: list[Array], context: Array, block: Array) -> Array:
+    """block int32 [1, S] after `context` int32 [1] tokens of features [H, T] -> drafted tokens [S-1]."""
+    x = draft.uncached(features, context, target.embed(block).astype(draft.dtype))
+    return jnp.argmax(target.logits(x[:, 1:].astype(target.dtype)), axis=0)
+
+
+def _padded(tokens: Sequence[int]) -> Array:
+    length = -(-len(tokens) // _PAD) * _PAD
+    return jnp.asarray([*tokens, *([0] * (length - len(tokens)))], jnp.int32)[None]
+
+
+def recompute_row(
+    target: Llama,
+    draft: Draft | None,
+    prompt: Sequence[int],
+    *,
+    block_size: int,
+    budget: int,
+    stops: Sequence[int],
+    script: np.ndarray | None = None,
+) -> tuple[list[int], list[int], list[int]]:
+    """Tokens, accept lengths and produced lengths of one row; `draft` None decodes greedily (accept lengths 0).
+
+    script int32 [M]: tokens to propose instead of the draft's, by place in the output; -1 leaves the draft's.
+    """
+    layer_ids = () if draft is None else draft.config.target_layer_ids
+    predictions, features = _read(target, _padded(prompt), layer_ids)
+    output = [int(predictions[len(prompt) - 1])]
+    accepted, produced = list[int](), list[int]()
+    while len(output) < budget and output[-1] not in stops:
+        drafted: list[int] = []
+        if draft is not None:
+            block = [output[-1]] + [draft.config.mask_token_id] * (block_size - 1)
+            context = jnp.asarray([len(prompt) + len(output) - 1], jnp.int32)
+            drafted = np.asarray(_propose(target, draft, features, context, jnp.asarray([block]))).tolist()
+            for k in range(len(drafted)):
+                place = len(output) + k
+                if script is not None and place < len(script) and script[place] >= 0:
+                    drafted[k] = int(script[place])
+        known = [*prompt, *output]
+        predictions, features = _read(target, _padded([*known, *drafted]), layer_ids)
+        answers = np.asarray(predictions)[len(known) - 1 : len(known) + len(drafted)].tolist()
+        agreed = 0
+        while agreed < len(drafted) and drafted[agreed] == answers[agreed]:
+            agreed += 1
+        emitted = list[int]()
+        for token in answers[: agreed + 1]:
+            emitted.append(token)
+            if token in stops or len(output) + len(emitted) == budget:
+                break
+        output += emitted
+        accepted.append(agreed)
+        produced.append(len(emitted))
+    return output, accepted, produced

@@ -1,0 +1,101 @@
+"""Every number that is reported: its name, its formula, its unit. Pure python, no jax.
+
+The words: a block has S slots, the anchor and S - 1 drafted tokens, of which the target accepts a.
+
+accept_len          a, 0..S-1; the bonus token is not counted
+acceptance_length   a + 1, the papers' tau; counts the bonus
+accept_rate         sum a / sum (S - 1), a fraction
+accept_rate_per_pos share of blocks whose first k drafted tokens were all accepted, k = 1..S-1
+produced            tokens a block emits: a + 1, cut at the stop token and at the budget
+tok_s_total         tokens emitted after each row's first / decode seconds, all rows together; prefill is not in it
+tpot_ms             decode milliseconds / tokens emitted after the first, of one row
+ttft_ms             milliseconds from prompt to first token
+speedup_x           tok_s_total / baseline_tok_s_total, of the same tokens
+
+Means are pooled over blocks (every block weighs the same), not means of per-request means.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+HIGHER_IS_BETTER = {
+    "accept_rate": True,
+    "accept_len_mean": True,
+    "acceptance_length": True,
+    "tok_s_total": True,
+    "baseline_tok_s_total": True,
+    "speedup_x": True,
+    "ttft_ms": False,
+    "tpot_ms": False,
+    "baseline_tpot_ms": False,
+    "compile_s": False,
+}
+
+
+def acceptance(accept_lens: Sequence[Sequence[int]], block_size: int) -> dict[str, Any]:
+    """The acceptance figures of accept lengths per row and block; None for each where nothing was drafted.
+
+    Raises ValueError when an accept length can't come from a block of `block_size`.
+    """
+    lengths = [a for row in accept_lens for a in row]
+    drafted = block_size - 1
+    bad = [a for a in lengths if not 0 <= a <= drafted]
+    if bad:
+        raise ValueError(f"accept lengths of a block of {block_size} are 0..{drafted}, got {bad[0]}")
+    count, accepted = len(lengths), sum(lengths)
+    figures: dict[str, Any] = {
+        "num_drafts": count if drafted else 0,
+        "num_draft_tokens": count * drafted,
+        "num_accepted_tokens": accepted,
+    }
+    if not count or not drafted:
+        names = ("accept_len_mean", "acceptance_length", "accept_rate", "accept_histogram", "accept_rate_per_pos")
+        return figures | dict.fromkeys(names)
+    histogram = [lengths.count(a) for a in range(block_size)]
+    return figures | {
+        "accept_len_mean": accepted / count,
+        "acceptance_length": accepted / count + 1,
+        "accept_rate": accepted / (count * drafted),
+        "accept_histogram": histogram,
+        "accept_rate_per_pos": [sum(histogram[k:]) / count for k in range(1, block_size)],
+    }
+
+
+def output_tokens(produced: Sequence[Sequence[int]]) -> int:
+    """Tokens emitted by all rows: each row's first comes from prefill, the rest from its blocks."""
+    return len(produced) + sum(map(sum, produced))
+
+
+def throughput(produced: Sequence[Sequence[int]], decode_s: float) -> float | None:
+    """tok_s_total: tokens of the blocks over the seconds of the blocks; None when no block was needed."""
+    tokens = sum(map(sum, produced))
+    return tokens / decode_s if tokens and decode_s > 0 else None
+
+
+def time_per_output_token_ms(produced: Sequence[Sequence[int]], decode_s: float) -> float | None:
+    """tpot_ms of the row that emitted most, since the loop runs until it ends; None when no block was needed."""
+    longest = max((sum(row) for row in produced), default=0)
+    return 1000 * decode_s / longest if longest else None
+
+
+def predicted_speedup(acceptance_length: float, step_s: float, verify_s: float, draft_s: float) -> float:
+    """The cost model: tokens per block over what a block costs in one-token steps (design.md, Leviathan et al. 2023).
+
+    step_s T_1, verify_s T_verify(S), draft_s T_draft(S), in seconds.
+    """
+    return acceptance_length / ((verify_s + draft_s) / step_s)
+
+
+def expected_awake(experts: int, per_token: int, tokens: int) -> float:
+    """Experts that a step of `tokens` tokens is expected to wake, if routing were even and independent."""
+    return experts * (1 - (1 - per_token / experts) ** tokens)
+
+
+def finite(value: Any) -> Any:
+    """The same figures with None for NaN and infinity, at any depth: bare NaN is no JSON."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
