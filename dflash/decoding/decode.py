@@ -158,9 +158,10 @@ def check_request(
 
 
 @functools.lru_cache(maxsize=8)
-def _decoder(
+def compiled_decoder(
     target: Llama, draft: Draft | None, mode: str, block_size: int, batch: int, prompt_len: int, max_new_tokens: int
 ) -> Decoder:
+    """The decoder of a shape; the last few are kept, so that asking again compiles nothing."""
     return Decoder(
         target,
         draft,
@@ -173,9 +174,9 @@ def _decoder(
 
 
 def build_decoder(target: Llama, request: Request) -> Decoder:
-    """The compiled decoder of a request's shape; the last few shapes are kept."""
+    """The compiled decoder of a request's shape, with the models' present weights."""
     longest = max(map(len, request.prompts))
-    decoder = _decoder(
+    decoder = compiled_decoder(
         target,
         request.draft,
         request.mode,
@@ -235,9 +236,9 @@ def decode(
     )
     if mode == "recompute":
         return _decode_by_recompute(target, request)
-    compiled_before = _decoder.cache_info().misses
+    compiled_before = compiled_decoder.cache_info().misses
     decoder = build_decoder(target, request)
-    compile_s = decoder.compile_s if _decoder.cache_info().misses > compiled_before else 0.0
+    compile_s = decoder.compile_s if compiled_decoder.cache_info().misses > compiled_before else 0.0
     start = time.perf_counter()
     state = prefill(decoder, request)
     first = time.perf_counter()

@@ -1,0 +1,174 @@
+"""The harness: options, markers by folder, which device a run may open, and the summary at its end."""
+
+import dataclasses
+import os
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from dflash import report
+from dflash.device import KINDS, DeviceError, looks_like_tpu_host, open_device
+
+ROOT = Path(__file__).parent
+
+
+@dataclasses.dataclass
+class Results:
+    """What bench tests measured, for the summary."""
+
+    cases: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    steps: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+
+RESULTS = pytest.StashKey[Results]()
+
+
+def _integers(text: str) -> list[int]:
+    try:
+        values = [int(v) for v in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or min(values) < 1:
+        raise pytest.UsageError(f"expected positive integers separated by commas, got {text!r}")
+    return values
+
+
+def _option(group: pytest.OptionGroup, name: str, env: str, default: str, text: str, **more: Any) -> None:
+    """An option whose default comes from the environment; the help says which name."""
+    value = os.environ.get(env) or default
+    group.addoption(name, default=value, help=f"{text} (env {env}; now {value!r})", **more)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("dflash", "DFlash decoding and its measurement")
+    _option(group, "--run-on", "DFLASH_RUN_ON", "tpu", "device that tests/tpu and bench run on", choices=KINDS)
+    _option(group, "--require-device", "DFLASH_REQUIRE_DEVICE", "", "fail, instead of skipping, without this device",
+            choices=("", *KINDS))
+    _option(group, "--target", "TEACHER_SNAPSHOT_DIR", "smollm2-135m", "target: a snapshot directory, or smollm2-135m",
+            metavar="DIR")
+    _option(group, "--draft", "DRAFT_RUN_DIR", "", "draft: a DFlashDraftModel directory; without one an untrained draft",
+            metavar="DIR")
+    _option(group, "--draft-layers", "DFLASH_DRAFT_LAYERS", "2", "layers of the untrained draft", type=int, metavar="N")
+    _option(group, "--dtype", "DFLASH_DTYPE", "float32", "dtype of computation", choices=("float32", "bfloat16"))
+    _option(group, "--prompts", "DFLASH_PROMPTS", "builtin",
+            "prompts: builtin[:category], humaneval, FILE.jsonl, hf:NAME, or random", metavar="SOURCE")
+    _option(group, "--num-prompts", "DFLASH_NUM_PROMPTS", "4", "prompts of a round", type=int, metavar="N")
+    _option(group, "--prompt-len", "DFLASH_PROMPT_LEN", "0", "exact prompt length in tokens; 0 leaves them", type=int,
+            metavar="N")
+    _option(group, "--batch-size", "DFLASH_BATCH_SIZE", "1", "prompts decoded together", type=int, metavar="N")
+    _option(group, "--block-sizes", "BLOCK_SIZES", "8", "block sizes, the anchor included", type=_integers,
+            metavar="N,N")
+    _option(group, "--max-new-tokens", "MAX_NEW_TOKENS_LIST", "64", "token budgets", type=_integers, metavar="N,N")
+    _option(group, "--rounds", "DFLASH_ROUNDS", "5", "timed rounds of each case, after one of warm-up", type=int,
+            metavar="N")
+    _option(group, "--also-run-baseline", "ALSO_RUN_BASELINE", "1", "0 leaves greedy out: no speed-up, no proof",
+            choices=("0", "1", "false", "true"))
+    _option(group, "--run-name", "RUN_NAME", "", "name kept in the results", metavar="NAME")
+    _option(group, "--min-speedup", "DFLASH_MIN_SPEEDUP", "", "fail a draft's block cases under this", metavar="X")
+    _option(group, "--min-acceptance-length", "DFLASH_MIN_ACCEPTANCE_LENGTH", "", "fail a draft's cases under this",
+            metavar="X")
+
+
+def _tpu_selected(config: pytest.Config) -> bool:
+    expression = config.option.markexpr
+    return "tpu" in expression and "not tpu" not in expression
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[RESULTS] = Results()
+    _refuse_workers(config)
+    # Named before anything opens a backend: tests of the CPU must leave a TPU alone.
+    if config.option.markexpr == "cpu" or config.option.run_on == "cpu":
+        jax.config.update("jax_platforms", "cpu")
+    elif config.option.run_on == "gpu":
+        jax.config.update("jax_platforms", "cuda,cpu")
+    elif not looks_like_tpu_host():
+        jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS") or "cpu")
+
+
+def _refuse_workers(config: pytest.Config) -> None:
+    """pytest-benchmark writes no file under xdist and says nothing; and a TPU belongs to one process."""
+    workers = getattr(config.option, "numprocesses", None)
+    json_file = getattr(config.option, "benchmark_json", None)
+    if not workers or hasattr(config, "workerinput"):
+        return
+    if json_file is not None:
+        path = Path(json_file.name)
+        json_file.close()
+        if path.is_file() and path.stat().st_size == 0:
+            path.unlink()
+        raise pytest.UsageError(f"--benchmark-json writes nothing when tests run in {workers} workers: add -n 0")
+    if _tpu_selected(config) and config.option.run_on == "tpu":
+        raise pytest.UsageError(f"a TPU belongs to one process, and -n asks for {workers} workers: add -n 0")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        path = item.path.relative_to(ROOT).parts if item.path.is_relative_to(ROOT) else ()
+        if path[:2] == ("tests", "unit"):
+            item.add_marker("cpu")
+        elif path[:2] == ("tests", "tpu"):
+            item.add_marker("tpu")
+        elif path[:1] == ("bench",):
+            item.add_marker("bench")
+            item.add_marker(config.option.run_on)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    kind = session.config.option.require_device
+    if kind and not session.config.option.collectonly and not hasattr(session.config, "workerinput"):
+        try:
+            open_device(kind)
+        except DeviceError as error:
+            raise pytest.UsageError(f"--require-device {kind}: {error}") from None
+
+
+@pytest.fixture(scope="session")
+def device(pytestconfig: pytest.Config) -> jax.Device:
+    """The device that --run-on names. Without one the test is skipped, which --require-device turns into an error."""
+    try:
+        return open_device(pytestconfig.option.run_on)
+    except DeviceError as error:
+        pytest.skip(str(error))
+
+
+def _extras_required() -> bool:
+    return bool(os.environ.get("CI") or os.environ.get("DFLASH_REQUIRE_EXTRAS"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """In CI a comparison that could not be made is a failure: a green run must mean that it was made."""
+    outcome = yield
+    marked = item.get_closest_marker("oracle") or item.get_closest_marker("model")
+    if outcome.skipped and marked and _extras_required() and not hasattr(outcome, "wasxfail"):
+        outcome.outcome = "failed"
+        outcome.longrepr = f"{item.nodeid} was skipped, and CI must run it: {outcome.longrepr}"
+    return outcome
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    opened = "not opened yet"
+    return f"dflash: jax {jax.__version__}, device {config.option.run_on} ({opened}), target {config.option.target}"
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    results = config.stash[RESULTS]
+    if results.steps:
+        terminalreporter.section("DFlash: what a step costs")
+        for info in results.steps:
+            for line in report.step_table(info):
+                terminalreporter.write_line(line)
+    if results.cases:
+        terminalreporter.section("DFlash: speed-up over greedy decoding")
+        for line in report.speedup_table(results.cases):
+            terminalreporter.write_line(line)
+        json_file = getattr(config.option, "benchmark_json", None)
+        if json_file is not None:
+            terminalreporter.write_line(f"every figure: {json_file.name}")

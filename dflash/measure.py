@@ -1,0 +1,179 @@
+"""The clock: steps timed in turn, speed-ups from interleaved rounds, and the floor that the memory sets.
+
+Everything that is compared is timed in one process, in turn, with the device synchronised and nothing compiling: on a
+machine that drifts, only ratios of neighbours mean anything.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from dflash.device import weight_bytes
+from dflash.kv_cache import KVCache
+from dflash.metrics import expected_awake
+from dflash.models.draft import Draft
+from dflash.models.llama import Llama
+
+Timed = Callable[[], Any]
+
+
+def in_turn(timed: Mapping[str, Timed], *, rounds: int, warmup: int = 2) -> dict[str, np.ndarray]:
+    """Seconds of every function, float64 [rounds] each: one call of each a round, the order reversed every other.
+
+    A function must return only when its device is done.
+    """
+    names = list(timed)
+    seconds: dict[str, list[float]] = {n: [] for n in names}
+    for r in range(warmup + rounds):
+        for name in names if r % 2 == 0 else reversed(names):
+            start = time.perf_counter()
+            timed[name]()
+            seconds[name].append(time.perf_counter() - start)
+    return {n: np.array(s[warmup:]) for n, s in seconds.items()}
+
+
+def ratio_interval(
+    baseline: np.ndarray, candidate: np.ndarray, *, draws: int = 2000, seed: int = 0
+) -> tuple[float, float, float]:
+    """Ratio of median seconds baseline / candidate with its 95% bootstrap interval: (ratio, low, high).
+
+    Both float64 [rounds] or [rounds, prompts], measured in turn: rounds are drawn in pairs, prompts too, and what a
+    round of several prompts took is their sum.
+    """
+    a, b = (np.asarray(x, np.float64).reshape(len(x), -1) for x in (baseline, candidate))
+    rng = np.random.default_rng(seed)
+    rounds = rng.integers(0, len(a), (draws, len(a), 1))
+    prompts = rng.integers(0, a.shape[1], (draws, 1, a.shape[1]))
+    drawn = [np.median(x[rounds, prompts].sum(axis=2), axis=1) for x in (a, b)]
+    low, high = np.percentile(drawn[0] / drawn[1], [2.5, 97.5])
+    return float(np.median(a.sum(axis=1)) / np.median(b.sum(axis=1))), float(low), float(high)
+
+
+def read_bandwidth(megabytes: int = 512, rounds: int = 7) -> float:
+    """Bytes per second at which the default device reads memory: the best of summing one large float32 array."""
+    data = jnp.ones(megabytes * 2**20 // 4, jnp.float32)
+    total = jax.jit(jnp.sum).lower(data).compile()
+    seconds = in_turn({"sum": lambda: jax.block_until_ready(total(data))}, rounds=rounds)["sum"]
+    return data.nbytes / float(seconds.min())
+
+
+def step_bytes(target: Llama, tokens: int) -> float:
+    """Bytes of weights that a step of `tokens` tokens reads: all, but only a token's rows of an untied embedding.
+
+    Of routed experts, those that are expected to be awake.
+    """
+    experts = target.config.experts
+    total = 0.0
+    for path, value in nnx.to_flat_state(nnx.state(target)):
+        size = float(weight_bytes(value.get_value()))
+        if path[0] == "embedding" and target.head is not None:
+            size *= min(1.0, tokens / target.config.vocab_size)
+        elif experts is not None and path[-1] in ("gate_up", "down", "gate_up_bias", "down_bias"):
+            size *= expected_awake(experts.count, experts.per_token, tokens) / experts.count
+        total += size
+    return total
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Step:
+    """One compiled step that is called again and again at the same place; its cache is updated in place."""
+
+    program: Callable[..., Any]
+    weights: Any
+    caches: Any
+    inputs: tuple[Array, ...]
+
+    def __call__(self) -> None:
+        out, self.caches = self.program(self.weights, self.caches, *self.inputs)
+        jax.block_until_ready((out, self.caches))
+
+
+def _at(cache: KVCache, length: int) -> KVCache:
+    return cache.rollback(jnp.full_like(cache.lengths, length))
+
+
+def verify_step(target: Llama, *, tokens: int, batch: int, context: int, layer_ids: Sequence[int] = ()) -> _Step:
+    """T_verify(tokens), and T_1 for one token: target forward of a block behind `context` committed tokens."""
+    graph, weights = nnx.split(target)
+
+    def run(weights: Any, cache: KVCache, block: Array) -> tuple[Any, KVCache]:
+        model = nnx.merge(graph, weights)
+        x, features, cache = model.hidden(block, layer_ids=layer_ids, cache=cache)
+        return (jnp.argmax(model.logits(x), axis=0), features), cache
+
+    capacity = -(-(context + tokens) // 64) * 64
+    cache = _at(target.make_cache(batch=batch, capacity=capacity, block=tokens), context)
+    block = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32) % target.config.vocab_size, (batch, tokens))
+    program = jax.jit(run, donate_argnums=1).lower(weights, cache, block).compile()
+    return _Step(program=program, weights=weights, caches=cache, inputs=(block,))
+
+
+def draft_step(target: Llama, draft: Draft, *, block_size: int, batch: int, context: int) -> _Step:
+    """T_draft(block_size): proposing a block, LM head included, and taking in the last block's features."""
+    graphs, weights = zip(nnx.split(target), nnx.split(draft), strict=True)
+    hidden, ids = target.config.hidden_size, draft.config.target_layer_ids
+
+    def run(weights: Any, cache: KVCache, block: Array, features: Array) -> tuple[Array, KVCache]:
+        target, draft = (nnx.merge(g, w) for g, w in zip(graphs, weights, strict=True))
+        x = draft.block(target.embed(block).astype(draft.dtype), cache)
+        slots = x.reshape(hidden, batch, block_size)[:, :, 1:].reshape(hidden, -1)
+        drafted = jnp.argmax(target.logits(slots.astype(target.dtype)), axis=0)
+        return drafted, draft.append_context([features] * len(ids), cache)
+
+    capacity = -(-(context + block_size) // 64) * 64
+    cache = _at(draft.make_cache(batch=batch, capacity=capacity, block=block_size), context)
+    block = jnp.full((batch, block_size), draft.config.mask_token_id, jnp.int32)
+    features = jnp.ones((hidden, batch * block_size), target.dtype)
+    program = jax.jit(run, donate_argnums=1).lower(weights, cache, block, features).compile()
+    return _Step(program=program, weights=weights, caches=cache, inputs=(block, features))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class StepTimes:
+    """The three terms of the cost model, median seconds, measured in turn."""
+
+    step_s: float
+    verify_s: dict[int, float]
+    draft_s: dict[int, float]
+    context: int
+    batch: int
+
+    def block_ratio(self, block_size: int) -> float:
+        """(T_verify(S) + T_draft(S)) / T_1: what a block costs in one-token steps; a speed-up of 1 needs that many."""
+        return (self.verify_s[block_size] + self.draft_s[block_size]) / self.step_s
+
+
+def time_steps(
+    target: Llama,
+    draft: Draft,
+    block_sizes: Sequence[int],
+    *,
+    verify_sizes: Sequence[int] = (),
+    batch: int = 1,
+    context: int = 256,
+    rounds: int = 15,
+) -> StepTimes:
+    """T_1, T_verify(S) for block and verify sizes, T_draft(S) for block sizes, at `context` committed tokens."""
+    ids = draft.config.target_layer_ids
+    verify = partial(verify_step, target, batch=batch, context=context)
+    timed: dict[str, Timed] = {"step": verify(tokens=1)}
+    for size in sorted({*block_sizes, *verify_sizes}):
+        timed[f"verify {size}"] = verify(tokens=size, layer_ids=ids)
+    for size in block_sizes:
+        timed[f"draft {size}"] = draft_step(target, draft, block_size=size, batch=batch, context=context)
+    medians = {name: float(np.median(s)) for name, s in in_turn(timed, rounds=rounds).items()}
+    return StepTimes(
+        step_s=medians["step"],
+        verify_s={int(n.split()[1]): s for n, s in medians.items() if n.startswith("verify")},
+        draft_s={int(n.split()[1]): s for n, s in medians.items() if n.startswith("draft")},
+        context=context,
+        batch=batch,
+    )

@@ -1,0 +1,181 @@
+"""One benchmark case: greedy decoding and DFlash decoding of the same prompts, in turn, round by round.
+
+A round decodes every group of prompts (a batch each) greedily, then with the draft. Both clocks run from after prefill
+to the last token; the first draft call is inside. The tokens of both are compared in every round.
+"""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from dflash import metrics
+from dflash.decoding.decode import check_request, compiled_decoder, prefill, read_state
+from dflash.decoding.loop import Decoder, State
+from dflash.decoding.script import ScriptedDraft
+from dflash.gate import status
+from dflash.measure import StepTimes, ratio_interval
+from dflash.models.draft import Draft
+from dflash.models.llama import Llama
+
+Rows = list[list[int]]
+
+
+def first_divergence(expected: Sequence[Rows], got: Sequence[Rows]) -> dict[str, int] | None:
+    """Where the first row differs (prompt and token, from 0), over groups of rows; None when all are equal."""
+    pairs = zip([r for g in expected for r in g], [r for g in got for r in g], strict=True)
+    for prompt, (a, b) in enumerate(pairs):
+        if a != b:
+            places = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+            return {"prompt": prompt, "token": next(places, min(len(a), len(b)))}
+    return None
+
+
+class PairedRun:
+    """The rounds of one case. `groups` are batches of token id prompts, all of one size.
+
+    `scripted` replaces the draft's proposals so that exactly that many are accepted in every block. With `baseline`
+    False nothing is compared, and the case's status says so.
+    """
+
+    def __init__(
+        self,
+        target: Llama,
+        draft: Draft,
+        groups: Sequence[Rows],
+        *,
+        mode: str,
+        block_size: int,
+        max_new_tokens: int,
+        stop_token_ids: Sequence[int] = (),
+        scripted: int | None = None,
+        baseline: bool = True,
+    ):
+        self.target, self.draft, self.mode = target, draft, mode
+        self.block_size, self.max_new_tokens, self.with_baseline = block_size, max_new_tokens, baseline
+        longest = max(len(p) for g in groups for p in g)
+        shape = (len(groups[0]), -(-longest // 32) * 32)
+        # Room for one block more than the budget: a scripted draft needs to know what follows it.
+        self.greedy = compiled_decoder(target, None, "greedy", 1, *shape, max_new_tokens + block_size)
+        self.dflash = compiled_decoder(target, draft, mode, block_size, *shape, max_new_tokens)
+
+        def request(prompts: Rows, draft: Any, mode: str, budget: int) -> Any:
+            return check_request(
+                target,
+                draft,
+                prompts,
+                mode=mode,
+                block_size=block_size,
+                max_new_tokens=budget,
+                stop_token_ids=stop_token_ids,
+                temperature=0.0,
+                allow_larger_block=False,
+            )
+
+        self._greedy_requests = [request(g, None, "greedy", max_new_tokens) for g in groups]
+        proposers: list[Any] = [draft] * len(groups)
+        if scripted is not None:
+            longer = [request(g, None, "greedy", max_new_tokens + block_size) for g in groups]
+            outputs = [read_state(self.greedy.steps(prefill(self.greedy, r)))[0] for r in longer]
+            proposers = [ScriptedDraft(draft=draft, outputs=rows, accept_len=scripted) for rows in outputs]
+        self._requests = [
+            request(g, proposer, mode, max_new_tokens) for g, proposer in zip(groups, proposers, strict=True)
+        ]
+        self._ready: list[State] = []
+        self.baseline_s: list[list[float]] = []
+        self.dflash_s: list[list[float]] = []
+        self.prefill_s: list[float] = []
+        self.divergence: dict[str, int] | None = None
+        self._expected: list[Rows] = []
+        self._outcome: list[tuple[Rows, Rows, Rows]] = []
+
+    def baseline_round(self) -> None:
+        """Decodes every group greedily, and reads the prompts for the round that follows."""
+        states, seconds = self._decode(self.greedy, [prefill(self.greedy, r) for r in self._greedy_requests])
+        if self.with_baseline:
+            self.baseline_s.append(seconds)
+            self._expected = [read_state(s)[0] for s in states]
+        self._ready = []
+        for request in self._requests:
+            start = time.perf_counter()
+            self._ready.append(prefill(self.dflash, request))
+            self.prefill_s.append(time.perf_counter() - start)
+
+    def dflash_round(self) -> None:
+        """Decodes every group with the draft. The caller's clock may run around this: prefill is done."""
+        states, seconds = self._decode(self.dflash, self._ready)
+        self.dflash_s.append(seconds)
+        self._ready = []
+        self._outcome = [read_state(s) for s in states]
+        if self.with_baseline and self.divergence is None:
+            self.divergence = first_divergence(self._expected, [tokens for tokens, _, _ in self._outcome])
+
+    @staticmethod
+    def _decode(decoder: Decoder, states: Sequence[State]) -> tuple[list[State], list[float]]:
+        done, seconds = [], []
+        for state in states:
+            start = time.perf_counter()
+            done.append(decoder.steps(state))
+            seconds.append(time.perf_counter() - start)
+        return done, seconds
+
+    def info(self, rounds: int, steps: StepTimes | None = None) -> dict[str, Any]:
+        """The case's figures over its last `rounds` rounds (warm-up comes before), by the names in `metrics`."""
+        accepted = [row for _, rows, _ in self._outcome for row in rows]
+        produced = [row for _, _, rows in self._outcome for row in rows]
+        dflash_s = np.array(self.dflash_s[-rounds:])
+        # A batch takes as many steps as its longest row.
+        longest = sum(max(map(sum, rows)) for _, _, rows in self._outcome)
+        total_s = float(np.median(dflash_s.sum(axis=1)))
+        lengths = [len(p) for r in self._requests for p in r.prompts]
+        info: dict[str, Any] = {
+            "mode": self.mode,
+            "block_size": self.block_size,
+            "batch_size": len(self._requests[0].prompts),
+            "num_prompts": len(lengths),
+            "prompt_len": max(lengths),
+            "prompt_len_mean": sum(lengths) / len(lengths),
+            "max_new_tokens": self.max_new_tokens,
+            "dtype": str(self.target.dtype),
+            **metrics.acceptance(accepted, self.block_size),
+            "num_output_tokens": metrics.output_tokens(produced),
+            "tok_s_total": metrics.throughput(produced, total_s),
+            "ttft_ms": 1000 * float(np.median(self.prefill_s)),
+            "tpot_ms": 1000 * total_s / longest if longest else None,
+            "compile_s": self.dflash.compile_s,
+            "rounds": len(dflash_s),
+            "baseline_tok_s_total": None,
+            "baseline_tpot_ms": None,
+            "speedup_x": None,
+            "speedup_x_ci95": None,
+            "lossless": None,
+            "first_divergence": self.divergence,
+        }
+        if self.with_baseline:
+            baseline_s = np.array(self.baseline_s[-rounds:])
+            greedy_s = float(np.median(baseline_s.sum(axis=1)))
+            ratio, low, high = ratio_interval(baseline_s, dflash_s)
+            info |= {
+                "baseline_tok_s_total": metrics.throughput(produced, greedy_s),
+                "baseline_tpot_ms": 1000 * greedy_s / longest if longest else None,
+                "speedup_x": ratio if longest else None,
+                "speedup_x_ci95": [low, high],
+                "lossless": self.divergence is None,
+            }
+        if steps is not None:
+            info |= self._prediction(steps, accepted, produced)
+        return metrics.finite(info | {"status": status(info)})
+
+    def _prediction(self, steps: StepTimes, accepted: Rows, produced: Rows) -> dict[str, Any]:
+        """The cost model's speed-up from the terms timed alone, with the tokens that blocks really emitted."""
+        blocks = sum(map(len, produced))
+        if not blocks:
+            return {"predicted_speedup_x": None, "predicted_block_ratio": None}
+        ratio = steps.block_ratio(self.block_size)
+        if self.mode == "cached_sequential_verify":
+            # One target step per token that is looked at, the refused one included.
+            looked_at = sum(a + 1 for row in accepted for a in row) / blocks
+            ratio = looked_at + steps.draft_s[self.block_size] / steps.step_s
+        emitted = sum(map(sum, produced)) / blocks
+        return {"predicted_speedup_x": emitted / ratio, "predicted_block_ratio": ratio}

@@ -1,0 +1,59 @@
+"""Tables for people: the speed-ups of a run, and the terms that explain them. Text only, no jax."""
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns as wide as they must be; the first is flush left, the others right."""
+    widths = [max(len(r[i]) for r in (header, *rows)) for i in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        first, *rest = (c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True)))
+        return "  ".join([first, *rest]).rstrip()
+
+    return [line(header), line(["-" * w for w in widths]), *map(line, rows)]
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return "n/a" if value is None else f"{value:.{digits}f}"
+
+
+def speedup_table(cases: Sequence[dict[str, Any]]) -> list[str]:
+    """One line a case: what was accepted, how fast both were, the speed-up with its interval, what the terms predict."""
+    header = ["case", "accepted", "of", "tok/s", "greedy", "speed-up", "95% interval", "predicted", "verdict"]
+    rows = []
+    for c in cases:
+        interval = c["speedup_x_ci95"]
+        rows.append(
+            [
+                c["case"],
+                _number(c["accept_len_mean"]),
+                str(c["block_size"] - 1),
+                _number(c["tok_s_total"], 1),
+                _number(c["baseline_tok_s_total"], 1),
+                _number(c["speedup_x"]) + ("x" if c["speedup_x"] is not None else ""),
+                "n/a" if interval is None else f"{interval[0]:.2f} to {interval[1]:.2f}",
+                _number(c.get("predicted_speedup_x")),
+                c["status"] + (", lossless" if c["lossless"] else ""),
+            ]
+        )
+    return _table(header, rows)
+
+
+def step_table(info: dict[str, Any]) -> list[str]:
+    """The terms beside the floor (bytes of weights over measured bandwidth), and what each block size needs."""
+    one = info["step_ms"]
+    rows = [["T_1", _number(one, 1), "1.00", _number(info["floor_ms"]["1"], 1), _number(one / info["floor_ms"]["1"]), ""]]
+    for size, ms in info["verify_ms"].items():
+        floor = info["floor_ms"][size]
+        rows.append([f"T_verify({size})", _number(ms, 1), _number(ms / one), _number(floor, 1), _number(ms / floor), ""])
+    for size, ms in info["draft_ms"].items():
+        need = (info["verify_ms"][size] + ms) / one
+        rows.append([f"T_draft({size})", _number(ms, 1), _number(ms / one), "", "", _number(need)])
+    header = ["step", "ms", "/ T_1", "floor ms", "/ floor", "break-even acceptance_length"]
+    facts = (
+        f"{info['device_kind']}, {info['dtype']}, batch {info['batch_size']}, context {info['context']}; memory read at "
+        f"{info['bandwidth_gb_s']:.1f} GB/s"
+    )
+    return [facts, *_table(header, rows)]
