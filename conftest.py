@@ -172,3 +172,15 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         json_file = getattr(config.option, "benchmark_json", None)
         if json_file is not None:
             terminalreporter.write_line(f"every figure: {json_file.name}")
+
+
+@pytest.fixture
+def record_case(pytestconfig: pytest.Config) -> Any:
+    """Keeps a case for the summary."""
+    return pytestconfig.stash[RESULTS].cases.append
+
+
+@pytest.fixture
+def record_step(pytestconfig: pytest.Config) -> Any:
+    """Keeps the terms of a step for the summary."""
+    return pytestconfig.stash[RESULTS].steps.append

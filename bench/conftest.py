@@ -1,0 +1,152 @@
+"""What every benchmark shares: target, draft, prompts, and where results go."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from dflash import init_draft, load_draft, load_target, load_tokenizer
+from dflash.config import ConfigError
+from dflash.decoding.decode import RequestError
+from dflash.device import device_facts
+from dflash.measure import StepTimes, time_steps
+from dflash.models.draft import Draft
+from dflash.models.llama import Llama
+from dflash.prompts import exact_length_prompts, load_prompts
+from dflash.weights.huggingface import WeightsError, snapshot_hash
+from dflash.weights.load import target_directory
+from dflash.weights.smollm2 import SnapshotError
+
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """One line of the speed-up table. `scripted` None decodes with the draft's own proposals."""
+
+    mode: str
+    block_size: int
+    max_new_tokens: int
+    proposer: str
+    scripted: int | None
+
+    @property
+    def id(self) -> str:
+        return f"{self.mode}-b{self.block_size}-n{self.max_new_tokens}-{self.proposer}"
+
+
+def _cases(config: pytest.Config) -> list[Case]:
+    """mode x block size x budget: the draft itself, and scripted acceptances, which show the machine's ceiling."""
+    own = "draft" if config.option.draft else "untrained"
+    cases = []
+    for block in config.option.block_sizes:
+        scripts = [(f"a{a}", a) for a in ([block - 1] if config.option.draft else [(block - 1) // 2, block - 1])]
+        plans = [("block", [(own, None), *scripts]), ("seq", [(own, None), scripts[-1]])]
+        for budget in config.option.max_new_tokens:
+            for mode, proposers in plans:
+                cases += [
+                    Case(mode=mode, block_size=block, max_new_tokens=budget, proposer=name, scripted=a)
+                    for name, a in proposers
+                ]
+    return cases
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "case" in metafunc.fixturenames:
+        cases = _cases(metafunc.config)
+        metafunc.parametrize("case", cases, ids=[c.id for c in cases])
+
+
+def _or_usage_error(load: Callable[[], Any]) -> Any:
+    """A user's mistake is one sentence, not a traceback."""
+    try:
+        return load()
+    except (ConfigError, WeightsError, SnapshotError, RequestError) as error:
+        pytest.exit(str(error), returncode=pytest.ExitCode.USAGE_ERROR)
+
+
+@pytest.fixture(scope="session")
+def target(device: jax.Device, pytestconfig: pytest.Config) -> Llama:
+    options = pytestconfig.option
+    return _or_usage_error(lambda: load_target(options.target, options.dtype))
+
+
+@pytest.fixture(scope="session")
+def draft(target: Llama, pytestconfig: pytest.Config) -> Draft:
+    options = pytestconfig.option
+    if options.draft:
+        return _or_usage_error(lambda: load_draft(options.draft, target))
+    largest = max(options.block_sizes)
+    return _or_usage_error(lambda: init_draft(target, num_layers=options.draft_layers, block_size=largest))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Workload:
+    """Groups of prompts, a batch each, and what identifies them."""
+
+    groups: list[list[list[int]]]
+    stop_token_ids: tuple[int, ...]
+    facts: dict[str, Any]
+
+    @property
+    def mean_len(self) -> int:
+        lengths = [len(p) for g in self.groups for p in g]
+        return sum(lengths) // len(lengths)
+
+
+@pytest.fixture(scope="session")
+def workload(target: Llama, pytestconfig: pytest.Config) -> Workload:
+    options = pytestconfig.option
+    count, length, batch = options.num_prompts, options.prompt_len, options.batch_size
+    if count % batch:
+        pytest.exit(f"--num-prompts {count} must be a multiple of --batch-size {batch}", pytest.ExitCode.USAGE_ERROR)
+    stops: tuple[int, ...] = ()
+    facts: dict[str, Any] = {"prompts": options.prompts}
+    if options.prompts == "random":
+        rng = np.random.default_rng(0)
+        prompts = rng.integers(0, target.config.vocab_size, (count, length or 64)).tolist()
+    else:
+        try:
+            tokenizer = load_tokenizer(options.target)
+            stops = tokenizer.stop_token_ids
+            prompt_set = load_prompts(options.prompts).take(count)
+            facts["prompts_sha256"] = prompt_set.sha256
+            prompts = exact_length_prompts(tokenizer, length, count, 0) if length else prompt_set.encode(tokenizer)
+        except (ValueError, ImportError) as error:
+            pytest.exit(str(error), pytest.ExitCode.USAGE_ERROR)
+    if len(prompts) < count:
+        pytest.exit(f"{options.prompts} has {len(prompts)} prompts, --num-prompts asks {count}",
+                    pytest.ExitCode.USAGE_ERROR)
+    groups = [prompts[i : i + batch] for i in range(0, count, batch)]
+    return Workload(groups=groups, stop_token_ids=stops, facts=facts)
+
+
+@pytest.fixture(scope="session")
+def facts(device: jax.Device, workload: Workload, pytestconfig: pytest.Config) -> dict[str, Any]:
+    """What identifies a run in its results: device, versions, hashes."""
+    options = pytestconfig.option
+    return {
+        **device_facts(device),
+        "jax": jax.__version__,
+        "target": options.target,
+        "target_sha256": snapshot_hash(target_directory(options.target)),
+        "draft": options.draft or f"untrained, {options.draft_layers} layers, seed 0",
+        "draft_sha256": snapshot_hash(options.draft) if options.draft else None,
+        "run_name": options.run_name or None,
+        **workload.facts,
+    }
+
+
+@pytest.fixture(scope="session")
+def steps_of(target: Llama, draft: Draft, workload: Workload) -> Callable[[int, int], StepTimes]:
+    """The cost model's terms for a block size, half-way through a decode of that budget; timed once each."""
+
+    @functools.cache
+    def steps(block_size: int, max_new_tokens: int) -> StepTimes:
+        context = workload.mean_len + max_new_tokens // 2
+        return time_steps(target, draft, [block_size], batch=len(workload.groups[0]), context=context)
+
+    return steps

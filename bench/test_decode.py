@@ -1,0 +1,64 @@
+"""How much faster is decoding with the draft than greedy decoding, and are the tokens the same?
+
+One test a case: mode x block size x token budget x proposer. Each round decodes all prompts greedily, then with the
+draft; pytest-benchmark's seconds are those of DFlash, and `extra_info` carries the rest (dflash/metrics.py). A case
+whose tokens differ fails: a speed-up without proven equality is worth nothing.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from dflash.gate import Floors, failures
+from dflash.measure import StepTimes
+from dflash.models.draft import Draft
+from dflash.models.llama import Llama
+from dflash.paired import PairedRun
+
+
+def _floors(config: pytest.Config, case: Any) -> Floors:
+    """Scripted cases are held to the cost model; a draft's own to what the user asks for."""
+    if case.scripted is not None:
+        return Floors(predicted_share=0.9 if case.mode == "block" else None)
+    speedup, acceptance = config.option.min_speedup, config.option.min_acceptance_length
+    return Floors(
+        speedup_x=float(speedup) if speedup and case.mode == "block" else None,
+        acceptance_length=float(acceptance) if acceptance else None,
+    )
+
+
+@pytest.mark.benchmark(group="decode")
+def test_decode(
+    benchmark: BenchmarkFixture,
+    case: Any,
+    target: Llama,
+    draft: Draft,
+    workload: Any,
+    facts: dict[str, Any],
+    steps_of: Callable[[int, int], StepTimes],
+    record_case: Callable[[dict[str, Any]], None],
+    pytestconfig: pytest.Config,
+) -> None:
+    options = pytestconfig.option
+    run = PairedRun(
+        target,
+        draft,
+        workload.groups,
+        mode={"block": "cached_block_verify", "seq": "cached_sequential_verify"}[case.mode],
+        block_size=case.block_size,
+        max_new_tokens=case.max_new_tokens,
+        stop_token_ids=workload.stop_token_ids,
+        scripted=case.scripted,
+        baseline=options.also_run_baseline in ("1", "true"),
+    )
+    steps = steps_of(case.block_size, case.max_new_tokens)
+    benchmark.pedantic(run.dflash_round, setup=run.baseline_round, rounds=options.rounds, warmup_rounds=1)
+    info = run.info(options.rounds, steps) | facts | {"case": case.id, "proposer": case.proposer}
+    benchmark.extra_info.update(info)
+    record_case(info)
+    if info["status"] == "no-baseline":
+        return
+    said = failures(info, _floors(pytestconfig, case))
+    assert not said, "; ".join(said)
