@@ -45,31 +45,82 @@ def _option(group: pytest.OptionGroup, name: str, env: str, default: str, text: 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("dflash", "DFlash decoding and its measurement")
     _option(group, "--run-on", "DFLASH_RUN_ON", "tpu", "device that tests/tpu and bench run on", choices=KINDS)
-    _option(group, "--require-device", "DFLASH_REQUIRE_DEVICE", "", "fail, instead of skipping, without this device",
-            choices=("", *KINDS))
-    _option(group, "--target", "TEACHER_SNAPSHOT_DIR", "smollm2-135m", "target: a snapshot directory, or smollm2-135m",
-            metavar="DIR")
-    _option(group, "--draft", "DRAFT_RUN_DIR", "", "draft: a DFlashDraftModel directory; without one an untrained draft",
-            metavar="DIR")
+    _option(
+        group,
+        "--require-device",
+        "DFLASH_REQUIRE_DEVICE",
+        "",
+        "fail, instead of skipping, without this device",
+        choices=("", *KINDS),
+    )
+    _option(
+        group,
+        "--target",
+        "TEACHER_SNAPSHOT_DIR",
+        "smollm2-135m",
+        "target: a snapshot directory, or smollm2-135m",
+        metavar="DIR",
+    )
+    _option(
+        group,
+        "--draft",
+        "DRAFT_RUN_DIR",
+        "",
+        "draft: a DFlashDraftModel directory; without one an untrained draft",
+        metavar="DIR",
+    )
     _option(group, "--draft-layers", "DFLASH_DRAFT_LAYERS", "2", "layers of the untrained draft", type=int, metavar="N")
     _option(group, "--dtype", "DFLASH_DTYPE", "float32", "dtype of computation", choices=("float32", "bfloat16"))
-    _option(group, "--prompts", "DFLASH_PROMPTS", "builtin",
-            "prompts: builtin[:category], humaneval, FILE.jsonl, hf:NAME, or random", metavar="SOURCE")
+    _option(
+        group,
+        "--prompts",
+        "DFLASH_PROMPTS",
+        "builtin",
+        "prompts: builtin[:category], humaneval, FILE.jsonl, hf:NAME, or random",
+        metavar="SOURCE",
+    )
     _option(group, "--num-prompts", "DFLASH_NUM_PROMPTS", "4", "prompts of a round", type=int, metavar="N")
-    _option(group, "--prompt-len", "DFLASH_PROMPT_LEN", "0", "exact prompt length in tokens; 0 leaves them", type=int,
-            metavar="N")
+    _option(
+        group,
+        "--prompt-len",
+        "DFLASH_PROMPT_LEN",
+        "0",
+        "exact prompt length in tokens; 0 leaves them",
+        type=int,
+        metavar="N",
+    )
     _option(group, "--batch-size", "DFLASH_BATCH_SIZE", "1", "prompts decoded together", type=int, metavar="N")
-    _option(group, "--block-sizes", "BLOCK_SIZES", "8", "block sizes, the anchor included", type=_integers,
-            metavar="N,N")
+    _option(
+        group, "--block-sizes", "BLOCK_SIZES", "8", "block sizes, the anchor included", type=_integers, metavar="N,N"
+    )
     _option(group, "--max-new-tokens", "MAX_NEW_TOKENS_LIST", "64", "token budgets", type=_integers, metavar="N,N")
-    _option(group, "--rounds", "DFLASH_ROUNDS", "5", "timed rounds of each case, after one of warm-up", type=int,
-            metavar="N")
-    _option(group, "--also-run-baseline", "ALSO_RUN_BASELINE", "1", "0 leaves greedy out: no speed-up, no proof",
-            choices=("0", "1", "false", "true"))
+    _option(
+        group,
+        "--rounds",
+        "DFLASH_ROUNDS",
+        "5",
+        "timed rounds of each case, after one of warm-up",
+        type=int,
+        metavar="N",
+    )
+    _option(
+        group,
+        "--also-run-baseline",
+        "ALSO_RUN_BASELINE",
+        "1",
+        "0 leaves greedy out: no speed-up, no proof",
+        choices=("0", "1", "false", "true"),
+    )
     _option(group, "--run-name", "RUN_NAME", "", "name kept in the results", metavar="NAME")
     _option(group, "--min-speedup", "DFLASH_MIN_SPEEDUP", "", "fail a draft's block cases under this", metavar="X")
-    _option(group, "--min-acceptance-length", "DFLASH_MIN_ACCEPTANCE_LENGTH", "", "fail a draft's cases under this",
-            metavar="X")
+    _option(
+        group,
+        "--min-acceptance-length",
+        "DFLASH_MIN_ACCEPTANCE_LENGTH",
+        "",
+        "fail a draft's cases under this",
+        metavar="X",
+    )
 
 
 def _tpu_selected(config: pytest.Config) -> bool:
@@ -142,7 +193,7 @@ def _extras_required() -> bool:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
-    item: pytest.Item, call: pytest.CallInfo[None]
+    item: pytest.Item,
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """In CI a comparison that could not be made is a failure: a green run must mean that it was made."""
     outcome = yield

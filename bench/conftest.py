@@ -16,11 +16,11 @@ from dflash.device import device_facts
 from dflash.measure import StepTimes, time_steps
 from dflash.models.draft import Draft
 from dflash.models.llama import Llama
-from dflash.prompts import exact_length_prompts, load_prompts
+from dflash.prompts import PromptError, exact_length_prompts, load_prompts
+from dflash.tokenizer import TokenizerError
 from dflash.weights.huggingface import WeightsError, snapshot_hash
 from dflash.weights.load import target_directory
 from dflash.weights.smollm2 import SnapshotError
-
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,11 +115,12 @@ def workload(target: Llama, pytestconfig: pytest.Config) -> Workload:
             prompt_set = load_prompts(options.prompts).take(count)
             facts["prompts_sha256"] = prompt_set.sha256
             prompts = exact_length_prompts(tokenizer, length, count, 0) if length else prompt_set.encode(tokenizer)
-        except (ValueError, ImportError) as error:
+        except (PromptError, TokenizerError, ImportError) as error:
             pytest.exit(str(error), pytest.ExitCode.USAGE_ERROR)
     if len(prompts) < count:
-        pytest.exit(f"{options.prompts} has {len(prompts)} prompts, --num-prompts asks {count}",
-                    pytest.ExitCode.USAGE_ERROR)
+        pytest.exit(
+            f"{options.prompts} has {len(prompts)} prompts, --num-prompts asks {count}", pytest.ExitCode.USAGE_ERROR
+        )
     groups = [prompts[i : i + batch] for i in range(0, count, batch)]
     return Workload(groups=groups, stop_token_ids=stops, facts=facts)
 

@@ -38,9 +38,7 @@ def test_step(
         f"verify {s}": verify_step(target, tokens=s, batch=batch, context=context, layer_ids=ids)
         for s in sorted({*SIZES, *blocks})
     }
-    others |= {
-        f"draft {s}": draft_step(target, draft, block_size=s, batch=batch, context=context) for s in blocks
-    }
+    others |= {f"draft {s}": draft_step(target, draft, block_size=s, batch=batch, context=context) for s in blocks}
     one = verify_step(target, tokens=1, batch=batch, context=context)
     taken: list[dict[str, float]] = []
 

@@ -32,8 +32,10 @@ def open_device(kind: str) -> jax.Device:
             "the TPU is held by another process (a TPU belongs to one process at a time): end that process, then run "
             f"again; jax says: {text[:200]}"
         )
-    raise DeviceError(f"no {kind} can be opened here: run on another device (--run-on), or install jax for {kind}; "
-                      f"jax says: {text[:200]}")
+    raise DeviceError(
+        f"no {kind} can be opened here: run on another device (--run-on), or install jax for {kind}; "
+        f"jax says: {text[:200]}"
+    )
 
 
 def device_facts(device: jax.Device) -> dict[str, Any]:

@@ -18,6 +18,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
+
+class PromptError(ValueError):
+    """A prompt source that can't be used: the rule, what came, and what to do."""
+
+
 ROLES = ("system", "developer", "user", "assistant")
 # The wording behind the published DFlash figures: acceptance on other words can't be compared with them.
 HUMANEVAL_REQUEST = (
@@ -42,19 +47,19 @@ class Prompt:
     def __post_init__(self) -> None:
         for name, value in (("id", self.id), ("category", self.category)):
             if not isinstance(value, str) or not value.strip():
-                raise ValueError(f"{name} is text that isn't blank; got {value!r:.60}")
+                raise PromptError(f"{name} is text that isn't blank; got {value!r:.60}")
         for message in self.messages:
             if not isinstance(message, dict) or set(message) != {"role", "content"}:
-                raise ValueError(f"a message is an object of role and content, nothing else; got {message!r:.60}")
+                raise PromptError(f"a message is an object of role and content, nothing else; got {message!r:.60}")
             if message["role"] not in ROLES:
-                raise ValueError(f"a role is one of {', '.join(ROLES)}; got {message['role']!r:.60}")
+                raise PromptError(f"a role is one of {', '.join(ROLES)}; got {message['role']!r:.60}")
             if not isinstance(message["content"], str) or not message["content"].strip():
-                raise ValueError(
+                raise PromptError(
                     f"what a message or prompt says is text that isn't blank; got {message['content']!r:.60}"
                 )
         if not self.messages or self.messages[-1]["role"] != "user":
             came = self.messages[-1]["role"] if self.messages else "no message"
-            raise ValueError(f"the last message is the user's, since it is to be answered; got {came}")
+            raise PromptError(f"the last message is the user's, since it is to be answered; got {came}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,10 +71,10 @@ class PromptSet:
 
     def __post_init__(self) -> None:
         if not self.prompts:
-            raise ValueError(f"a prompt set needs at least one prompt; {self.name} has none")
+            raise PromptError(f"a prompt set needs at least one prompt; {self.name} has none")
         times = collections.Counter(prompt.id for prompt in self.prompts)
         if twice := [each for each, n in times.items() if n > 1]:
-            raise ValueError(f"an id occurs once in a prompt set; more than once in {self.name}: {', '.join(twice)}")
+            raise PromptError(f"an id occurs once in a prompt set; more than once in {self.name}: {', '.join(twice)}")
 
     @property
     def sha256(self) -> str:
@@ -80,10 +85,10 @@ class PromptSet:
     def take(self, n: int, seed: int | None = None) -> "PromptSet":
         """`n` of the prompts: one of each category in turn or, given a seed, the first of a shuffle.
 
-        The shuffle is that of the reference benchmark, whose seed is 42. ValueError if the set has fewer than `n`.
+        The shuffle is that of the reference benchmark, whose seed is 42. PromptError if the set has fewer than `n`.
         """
         if not 1 <= n <= len(self.prompts):
-            raise ValueError(f"take 1 to {len(self.prompts)} prompts, which is all that {self.name} has; got {n}")
+            raise PromptError(f"take 1 to {len(self.prompts)} prompts, which is all that {self.name} has; got {n}")
         if seed is not None:
             order = list(self.prompts)
             random.Random(seed).shuffle(order)
@@ -98,13 +103,15 @@ class PromptSet:
     def encode(self, tokenizer: ChatTokenizer, max_prompt_len: int | None = None) -> list[list[int]]:
         """Token ids of each prompt, with the chat template, up to where the answer begins.
 
-        `max_prompt_len` is in tokens; ValueError names all prompts above it. Cutting would ask another thing.
+        `max_prompt_len` is in tokens; PromptError names all prompts above it. Cutting would ask another thing.
         """
         rows = [tokenizer.encode_chat(list(prompt.messages)) for prompt in self.prompts]
         lengths = {prompt.id: len(row) for prompt, row in zip(self.prompts, rows, strict=True)}
         if max_prompt_len is not None and max(lengths.values()) > max_prompt_len:
             long = ", ".join(f"{each} ({n})" for each, n in lengths.items() if n > max_prompt_len)
-            raise ValueError(f"a prompt has at most {max_prompt_len} tokens; got {long}: allow more or leave these out")
+            raise PromptError(
+                f"a prompt has at most {max_prompt_len} tokens; got {long}: allow more or leave these out"
+            )
         return rows
 
 
@@ -113,7 +120,7 @@ def load_prompts(source: str) -> PromptSet:
 
     `builtin` or `builtin:maths`; `humaneval`; a path ending in .jsonl, whose lines are {"prompt": text} or
     {"messages": [...]} with an optional id and category; `hf:NAME[:config][:split][:field]`, where split is `test` and
-    field `prompt` if left out or empty. ValueError for any other source, and for one with faults: all of them at once,
+    field `prompt` if left out or empty. PromptError for any other source, and for one with faults: all of them at once,
     by line. ImportError, with the command that helps, for a package that isn't installed.
     """
     kind, _, rest = source.partition(":")
@@ -122,13 +129,13 @@ def load_prompts(source: str) -> PromptSet:
     if source.endswith(".jsonl"):
         path = Path(source).expanduser()
         if not path.is_file():
-            raise ValueError(f"a path to prompts names a file; there is none at {source}")
+            raise PromptError(f"a path to prompts names a file; there is none at {source}")
         return _gather(source, "line", _lines(path.read_bytes()), _json_object, category="file")
     if source == "humaneval":
         return _humaneval()
     if source == "builtin" or (kind == "builtin" and rest):
         return _builtin(rest)
-    raise ValueError(
+    raise PromptError(
         "prompts come from builtin[:category], humaneval, PATH.jsonl or hf:NAME[:config][:split][:field]; "
         f"got {source!r}"
     )
@@ -138,11 +145,11 @@ def exact_length_prompts(tokenizer: ChatTokenizer, length: int, count: int, seed
     """`count` different prompts of exactly `length` tokens each, [count][length] token ids, for sweeps over length.
 
     The front of the chat template; builtin prompts one after another, in an order drawn from the seed, cut to size; and
-    the end of the template wherever it leaves a token of text. ValueError if `length` has no room for text, or not
+    the end of the template wherever it leaves a token of text. PromptError if `length` has no room for text, or not
     enough for `count` different ones.
     """
     if count < 1:
-        raise ValueError(f"count is at least 1; got {count}")
+        raise PromptError(f"count is at least 1; got {count}")
     texts = [prompt.messages[-1]["content"] for prompt in _builtin("").prompts]
 
     def encode(text: str) -> list[int]:
@@ -153,7 +160,7 @@ def exact_length_prompts(tokenizer: ChatTokenizer, length: int, count: int, seed
     front = _common_prefix(rows)
     end = _common_prefix([row[len(front) :][::-1] for row in rows])[::-1]
     if length <= len(front):
-        raise ValueError(f"the chat template begins with {len(front)} tokens; got length={length}: use a greater one")
+        raise PromptError(f"the chat template begins with {len(front)} tokens; got length={length}: use a greater one")
     kept_end = end if length > len(front) + len(end) else []
     room = length - len(front) - len(kept_end)
 
@@ -175,7 +182,7 @@ def exact_length_prompts(tokenizer: ChatTokenizer, length: int, count: int, seed
         draws = (draw(random.Random(f"{seed} {index} {attempt}")) for attempt in range(1000))
         body = next((body for body in draws if body not in bodies), None)
         if body is None:
-            raise ValueError(
+            raise PromptError(
                 f"{length} tokens with this chat template leave {room} for text, which gives {len(bodies)} different "
                 f"prompts; got count={count}: use a smaller one or a greater length"
             )
@@ -191,7 +198,7 @@ def _builtin(category: str) -> PromptSet:
     prompts = tuple(prompt for prompt in every.prompts if prompt.category == category)
     if not prompts:
         known = ", ".join(dict.fromkeys(prompt.category for prompt in every.prompts))
-        raise ValueError(f"the categories of builtin are {known}; got {category!r}")
+        raise PromptError(f"the categories of builtin are {known}; got {category!r}")
     return PromptSet(name=f"builtin:{category}", prompts=prompts)
 
 
@@ -212,7 +219,7 @@ def _humaneval() -> PromptSet:
 def _hugging_face(source: str, rest: str) -> PromptSet:
     name, config, split, field, *more = [*rest.split(":"), "", "", ""]
     if not name or any(more):
-        raise ValueError(f"a Hugging Face data set is written hf:NAME[:config][:split][:field]; got {source!r}")
+        raise PromptError(f"a Hugging Face data set is written hf:NAME[:config][:split][:field]; got {source!r}")
     try:
         import datasets
     except ModuleNotFoundError:
@@ -221,10 +228,10 @@ def _hugging_face(source: str, rest: str) -> PromptSet:
         table = datasets.load_dataset(name, config or None, split=split or "test")
     # It raises what its many layers raise, and some of those quote the request with the user's token in it.
     except Exception as fault:
-        raise ValueError(f"could not load {source}: {type(fault).__name__}: {_without_tokens(str(fault))}") from None
+        raise PromptError(f"could not load {source}: {type(fault).__name__}: {_without_tokens(str(fault))}") from None
     field = field or "prompt"
     if field not in table.column_names:
-        raise ValueError(f"{source} has the fields {', '.join(table.column_names)}; got {field!r}")
+        raise PromptError(f"{source} has the fields {', '.join(table.column_names)}; got {field!r}")
 
     def row_of(value: Any) -> dict[str, Any]:
         return {"messages" if isinstance(value, list) else "prompt": value}
@@ -235,7 +242,7 @@ def _hugging_face(source: str, rest: str) -> PromptSet:
 def _gather(
     name: str, unit: str, numbered: Iterable[tuple[int, Any]], read: Callable[[Any], Any], category: str
 ) -> PromptSet:
-    """Makes a prompt of what `read` finds in each line or row; all their faults come in one ValueError."""
+    """Makes a prompt of what `read` finds in each line or row; all their faults come in one PromptError."""
     prompts: dict[str, Prompt] = {}
     found_at: dict[str, int] = {}
     faults = []
@@ -244,13 +251,13 @@ def _gather(
             row = read(line)
             prompt = _prompt_of(row, f"{unit}-{number}", category)
             if found_at.setdefault(prompt.id, number) != number:
-                raise ValueError(f"an id occurs once; {prompt.id} is already that of {unit} {found_at[prompt.id]}")
+                raise PromptError(f"an id occurs once; {prompt.id} is already that of {unit} {found_at[prompt.id]}")
         except ValueError as fault:
             faults.append(f"{unit} {number}: {fault}")
         else:
             prompts[prompt.id] = prompt
     if faults:
-        raise ValueError("\n  ".join([f"faults in {name} ({len(faults)}), to be mended or removed:", *faults]))
+        raise PromptError("\n  ".join([f"faults in {name} ({len(faults)}), to be mended or removed:", *faults]))
     return PromptSet(name=name, prompts=tuple(prompts.values()))
 
 
@@ -262,15 +269,15 @@ def _json_object(line: bytes) -> Any:
     try:
         return json.loads(line.decode("utf-8-sig"))
     except json.JSONDecodeError as fault:
-        raise ValueError(f"not JSON: {fault.msg} at column {fault.colno}") from None
+        raise PromptError(f"not JSON: {fault.msg} at column {fault.colno}") from None
 
 
 def _prompt_of(row: Any, own_id: str, category: str) -> Prompt:
     if not isinstance(row, dict) or ("prompt" in row) == ("messages" in row):
-        raise ValueError(f'an object with either "prompt" or "messages" is wanted; got {row!r:.60}')
+        raise PromptError(f'an object with either "prompt" or "messages" is wanted; got {row!r:.60}')
     messages = row["messages"] if "messages" in row else [{"role": "user", "content": row["prompt"]}]
     if not isinstance(messages, list):
-        raise ValueError(f'"messages" is a list; got {messages!r:.60}')
+        raise PromptError(f'"messages" is a list; got {messages!r:.60}')
     given = row.get("id", own_id)
     return Prompt(
         id=str(given) if type(given) is int else given, category=row.get("category", category), messages=tuple(messages)

@@ -9,8 +9,8 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(len(r[i]) for r in (header, *rows)) for i in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:
-        first, *rest = (c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True)))
-        return "  ".join([first, *rest]).rstrip()
+        rest = (c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))
+        return "  ".join([cells[0].ljust(widths[0]), *rest]).rstrip()
 
     return [line(header), line(["-" * w for w in widths]), *map(line, rows)]
 
@@ -44,16 +44,20 @@ def speedup_table(cases: Sequence[dict[str, Any]]) -> list[str]:
 def step_table(info: dict[str, Any]) -> list[str]:
     """The terms beside the floor (bytes of weights over measured bandwidth), and what each block size needs."""
     one = info["step_ms"]
-    rows = [["T_1", _number(one, 1), "1.00", _number(info["floor_ms"]["1"], 1), _number(one / info["floor_ms"]["1"]), ""]]
+    rows = [
+        ["T_1", _number(one, 1), "1.00", _number(info["floor_ms"]["1"], 1), _number(one / info["floor_ms"]["1"]), ""]
+    ]
     for size, ms in info["verify_ms"].items():
         floor = info["floor_ms"][size]
-        rows.append([f"T_verify({size})", _number(ms, 1), _number(ms / one), _number(floor, 1), _number(ms / floor), ""])
+        rows.append(
+            [f"T_verify({size})", _number(ms, 1), _number(ms / one), _number(floor, 1), _number(ms / floor), ""]
+        )
     for size, ms in info["draft_ms"].items():
         need = (info["verify_ms"][size] + ms) / one
         rows.append([f"T_draft({size})", _number(ms, 1), _number(ms / one), "", "", _number(need)])
     header = ["step", "ms", "/ T_1", "floor ms", "/ floor", "break-even acceptance_length"]
     facts = (
-        f"{info['device_kind']}, {info['dtype']}, batch {info['batch_size']}, context {info['context']}; memory read at "
-        f"{info['bandwidth_gb_s']:.1f} GB/s"
+        f"{info['device_kind']}, {info['dtype']}, batch {info['batch_size']}, context {info['context']}; "
+        f"memory read at {info['bandwidth_gb_s']:.1f} GB/s"
     )
     return [facts, *_table(header, rows)]

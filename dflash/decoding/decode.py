@@ -69,7 +69,7 @@ def _per_row(value: Any, rows: int, name: str) -> list[Any]:
     if isinstance(value, (int, np.integer)):
         return [int(value)] * rows
     values = list(value)
-    if values and isinstance(values[0], (list, tuple)) or name == "max_new_tokens":
+    if (values and isinstance(values[0], (list, tuple))) or name == "max_new_tokens":
         if len(values) != rows:
             raise RequestError(f"{name} must be one for all or one per prompt ({rows}), got {len(values)}")
         return values
@@ -87,7 +87,8 @@ def _check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> list[li
         outside = [t for t in ids if not 0 <= t < vocab_size]
         if outside:
             raise RequestError(
-                f"token ids must be 0..{vocab_size - 1}; prompt {row} has {outside[0]}: is it another model's tokenizer?"
+                f"token ids must be 0..{vocab_size - 1}; prompt {row} has {outside[0]}: "
+                "is it another model's tokenizer?"
             )
         checked.append(ids)
     return checked
@@ -152,9 +153,7 @@ def check_request(
         if len(draft.outputs) != len(ids):
             raise RequestError(f"a scripted draft has one output per prompt ({len(ids)}), got {len(draft.outputs)}")
         script = draft.table(size)
-    return Request(
-        draft=network, mode=mode, block_size=size, prompts=ids, budgets=budgets, stops=stops, script=script
-    )
+    return Request(draft=network, mode=mode, block_size=size, prompts=ids, budgets=budgets, stops=stops, script=script)
 
 
 @functools.lru_cache(maxsize=8)

@@ -177,7 +177,7 @@ def _run_loop(
 def _prefill_chunk(
     graphs: tuple[Any, Any], weights: tuple[Any, Any], state: State, tokens: Array, keep: Array
 ) -> State:
-    """The next chunk of every prompt, tokens int32 [B, C] of which `keep` [B] are real; a row's last one is answered."""
+    """The next chunk of every prompt, tokens int32 [B, C], the first `keep` [B] of them real; its end is answered."""
     target, draft = _merge(graphs, weights)
     batch, chunk = tokens.shape
     layer_ids = () if draft is None else draft.config.target_layer_ids

@@ -27,7 +27,9 @@ class ScriptedDraft:
         block is accepted whole. Raises ValueError when accept_len is not 0..block_size-1.
         """
         if not 0 <= self.accept_len < block_size:
-            raise ValueError(f"accept_len must be 0..{block_size - 1} for blocks of {block_size}, got {self.accept_len}")
+            raise ValueError(
+                f"accept_len must be 0..{block_size - 1} for blocks of {block_size}, got {self.accept_len}"
+            )
         table = np.full((len(self.outputs), max(map(len, self.outputs))), -1, np.int32)
         for row, tokens in zip(table, self.outputs, strict=True):
             row[: len(tokens)] = tokens
