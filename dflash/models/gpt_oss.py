@@ -42,7 +42,9 @@ class Experts(nnx.Module):
         inner += self.gate_up_bias[...][expert]
         gate = jnp.minimum(inner[:, ::2], s.limit)
         up = jnp.clip(inner[:, 1::2], -s.limit, s.limit)
-        out = jax.lax.ragged_dot((up + 1) * gate * jax.nn.sigmoid(s.alpha * gate), self.down[...], sizes, precision=exact)
+        out = jax.lax.ragged_dot(
+            (up + 1) * gate * jax.nn.sigmoid(s.alpha * gate), self.down[...], sizes, precision=exact
+        )
         out = (out + self.down_bias[...][expert]) * weights.reshape(-1)[order][:, None]
         return jnp.zeros((N, x.shape[0]), x.dtype).at[token].add(out).T
 

@@ -20,9 +20,7 @@ class Attention(nnx.Module):
         self.heads, self.kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         size = (self.heads + 2 * self.kv_heads) * self.head_dim
         self.qkv = Linear(config.hidden_size, size, bias=config.qkv_bias, dtype=dtype, rngs=rngs)
-        self.out = Linear(
-            self.heads * self.head_dim, config.hidden_size, bias=config.o_bias, dtype=dtype, rngs=rngs
-        )
+        self.out = Linear(self.heads * self.head_dim, config.hidden_size, bias=config.o_bias, dtype=dtype, rngs=rngs)
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps, dtype=dtype) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps, dtype=dtype) if config.qk_norm else None
         self.sinks = nnx.Param(jnp.zeros(self.heads, dtype)) if config.sinks else None
