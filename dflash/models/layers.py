@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from dflash import native
 from dflash.config import RopeConfig
 
 
@@ -30,7 +31,11 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """x [in, N] -> [out, N]."""
-        y = jnp.matmul(self.weight[...], x, precision=precision(x.dtype))
+        weight = self.weight[...]
+        if native.takes(weight, x):
+            y = native.product(weight, x)
+        else:
+            y = jnp.matmul(weight, x, precision=precision(x.dtype))
         return y if self.bias is None else y + self.bias[...][:, None]
 
 
