@@ -11,7 +11,7 @@ import tyro
 from dflash import metrics
 from dflash.config import ConfigError
 from dflash.decoding.decode import DecodeResult, RequestError, check_request, read_state, stream
-from dflash.device import DeviceError
+from dflash.device import DeviceError, open_default_device
 from dflash.tokenizer import Tokenizer, TokenizerError, load_tokenizer
 from dflash.weights.huggingface import WeightsError
 from dflash.weights.load import init_draft, load_draft, load_target
@@ -66,6 +66,9 @@ def _figures(result: DecodeResult) -> str:
 
 def generate(args: Annotated[Generate, tyro.conf.arg(name="")]) -> None:
     """Answer a prompt: stream the text, then one line of figures."""
+    if not args.prompt.strip():
+        raise RequestError(f"a prompt must have some text, got {args.prompt!r}: say what to ask")
+    open_default_device()
     target = load_target(args.target, args.dtype)
     tokenizer = load_tokenizer(args.target)
     draft = None
@@ -100,17 +103,17 @@ def generate(args: Annotated[Generate, tyro.conf.arg(name="")]) -> None:
         prefill_s=prefill_s,
         decode_s=decode_s,
     )
+    text = tokenizer.decode(rows[0])
     if args.json:
-        text = tokenizer.decode(rows[0])
         print(json.dumps(metrics.finite({"text": text, "tokens": rows[0], "mode": result.mode, **result.metrics})))
     else:
-        print(f"\n\n{_figures(result)}")
+        print(f"{text[len(printed) :]}\n\n{_figures(result)}")
 
 
 def main() -> int:
     """Exit code 0, or 2 with one sentence for a user's mistake."""
     app = tyro.extras.SubcommandApp()
-    app.command(generate, name="generate")
+    app.command(name="generate")(generate)
     try:
         app.cli(prog="dflash", description="DFlash: lossless speculative decoding, measured.")
     except USER_ERRORS as error:

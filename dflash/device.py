@@ -21,21 +21,48 @@ def looks_like_tpu_host() -> bool:
     return any(Path("/dev").glob("accel*")) or Path("/dev/vfio/vfio").exists()
 
 
+# What libtpu says when another process has the chip; v5 and later name the vfio group.
+_HELD = ("already in use", "lockfile", "resource busy")
+
+
+def _is_held(error: RuntimeError) -> bool:
+    return any(words in str(error).lower() for words in _HELD)
+
+
+def _refusal(kind: str, error: RuntimeError) -> DeviceError:
+    said = " ".join(str(error).split())[:200]
+    if "tpu" in kind and _is_held(error):
+        return DeviceError(
+            "the TPU is held by another process (a TPU belongs to one process at a time): end that process, then run "
+            f"again; jax says: {said}"
+        )
+    return DeviceError(
+        f"no {kind} can be opened here: run on another device (pytest's --run-on, or JAX_PLATFORMS), or install jax "
+        f"for {kind}; jax says: {said}"
+    )
+
+
 def open_device(kind: str) -> jax.Device:
     """The first device of a kind (cpu, gpu or tpu). Raises DeviceError in one sentence when there is none."""
     try:
         return jax.devices(kind)[0]
     except RuntimeError as error:
-        text = " ".join(str(error).split())
-    if kind == "tpu" and any(word in text.lower() for word in ("in use", "lockfile", "libtpu_lockfile", "already")):
-        raise DeviceError(
-            "the TPU is held by another process (a TPU belongs to one process at a time): end that process, then run "
-            f"again; jax says: {text[:200]}"
-        )
-    raise DeviceError(
-        f"no {kind} can be opened here: run on another device (--run-on), or install jax for {kind}; "
-        f"jax says: {text[:200]}"
-    )
+        raise _refusal(kind, error) from None
+
+
+def open_default_device() -> jax.Device:
+    """The device that jax picks. Raises DeviceError, also where a TPU is held: jax goes on with the CPU in silence."""
+    platforms = jax.config.jax_platforms
+    try:
+        if not platforms and looks_like_tpu_host():
+            jax.devices("tpu")
+    except RuntimeError as error:
+        if _is_held(error):
+            raise _refusal("tpu", error) from None
+    try:
+        return jax.devices()[0]
+    except RuntimeError as error:
+        raise _refusal(platforms or "device", error) from None
 
 
 def device_facts(device: jax.Device) -> dict[str, Any]:
