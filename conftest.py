@@ -1,6 +1,8 @@
 """The harness: options, markers by folder, which device a run may open, and the summary at its end."""
 
+import argparse
 import dataclasses
+import math
 import os
 from collections.abc import Generator
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 
 from dflash import report
 from dflash.device import KINDS, DeviceError, looks_like_tpu_host, open_device
+from dflash.weights import smollm2 as smollm2_snapshot
 
 ROOT = Path(__file__).parent
 
@@ -24,21 +27,53 @@ class Results:
 
 
 RESULTS = pytest.StashKey[Results]()
+_ONE_PROCESS = "a TPU belongs to one process, and -n asks for several workers: add -n 0"
 
 
-def _integers(text: str) -> list[int]:
+def _integer(text: str, least: int) -> int:
     try:
-        values = [int(v) for v in text.split(",")]
+        value = int(text)
     except ValueError:
-        values = []
-    if not values or min(values) < 1:
-        raise pytest.UsageError(f"expected positive integers separated by commas, got {text!r}")
-    return values
+        value = least - 1
+    if value < least:
+        raise argparse.ArgumentTypeError(f"expected an integer of at least {least}, got {text!r}")
+    return value
+
+
+def _count(text: str) -> int:
+    return _integer(text, 1)
+
+
+def _length(text: str) -> int:
+    return _integer(text, 0)
+
+
+def _counts(text: str) -> list[int]:
+    return [_integer(v, 1) for v in text.split(",")]
+
+
+def _block_sizes(text: str) -> list[int]:
+    return [_integer(v, 2) for v in text.split(",")]
+
+
+def _floor(text: str) -> float | None:
+    if not text:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return value
 
 
 def _option(group: pytest.OptionGroup, name: str, env: str, default: str, text: str, **more: Any) -> None:
     """An option whose default comes from the environment; the help says which name."""
     value = os.environ.get(env) or default
+    choices = more.get("choices")
+    if choices and value not in choices:  # argparse checks what is typed, and takes a default as it is
+        raise pytest.UsageError(f"{env} must be one of {', '.join(filter(None, choices))}, got {value!r}")
     group.addoption(name, default=value, help=f"{text} (env {env}; now {value!r})", **more)
 
 
@@ -58,7 +93,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--target",
         "TEACHER_SNAPSHOT_DIR",
         "smollm2-135m",
-        "target: a snapshot directory, or smollm2-135m",
+        "target: a snapshot directory (write --target=DIR), or smollm2-135m",
         metavar="DIR",
     )
     _option(
@@ -66,10 +101,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--draft",
         "DRAFT_RUN_DIR",
         "",
-        "draft: a DFlashDraftModel directory; without one an untrained draft",
+        "draft: a DFlashDraftModel directory (write --draft=DIR); without one an untrained draft",
         metavar="DIR",
     )
-    _option(group, "--draft-layers", "DFLASH_DRAFT_LAYERS", "2", "layers of the untrained draft", type=int, metavar="N")
+    _option(
+        group, "--draft-layers", "DFLASH_DRAFT_LAYERS", "2", "layers of the untrained draft", type=_count, metavar="N"
+    )
     _option(group, "--dtype", "DFLASH_DTYPE", "float32", "dtype of computation", choices=("float32", "bfloat16"))
     _option(
         group,
@@ -79,28 +116,28 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "prompts: builtin[:category], humaneval, FILE.jsonl, hf:NAME, or random",
         metavar="SOURCE",
     )
-    _option(group, "--num-prompts", "DFLASH_NUM_PROMPTS", "4", "prompts of a round", type=int, metavar="N")
+    _option(group, "--num-prompts", "DFLASH_NUM_PROMPTS", "4", "prompts of a round", type=_count, metavar="N")
     _option(
         group,
         "--prompt-len",
         "DFLASH_PROMPT_LEN",
         "0",
         "exact prompt length in tokens; 0 leaves them",
-        type=int,
+        type=_length,
         metavar="N",
     )
-    _option(group, "--batch-size", "DFLASH_BATCH_SIZE", "1", "prompts decoded together", type=int, metavar="N")
+    _option(group, "--batch-size", "DFLASH_BATCH_SIZE", "1", "prompts decoded together", type=_count, metavar="N")
     _option(
-        group, "--block-sizes", "BLOCK_SIZES", "8", "block sizes, the anchor included", type=_integers, metavar="N,N"
+        group, "--block-sizes", "BLOCK_SIZES", "8", "block sizes, the anchor included", type=_block_sizes, metavar="N,N"
     )
-    _option(group, "--max-new-tokens", "MAX_NEW_TOKENS_LIST", "64", "token budgets", type=_integers, metavar="N,N")
+    _option(group, "--max-new-tokens", "MAX_NEW_TOKENS_LIST", "64", "token budgets", type=_counts, metavar="N,N")
     _option(
         group,
         "--rounds",
         "DFLASH_ROUNDS",
         "5",
         "timed rounds of each case, after one of warm-up",
-        type=int,
+        type=_count,
         metavar="N",
     )
     _option(
@@ -112,13 +149,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         choices=("0", "1", "false", "true"),
     )
     _option(group, "--run-name", "RUN_NAME", "", "name kept in the results", metavar="NAME")
-    _option(group, "--min-speedup", "DFLASH_MIN_SPEEDUP", "", "fail a draft's block cases under this", metavar="X")
+    _option(
+        group,
+        "--min-speedup",
+        "DFLASH_MIN_SPEEDUP",
+        "",
+        "fail a draft's block cases under this",
+        type=_floor,
+        metavar="X",
+    )
     _option(
         group,
         "--min-acceptance-length",
         "DFLASH_MIN_ACCEPTANCE_LENGTH",
         "",
         "fail a draft's cases under this",
+        type=_floor,
         metavar="X",
     )
 
@@ -131,8 +177,8 @@ def _tpu_selected(config: pytest.Config) -> bool:
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[RESULTS] = Results()
     _refuse_workers(config)
-    # Named before anything opens a backend: tests of the CPU must leave a TPU alone.
-    if config.option.markexpr == "cpu" or config.option.run_on == "cpu":
+    # Named before anything opens a backend.
+    if config.option.run_on == "cpu":
         jax.config.update("jax_platforms", "cpu")
     elif config.option.run_on == "gpu":
         jax.config.update("jax_platforms", "cuda,cpu")
@@ -147,13 +193,9 @@ def _refuse_workers(config: pytest.Config) -> None:
     if not workers or hasattr(config, "workerinput"):
         return
     if json_file is not None:
-        path = Path(json_file.name)
-        json_file.close()
-        if path.is_file() and path.stat().st_size == 0:
-            path.unlink()
         raise pytest.UsageError(f"--benchmark-json writes nothing when tests run in {workers} workers: add -n 0")
     if _tpu_selected(config) and config.option.run_on == "tpu":
-        raise pytest.UsageError(f"a TPU belongs to one process, and -n asks for {workers} workers: add -n 0")
+        raise pytest.UsageError(_ONE_PROCESS)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -170,8 +212,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    kind = session.config.option.require_device
-    if kind and not session.config.option.collectonly and not hasattr(session.config, "workerinput"):
+    config = session.config
+    if not any(item.get_closest_marker(m) for item in session.items for m in ("tpu", "bench")):
+        jax.config.update("jax_platforms", "cpu")  # nothing here needs an accelerator: leave it to others
+    kind = config.option.require_device
+    if kind and not config.option.collectonly and not hasattr(config, "workerinput"):
         try:
             open_device(kind)
         except DeviceError as error:
@@ -181,14 +226,55 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 @pytest.fixture(scope="session")
 def device(pytestconfig: pytest.Config) -> jax.Device:
     """The device that --run-on names. Without one the test is skipped, which --require-device turns into an error."""
+    kind = pytestconfig.option.run_on
+    if kind == "tpu" and hasattr(pytestconfig, "workerinput") and looks_like_tpu_host():
+        pytest.fail(_ONE_PROCESS, pytrace=False)
     try:
-        return open_device(pytestconfig.option.run_on)
+        return open_device(kind)
     except DeviceError as error:
+        if pytestconfig.option.require_device:
+            pytest.fail(f"--require-device {pytestconfig.option.require_device}: {error}", pytrace=False)
         pytest.skip(str(error))
 
 
 def _extras_required() -> bool:
     return bool(os.environ.get("CI") or os.environ.get("DFLASH_REQUIRE_EXTRAS"))
+
+
+def _smollm2_directory() -> Path:
+    """The SmolLM2-135M snapshot. Only CI fetches it for a test: elsewhere tests use no network, and skip."""
+    directory = smollm2_snapshot.find_snapshot()
+    if directory is None and _extras_required():
+        directory = smollm2_snapshot.snapshot_dir()
+    if directory is None:
+        folder = smollm2_snapshot.default_cache_dir()
+        pytest.skip(f"no SmolLM2-135M in {folder} yet: `python -m dflash generate hello` fetches it")
+    return directory
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The snapshot directory of SmolLM2-135M, for tests marked `model`."""
+    return _smollm2_directory()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Before any fixture: a test marked `model` has its model, or does not run."""
+    if item.get_closest_marker("model"):
+        _smollm2_directory()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """In CI no file is skipped whole: what its tests are marked can't be seen any more."""
+    report = yield
+    if report.skipped and _extras_required():
+        report.outcome = "failed"
+        report.longrepr = f"{collector.nodeid} was skipped, and CI must run it: {report.longrepr}"
+    return report
 
 
 @pytest.hookimpl(wrapper=True)
@@ -222,7 +308,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             terminalreporter.write_line(line)
         json_file = getattr(config.option, "benchmark_json", None)
         if json_file is not None:
-            terminalreporter.write_line(f"every figure: {json_file.name}")
+            terminalreporter.write_line(f"every figure: {json_file}")
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 
 from dflash import init_draft, load_draft, load_target, load_tokenizer
 from dflash.config import ConfigError
-from dflash.decoding.decode import RequestError
+from dflash.decoding.decode import RequestError, check_request
 from dflash.device import device_facts
 from dflash.measure import StepTimes, time_steps
 from dflash.models.draft import Draft
@@ -57,7 +57,13 @@ def _cases(config: pytest.Config) -> list[Case]:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
         cases = _cases(metafunc.config)
-        metafunc.parametrize("case", cases, ids=[c.id for c in cases])
+        # Names, not cases: parameters go into the JSON file as they are.
+        metafunc.parametrize("case", [c.id for c in cases], ids=str, indirect=True)
+
+
+@pytest.fixture
+def case(request: pytest.FixtureRequest, pytestconfig: pytest.Config) -> Case:
+    return next(c for c in _cases(pytestconfig) if c.id == request.param)
 
 
 def _or_usage_error(load: Callable[[], Any]) -> Any:
@@ -98,7 +104,7 @@ class Workload:
 
 
 @pytest.fixture(scope="session")
-def workload(target: Llama, pytestconfig: pytest.Config) -> Workload:
+def workload(target: Llama, draft: Draft, pytestconfig: pytest.Config) -> Workload:
     options = pytestconfig.option
     count, length, batch = options.num_prompts, options.prompt_len, options.batch_size
     if count % batch:
@@ -120,6 +126,15 @@ def workload(target: Llama, pytestconfig: pytest.Config) -> Workload:
     if len(prompts) < count:
         pytest.exit(
             f"{options.prompts} has {len(prompts)} prompts, --num-prompts asks {count}", pytest.ExitCode.USAGE_ERROR
+        )
+    # Before anything is measured: all prompts of all cases, greedy's block more for the scripts included.
+    block, budget = max(options.block_sizes), max(options.max_new_tokens)
+    request = {"stop_token_ids": stops, "temperature": 0.0, "allow_larger_block": False}
+    for proposer, mode, tokens in ((None, "greedy", budget + block), (draft, "cached_block_verify", budget)):
+        _or_usage_error(
+            lambda d=proposer, m=mode, n=tokens: check_request(
+                target, d, prompts, mode=m, block_size=block, max_new_tokens=n, **request
+            )
         )
     groups = [prompts[i : i + batch] for i in range(0, count, batch)]
     return Workload(groups=groups, stop_token_ids=stops, facts=facts)

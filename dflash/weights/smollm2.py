@@ -88,6 +88,12 @@ def default_cache_dir() -> Path:
     return Path(named).expanduser().absolute() if named else Path(platformdirs.user_cache_dir("dflash"))
 
 
+def find_snapshot(cache_dir: Path | None = None) -> Path | None:
+    """The snapshot directory if it is there and complete, else None; fetches and makes nothing."""
+    directory = (default_cache_dir() if cache_dir is None else Path(cache_dir)) / DIRECTORY
+    return directory if _is_complete(directory) else None
+
+
 def snapshot_dir(cache_dir: Path | None = None, progress: bool = True) -> Path:
     """The snapshot directory of SmolLM2-135M-Instruct inside `cache_dir`, made first if it is missing or incomplete.
 
