@@ -32,7 +32,7 @@ class Linear(nnx.Module):
     def __call__(self, x: Array) -> Array:
         """x [in, N] -> [out, N]."""
         weight = self.weight[...]
-        if native.takes(weight, x):
+        if native.takes(x.shape[1], weight, x):
             y = native.product(weight, x)
         else:
             y = jnp.matmul(weight, x, precision=precision(x.dtype))
@@ -146,12 +146,7 @@ def rotate(x: Array, tables: tuple[Array, Array]) -> Array:
     return turned.astype(x.dtype)
 
 
-def attend(q: Array, keys: Array, values: Array, visible: Array, sinks: Array | None = None) -> Array:
-    """Grouped-query attention with an explicit mask; softmax in float32.
-
-    q [G, R, D, B, T] (G key heads, R query heads per key head), keys [B, G, D, S], values [B, G, S, D],
-    visible bool [B, T, S], sinks [G, R] (a logit per head that takes weight and gives nothing) -> [G, R, D, B, T].
-    """
+def _attend_xla(q: Array, keys: Array, values: Array, visible: Array, sinks: Array | None) -> Array:
     G, R, D, B, T = q.shape
     exact = precision(q.dtype)
     # Rows here, unlike everywhere else: the softmax then runs along the last axis, which is 3 times faster on a CPU.
@@ -169,3 +164,16 @@ def attend(q: Array, keys: Array, values: Array, visible: Array, sinks: Array | 
     mixed = jnp.matmul(weights.astype(q.dtype).reshape(B, G, R * T, -1), values, precision=exact)
     mixed = mixed.reshape(B, G, R, T, D) / total
     return mixed.astype(q.dtype).transpose(1, 2, 4, 0, 3)
+
+
+_attend_native = native.differentiable_as(_attend_xla)(native.attention)
+
+
+def attend(q: Array, keys: Array, values: Array, visible: Array, sinks: Array | None = None) -> Array:
+    """Grouped-query attention with an explicit mask; softmax in float32.
+
+    q [G, R, D, B, T] (G key heads, R query heads per key head), keys [B, G, D, S], values [B, G, S, D],
+    visible bool [B, T, S], sinks [G, R] (a logit per head that takes weight and gives nothing) -> [G, R, D, B, T].
+    """
+    ours = native.takes(q.shape[3] * q.shape[4], q, keys, values, *(() if sinks is None else (sinks,)))
+    return (_attend_native if ours else _attend_xla)(q, keys, values, visible, sinks)

@@ -1,8 +1,8 @@
-"""Our own CPU kernel for thin matrix products, compiled at first use by the user's C++ compiler.
+"""Our own CPU kernels for a few tokens in float32, compiled at first use by the user's C++ compiler.
 
 XLA multiplies a weight by one column at the speed of the memory; from two columns on it is slower than that, and it
-is just those products that verify a block. `kernels.cc` reads the weight once whatever the number of columns, and sums
-every output in the same order whatever the number of columns.
+is just those products that verify a block. And it copies whole key/value caches in a 1-token step. The kernels read
+weights and caches once whatever the number of tokens, and sum every output in one order whatever that number.
 
 `DFLASH_NATIVE` says whether it is used: `auto` (the default: where it can be built), `1` (fail where it can't), `0`
 (never). `status` says what is used, and why.
@@ -12,6 +12,7 @@ import ctypes
 import functools
 import os
 import threading
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -24,44 +25,61 @@ _lock = threading.Lock()
 
 
 def status() -> str:
-    """What multiplies thin float32 products in this process, and why. Builds the kernel if that is still to do."""
+    """What computes float32 steps of a few tokens in this process, and why. Builds the kernels if still to do."""
     refusal = _refusal()
     if refusal:
         return f"XLA: {refusal}"
-    return f"native kernel {_target()}"
+    return f"native kernels {_build()}"
 
 
-def takes(weight: Array, x: Array) -> bool:
-    """Whether `product` is for weight [out, in] and x [in, N]. Asked while a program is traced, not while it runs."""
-    if x.ndim != 2 or not 1 <= x.shape[1] <= MAX_COLUMNS:
+def takes(columns: int, *arrays: Array) -> bool:
+    """Whether the kernels are for so many tokens and these operands. Asked while a program is traced, not later."""
+    if not 1 <= columns <= MAX_COLUMNS:
         return False
-    return weight.dtype == x.dtype == jnp.float32 and _refusal() is None
+    return all(a.dtype == jnp.float32 for a in arrays) and _refusal() is None
 
 
-@jax.custom_jvp
+def differentiable_as(reference: Callable[..., Array]) -> Callable[[Callable[..., Array]], Callable[..., Array]]:
+    """A kernel whose derivatives are those of `reference`, the same function in XLA's terms."""
+
+    def wrap(kernel: Callable[..., Array]) -> Callable[..., Array]:
+        wrapped = jax.custom_jvp(kernel)
+        wrapped.defjvp(lambda primals, tangents: jax.jvp(reference, primals, tangents))
+        return wrapped
+
+    return wrap
+
+
+@differentiable_as(lambda weight, x: jnp.matmul(weight, x, precision=jax.lax.Precision.HIGHEST))
 def product(weight: Array, x: Array) -> Array:
-    """weight float32 [out, in] times x float32 [in, N] -> [out, N]. Derivatives are XLA's."""
+    """weight float32 [out, in] times x float32 [in, N] -> [out, N]."""
     # Columns of x and of the result lie one after the other, so that the kernel's vectors run along a column. XLA
     # gives its neighbours that layout too, and copies nothing.
-    call = jax.ffi.ffi_call(
-        _target(),
+    return jax.ffi.ffi_call(
+        _target("dflash_product"),
         jax.ShapeDtypeStruct((weight.shape[0], x.shape[1]), x.dtype),
         input_layouts=[(0, 1), (1, 0)],
         output_layouts=(1, 0),
         vmap_method="sequential",
-    )
-    return call(weight, x)
+    )(weight, x)
 
 
-@product.defjvp
-def _product_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
-    exact = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-    (weight, x), (d_weight, d_x) = primals, tangents
-    return exact(weight, x), exact(d_weight, x) + exact(weight, d_x)
+def attention(q: Array, keys: Array, values: Array, visible: Array, sinks: Array | None) -> Array:
+    """`dflash.models.layers.attend` in float32: q [G, R, D, B, T], keys [B, G, D, S], ... -> [G, R, D, B, T]."""
+    if sinks is None:
+        sinks = jnp.full(q.shape[:2], -jnp.inf, q.dtype)
+    by_token = (3, 4, 0, 1, 2)
+    return jax.ffi.ffi_call(
+        _target("dflash_attention"),
+        jax.ShapeDtypeStruct(q.shape, q.dtype),
+        input_layouts=[by_token, None, None, None, None],
+        output_layouts=by_token,
+        vmap_method="sequential",
+    )(q, keys, values, visible, sinks)
 
 
 def _refusal() -> str | None:
-    """Why the kernel is not used, None if it is. An error instead where the user insists on it."""
+    """Why the kernels are not used, None if they are. An error instead where the user insists on it."""
     mode = os.environ.get("DFLASH_NATIVE", "auto")
     if mode not in ("auto", "0", "1"):
         raise ValueError(f"DFLASH_NATIVE is auto, 0 or 1, and is {mode!r}")
@@ -70,34 +88,38 @@ def _refusal() -> str | None:
     if jax.default_backend() != "cpu":
         return f"the device is a {jax.default_backend()}"
     if jax.device_count() > 1:
-        return f"{jax.device_count()} CPU devices (the kernel does not know how to multiply a sharded weight)"
+        return f"{jax.device_count()} CPU devices (the kernels know nothing of sharded arrays)"
     try:
-        _target()
+        _build()
     except BuildError as error:
         if mode == "1":
-            raise RuntimeError(f"DFLASH_NATIVE=1, but there is no native kernel: {error}") from error
+            raise RuntimeError(f"DFLASH_NATIVE=1, but there are no native kernels: {error}") from error
         return str(error)
     return None
 
 
 @functools.cache
-def _outcome() -> str | BuildError:
-    """The name under which XLA knows the kernel, or why there is none; found out once per process."""
+def _registered() -> str | BuildError:
+    """The suffix under which XLA knows the kernels, or why there are none; found out once per process."""
     try:
         path = library()
-        kernel = ctypes.CDLL(str(path)).dflash_product
+        kernels = ctypes.CDLL(str(path))
     except BuildError as error:
         return error
     except OSError as error:
-        return BuildError(f"the compiled kernel could not be loaded: {error}")
-    name = f"dflash_product_{path.stem}"
-    jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(kernel), platform="cpu")
-    return name
+        return BuildError(f"the compiled kernels could not be loaded: {error}")
+    for name in ("dflash_product", "dflash_attention"):
+        jax.ffi.register_ffi_target(f"{name}_{path.stem}", jax.ffi.pycapsule(getattr(kernels, name)), platform="cpu")
+    return path.stem
 
 
-def _target() -> str:
+def _build() -> str:
     with _lock:
-        outcome = _outcome()
+        outcome = _registered()
     if isinstance(outcome, BuildError):
         raise outcome
     return outcome
+
+
+def _target(name: str) -> str:
+    return f"{name}_{_build()}"

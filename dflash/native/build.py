@@ -1,4 +1,4 @@
-"""Compiles `kernels.cc` into a shared library in the user's cache folder, once per machine, compiler and jaxlib."""
+"""Compiles `kernels.cc` into a library in the user's cache folder, once per kind of CPU, compiler and jaxlib."""
 
 import hashlib
 import os
@@ -13,16 +13,17 @@ import jax
 import jaxlib
 import platformdirs
 
-SOURCE = Path(__file__).with_name("kernels.cc")
+FOLDER = Path(__file__).parent
+SOURCE = FOLDER / "kernels.cc"
 COMPILE_SECONDS = 300
 
 
 class BuildError(Exception):
-    """There is no native kernel; the message says why."""
+    """There are no native kernels; the message says why."""
 
 
 def library() -> Path:
-    """The compiled kernel, from the cache folder or compiled now. BuildError where that can't be done."""
+    """The compiled kernels, from the cache folder or compiled now. BuildError where that can't be done."""
     compiler = _compiler()
     flags = _flags()
     folder = _folder()
@@ -60,8 +61,9 @@ def _flags() -> list[str]:
 
 def _key(compiler: list[str], flags: list[str]) -> str:
     """What the library depends on, as the name of its file."""
+    sources = [path.read_text() for path in sorted(FOLDER.iterdir()) if path.suffix in (".cc", ".h")]
     version = _run([*compiler, "--version"]).stdout
-    parts = [SOURCE.read_text(), version, *compiler, *flags, jaxlib.__version__, platform.machine(), _cpu_features()]
+    parts = [*sources, version, *compiler, *flags, jaxlib.__version__, platform.machine(), _cpu_features()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 

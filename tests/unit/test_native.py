@@ -1,4 +1,4 @@
-"""The native kernel against numpy, and every way in which it may not be there."""
+"""The native kernels against XLA and numpy, and every way in which they may not be there."""
 
 import os
 import subprocess
@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 
 from dflash import native
-from dflash.models.layers import Linear
+from dflash.models.layers import Linear, attend
 from dflash.native import build
 
 STATUS = "from dflash import native; print(native.status())"
 
 
 def _available() -> bool:
-    return native.status().startswith("native kernel")
+    return native.status().startswith("native kernels ")
 
 
 def _status(**environment: str) -> subprocess.CompletedProcess[str]:
@@ -35,11 +35,11 @@ def _drawn(rows: int, size: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _refused() -> bool:
-    """Whether there is no kernel here. Then it is the refusal that is tested: nothing is taken, for a stated reason."""
+    """Whether there are no kernels here; then the refusal is what is tested: nothing is taken, the reason given."""
     if _available():
         return False
     assert native.status().startswith("XLA: ")
-    assert not native.takes(jnp.ones((4, 4)), jnp.ones((4, 2)))
+    assert not native.takes(2, jnp.ones((4, 4)))
     return True
 
 
@@ -91,13 +91,59 @@ def test_derivatives_and_batches_are_those_of_a_product():
     np.testing.assert_allclose(jax.vmap(native.product, (None, 0))(w, stacked), w @ stacked, rtol=1e-4, atol=1e-4)
 
 
-def test_linear_keeps_what_the_kernel_is_not_for(monkeypatch: pytest.MonkeyPatch):
-    weight = jnp.ones((4, 8))
-    for x in (jnp.ones((8, native.MAX_COLUMNS + 1)), jnp.ones((8, 2), jnp.bfloat16), jnp.ones((8, 2, 1))):
-        assert not native.takes(weight, x)
-    assert native.takes(weight, jnp.ones((8, 2))) == _available()
+SHAPES = [(3, 3, 64, 1, 8, 512), (2, 4, 16, 3, 5, 37), (1, 1, 24, 2, 1, 3), (3, 1, 80, 2, 9, 100), (2, 2, 7, 1, 3, 18)]
+
+
+def _heads(G: int, R: int, D: int, B: int, T: int, S: int) -> tuple[jax.Array, ...]:
+    """q, keys, values, visible and sinks; of every query's slots half are seen, and none of the last quarter."""
+    rng = np.random.default_rng(S)
+    shapes = (G, R, D, B, T), (B, G, D, S), (B, G, S, D), (G, R)
+    q, keys, values, sinks = (jnp.asarray(rng.standard_normal(shape, np.float32)) for shape in shapes)
+    visible = rng.random((B, T, S)) < 0.5
+    visible[:, :, 0], visible[:, :, S * 3 // 4 :] = True, False
+    return 3 * q, keys, values, jnp.asarray(visible), sinks
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_attention_is_xlas(shape: tuple[int, ...], with_sinks: bool, monkeypatch: pytest.MonkeyPatch):
+    q, keys, values, visible, sinks = _heads(*shape)
+    arguments = (keys, values, visible, sinks if with_sinks else None)
+    ours = attend(q, *arguments)
+    slopes = jax.grad(lambda q: (attend(q, *arguments) ** 2).sum())(q)
     monkeypatch.setenv("DFLASH_NATIVE", "0")
-    assert not native.takes(weight, jnp.ones((8, 2)))
+    np.testing.assert_allclose(ours, attend(q, *arguments), atol=3e-6)
+    np.testing.assert_allclose(slopes, jax.grad(lambda q: (attend(q, *arguments) ** 2).sum())(q), atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_query_is_the_same_to_the_bit_whatever_stands_beside_it(shape: tuple[int, ...]):
+    if _refused():
+        return
+    q, keys, values, visible, sinks = _heads(*shape)
+    together = native.attention(q, keys, values, visible, sinks)
+    for t in range(q.shape[4]):
+        alone = native.attention(q[..., t : t + 1], keys, values, visible[:, t : t + 1], sinks)
+        np.testing.assert_array_equal(together[..., t : t + 1], alone)
+
+
+def test_attention_reads_nothing_that_no_query_sees():
+    q, keys, values, visible, _ = _heads(2, 2, 16, 1, 2, 64)
+    hidden = slice(48, None)
+    spoilt = keys.at[..., hidden].set(jnp.nan), values.at[:, :, hidden].set(jnp.nan)
+    if _refused():
+        return
+    expected = native.attention(q, keys, values, visible, None)
+    np.testing.assert_array_equal(native.attention(q, *spoilt, visible, None), expected)
+
+
+def test_xla_keeps_what_the_kernels_are_not_for(monkeypatch: pytest.MonkeyPatch):
+    weight = jnp.ones((4, 8))
+    assert not native.takes(native.MAX_COLUMNS + 1, weight)
+    assert not native.takes(2, weight, jnp.ones((8, 2), jnp.bfloat16))
+    assert native.takes(2, weight) == _available()
+    monkeypatch.setenv("DFLASH_NATIVE", "0")
+    assert not native.takes(2, weight)
     assert native.status() == "XLA: DFLASH_NATIVE=0"
 
 
@@ -122,7 +168,7 @@ def test_without_a_compiler_the_status_says_so(tmp_path: Path):
     assert _status(**bare).stdout.strip() == "XLA: no C++ compiler found (install one, or name it in CXX)"
     insisting = _status(**bare, DFLASH_NATIVE="1")
     assert insisting.returncode == 1
-    assert "DFLASH_NATIVE=1, but there is no native kernel: no C++ compiler found" in insisting.stderr
+    assert "DFLASH_NATIVE=1, but there are no native kernels: no C++ compiler found" in insisting.stderr
 
 
 def test_a_compiler_that_fails_is_named(tmp_path: Path):
@@ -149,7 +195,7 @@ def test_two_processes_compile_at_once(tmp_path: Path):
     assert first == second
     assert [p.returncode for p in both] == [0, 0]
     left = [p.name for p in tmp_path.rglob("*") if p.is_file()]
-    assert left == ([f"{first.rpartition('_')[2]}.so"] if _available() else [])
+    assert left == ([f"{first.rpartition(' ')[2]}.so"] if _available() else [])
 
 
 def test_importing_compiles_nothing(tmp_path: Path):
