@@ -46,8 +46,10 @@ def ratio_interval(
     """Ratio of median seconds baseline / candidate with its 95% bootstrap interval: (ratio, low, high).
 
     Both float64 [rounds] or [rounds, prompts], measured in turn: rounds are drawn in pairs, prompts too, and what a
-    round of several prompts took is their sum.
+    round of several prompts took is their sum. Raises ValueError when the shapes differ: nothing is paired then.
     """
+    if np.shape(baseline) != np.shape(candidate):
+        raise ValueError(f"both must have the same rounds, got {np.shape(baseline)} and {np.shape(candidate)}")
     a, b = (np.asarray(x, np.float64).reshape(len(x), -1) for x in (baseline, candidate))
     rng = np.random.default_rng(seed)
     rounds = rng.integers(0, len(a), (draws, len(a), 1))
@@ -106,26 +108,29 @@ def verify_step(target: Llama, *, tokens: int, batch: int, context: int, layer_i
 
     def run(weights: Any, cache: KVCache, block: Array) -> tuple[Any, KVCache]:
         model = nnx.merge(graph, weights)
-        x, features, cache = model.hidden(block, layer_ids=layer_ids, cache=cache)
-        return (jnp.argmax(model.logits(x), axis=0), features), cache
+        x, features, appended = model.hidden(block, layer_ids=layer_ids, cache=cache)
+        assert appended is not None
+        return (model.most_likely(x), features), appended
 
     capacity = -(-(context + tokens) // 64) * 64
     cache = _at(target.make_cache(batch=batch, capacity=capacity, block=tokens), context)
-    block = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32) % target.config.vocab_size, (batch, tokens))
+    # Rows differ, as prompts do: equal ones would wake the same experts.
+    block = (jnp.arange(batch * tokens, dtype=jnp.int32) % target.config.vocab_size).reshape(batch, tokens)
     program = jax.jit(run, donate_argnums=1).lower(weights, cache, block).compile()
     return _Step(program=program, weights=weights, caches=cache, inputs=(block,))
 
 
 def draft_step(target: Llama, draft: Draft, *, block_size: int, batch: int, context: int) -> _Step:
     """T_draft(block_size): proposing a block, LM head included, and taking in the last block's features."""
-    graphs, weights = zip(nnx.split(target), nnx.split(draft), strict=True)
+    (target_graph, target_weights), (draft_graph, draft_weights) = nnx.split(target), nnx.split(draft)
+    weights = (target_weights, draft_weights)
     hidden, ids = target.config.hidden_size, draft.config.target_layer_ids
 
     def run(weights: Any, cache: KVCache, block: Array, features: Array) -> tuple[Array, KVCache]:
-        target, draft = (nnx.merge(g, w) for g, w in zip(graphs, weights, strict=True))
+        target, draft = nnx.merge(target_graph, weights[0]), nnx.merge(draft_graph, weights[1])
         x = draft.block(target.embed(block).astype(draft.dtype), cache)
         slots = x.reshape(hidden, batch, block_size)[:, :, 1:].reshape(hidden, -1)
-        drafted = jnp.argmax(target.logits(slots.astype(target.dtype)), axis=0)
+        drafted = target.most_likely(slots.astype(target.dtype))
         return drafted, draft.append_context([features] * len(ids), cache)
 
     capacity = -(-(context + block_size) // 64) * 64

@@ -20,7 +20,7 @@ def _number(value: float | None, digits: int = 2) -> str:
 
 
 def speedup_table(cases: Sequence[dict[str, Any]]) -> list[str]:
-    """One line a case: what was accepted, how fast both were, the speed-up with its interval, what the terms predict."""
+    """One line a case: what was accepted, how fast both were, the speed-up and its interval, what the terms predict."""
     header = ["case", "accepted", "of", "tok/s", "greedy", "speed-up", "95% interval", "predicted", "verdict"]
     rows = []
     for c in cases:

@@ -103,7 +103,7 @@ def write_tiny_target(
         save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
         return directory
     names = list(tensors)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i in range(shards):
         file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
         part = {n: tensors[n] for n in names[i::shards]}

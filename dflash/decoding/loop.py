@@ -56,7 +56,7 @@ def _write_rows(buffer: Array, rows: Array, starts: Array) -> Array:
 
 def _greedy_tokens(target: Llama, x: Array, batch: int) -> Array:
     """Columns [H, B*T] -> the most likely token of each, int32 [B, T]; the lowest id of a tie."""
-    return jnp.argmax(target.logits(x), axis=0).astype(jnp.int32).reshape(batch, -1)
+    return target.most_likely(x).reshape(batch, -1)
 
 
 def propose(target: Llama, draft: Draft, state: State, block_size: int) -> Array:
@@ -97,6 +97,7 @@ def _verify_sequentially(target: Llama, layer_ids: Sequence[int], state: State, 
         k, agreed, predictions, accepted, features, cache = carry
         token = jax.lax.dynamic_slice_in_dim(candidates, k, 1, axis=1)
         x, outputs, cache = target.hidden(token, layer_ids=layer_ids, cache=cache)
+        assert cache is not None
         prediction = _greedy_tokens(target, x, batch)
         predictions = jax.lax.dynamic_update_slice_in_dim(predictions, prediction, k, axis=1)
         features = [
@@ -232,7 +233,7 @@ class Decoder:
         needed = max(self.prompt_len, max_prompt_len + max_new_tokens + self.block_size)
         self.capacity = _round_up(needed, 64)
         self.script_len = max_new_tokens + self.block_size
-        graphs = tuple(None if m is None else nnx.graphdef(m) for m in (target, draft))
+        graphs = (nnx.graphdef(target), None if draft is None else nnx.graphdef(draft))
         self.take_weights()
         weights = self._weights
         start = time.perf_counter()
@@ -244,6 +245,8 @@ class Decoder:
         self._fresh = jax.jit(self._empty).lower().compile()
         self._prefill = _compile(partial(_prefill_chunk, graphs), weights, state, chunk, row)
         self._loop = _compile(partial(_run_loop, graphs, mode, self.block_size), weights, state, scalar)
+        # One chunk and no step: the small programs around these two are compiled here too, not in the first prefill.
+        self.steps(self.prefill([[0]] * batch, budgets=[1] * batch, stops=[[]] * batch))
         self.compile_s = time.perf_counter() - start
 
     def take_weights(self) -> None:
