@@ -2,8 +2,9 @@
 
 import dataclasses
 import functools
+import operator
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,13 +42,14 @@ class DecodeResult:
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """Figures by the names in `dflash.metrics`."""
+        """Figures by the names in `dflash.metrics`. Recompute has no times: what it spends is no decoder's."""
+        timed = self.mode != "recompute"
         return metrics.acceptance(self.accept_lens, self.block_size) | {
             "num_output_tokens": metrics.output_tokens(self.produced),
-            "tok_s_total": metrics.throughput(self.produced, self.decode_s),
-            "ttft_ms": 1000 * self.prefill_s,
-            "tpot_ms": metrics.time_per_output_token_ms(self.produced, self.decode_s),
-            "compile_s": self.compile_s,
+            "tok_s_total": metrics.throughput(self.produced, self.decode_s) if timed else None,
+            "ttft_ms": 1000 * self.prefill_s if timed else None,
+            "tpot_ms": metrics.time_per_output_token_ms(self.produced, self.decode_s) if timed else None,
+            "compile_s": self.compile_s if timed else None,
         }
 
 
@@ -64,24 +66,57 @@ class Request:
     script: np.ndarray | None
 
 
-def _per_row(value: Any, rows: int, name: str) -> list[Any]:
-    """One value for all rows, or one per row."""
-    if isinstance(value, (int, np.integer)):
-        return [int(value)] * rows
-    values = list(value)
-    if (values and isinstance(values[0], (list, tuple))) or name == "max_new_tokens":
-        if len(values) != rows:
-            raise RequestError(f"{name} must be one for all or one per prompt ({rows}), got {len(values)}")
-        return values
-    return [values] * rows
+def _integer(value: Any) -> int | None:
+    """An integer of any kind (python, numpy, jax) as python's own; None for everything else."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def _integers(values: Any, what: str) -> list[int]:
+    numbers = [_integer(v) for v in values] if isinstance(values, Iterable) else [None]
+    known = [n for n in numbers if n is not None]
+    if len(known) < len(numbers):
+        raise RequestError(f"{what} must be integers, got {repr(values)[:60]}")
+    return known
+
+
+def _check_count(name: str, count: int, rows: int) -> None:
+    if count != rows:
+        raise RequestError(f"{name} must be one for all or one per prompt ({rows}), got {count}")
+
+
+def _check_budgets(value: Any, rows: int) -> list[int]:
+    """One budget for all rows, or one per row."""
+    one = _integer(value)
+    if one is not None:
+        return [one] * rows
+    budgets = _integers(value, "max_new_tokens")
+    _check_count("max_new_tokens", len(budgets), rows)
+    return budgets
+
+
+def _check_stops(value: Any, rows: int) -> list[list[int]]:
+    """Stop tokens for all rows (one, or several), or several per row."""
+    one = _integer(value)
+    values = [one] if one is not None else list(value)
+    if any(isinstance(v, Iterable) for v in values):
+        _check_count("stop_token_ids", len(values), rows)
+        stops = [_integers(v, "stop_token_ids") for v in values]
+    else:
+        stops = [_integers(values, "stop_token_ids")] * rows
+    if max(map(len, stops)) > MAX_STOPS:
+        raise RequestError(f"at most {MAX_STOPS} stop tokens a row, got {max(map(len, stops))}")
+    return stops
 
 
 def _check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> list[list[int]]:
-    if not prompts:
+    if len(prompts) == 0:
         raise RequestError("prompts must hold at least one prompt, got none")
     checked = []
     for row, prompt in enumerate(prompts):
-        ids = [int(t) for t in prompt]
+        ids = _integers(prompt, f"token ids (prompt {row})")
         if not ids:
             raise RequestError(f"a prompt must have at least one token; prompt {row} is empty")
         outside = [t for t in ids if not 0 <= t < vocab_size]
@@ -96,7 +131,9 @@ def _check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> list[li
 
 def _check_block_size(draft: Draft, block_size: int | None, allow_larger_block: bool) -> int:
     trained = draft.config.block_size
-    size = trained if block_size is None else block_size
+    size = trained if block_size is None else _integer(block_size)
+    if size is None:
+        raise RequestError(f"block_size must be an integer, got {block_size!r}")
     if size < 2:
         raise RequestError(f"block_size must be at least 2 (anchor and one drafted token), got {size}")
     if size > trained and not allow_larger_block:
@@ -135,7 +172,7 @@ def check_request(
     if network is not None:
         check_draft(network.config, config)
         size = _check_block_size(network, block_size, allow_larger_block)
-    budgets = _per_row(max_new_tokens, len(ids), "max_new_tokens")
+    budgets = _check_budgets(max_new_tokens, len(ids))
     if min(budgets) < 1:
         raise RequestError(f"max_new_tokens must be at least 1, got {min(budgets)}")
     limit = min(config.max_position, network.config.max_position if network is not None else config.max_position)
@@ -145,9 +182,7 @@ def check_request(
                 f"prompt + max_new_tokens + block must stay within {limit} positions; prompt {row} needs "
                 f"{len(prompt)} + {budget} + {size}: shorten the prompt or the budget"
             )
-    stops = [[int(t) for t in row] for row in _per_row(stop_token_ids, len(ids), "stop_token_ids")]
-    if max(map(len, stops)) > MAX_STOPS:
-        raise RequestError(f"at most {MAX_STOPS} stop tokens a row, got {max(map(len, stops))}")
+    stops = _check_stops(stop_token_ids, len(ids))
     script = None
     if isinstance(draft, ScriptedDraft):
         if len(draft.outputs) != len(ids):
