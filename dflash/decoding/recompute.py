@@ -4,7 +4,10 @@ Nothing is shared with the loop but the networks: the accept rule, stop tokens a
 """
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -17,16 +20,21 @@ from dflash.models.llama import Llama
 _PAD = 64
 
 
-@nnx.jit(static_argnames="layer_ids")
-def _read(target: Llama, tokens: Array, layer_ids: tuple[int, ...]) -> tuple[Array, list[Array]]:
+# Models go in split: nnx.jit would write them back, and so move their weights between devices.
+
+
+@partial(jax.jit, static_argnames=("graph", "layer_ids"))
+def _read(graph: Any, weights: Any, tokens: Array, layer_ids: tuple[int, ...]) -> tuple[Array, list[Array]]:
     """tokens int32 [1, T] -> the greedy token after each [T], and the context features [H, T]."""
+    target = nnx.merge(graph, weights)
     x, features, _ = target.hidden(tokens, layer_ids=layer_ids)
     return jnp.argmax(target.logits(x), axis=0), features
 
 
-@nnx.jit
-def _propose(target: Llama, draft: Draft, features: list[Array], context: Array, block: Array) -> Array:
+@partial(jax.jit, static_argnames="graphs")
+def _propose(graphs: Any, weights: Any, features: list[Array], context: Array, block: Array) -> Array:
     """block int32 [1, S] after `context` int32 [1] tokens of features [H, T] -> drafted tokens [S-1]."""
+    target, draft = (nnx.merge(g, w) for g, w in zip(graphs, weights, strict=True))
     x = draft.uncached(features, context, target.embed(block).astype(draft.dtype))
     return jnp.argmax(target.logits(x[:, 1:].astype(target.dtype)), axis=0)
 
@@ -51,7 +59,13 @@ def recompute_row(
     script int32 [M]: tokens to propose instead of the draft's, by place in the output; -1 leaves the draft's.
     """
     layer_ids = () if draft is None else draft.config.target_layer_ids
-    predictions, features = _read(target, _padded(prompt), layer_ids)
+    models = (target,) if draft is None else (target, draft)
+    graphs, weights = tuple(nnx.graphdef(m) for m in models), tuple(nnx.state(m) for m in models)
+
+    def read(tokens: Sequence[int]) -> tuple[Array, list[Array]]:
+        return _read(graphs[0], weights[0], _padded(tokens), layer_ids)
+
+    predictions, features = read(prompt)
     output = [int(predictions[len(prompt) - 1])]
     accepted, produced = list[int](), list[int]()
     while len(output) < budget and output[-1] not in stops:
@@ -59,13 +73,13 @@ def recompute_row(
         if draft is not None:
             block = [output[-1]] + [draft.config.mask_token_id] * (block_size - 1)
             context = jnp.asarray([len(prompt) + len(output) - 1], jnp.int32)
-            drafted = np.asarray(_propose(target, draft, features, context, jnp.asarray([block]))).tolist()
+            drafted = np.asarray(_propose(graphs, weights, features, context, jnp.asarray([block]))).tolist()
             for k in range(len(drafted)):
                 place = len(output) + k
                 if script is not None and place < len(script) and script[place] >= 0:
                     drafted[k] = int(script[place])
         known = [*prompt, *output]
-        predictions, features = _read(target, _padded([*known, *drafted]), layer_ids)
+        predictions, features = read([*known, *drafted])
         answers = np.asarray(predictions)[len(known) - 1 : len(known) + len(drafted)].tolist()
         agreed = 0
         while agreed < len(drafted) and drafted[agreed] == answers[agreed]:
