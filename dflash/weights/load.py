@@ -53,6 +53,8 @@ def init_draft(
     if block_size < 2 or num_layers < 1:
         raise ConfigError(f"a draft has at least 1 layer and blocks of 2; got {num_layers} and {block_size}")
     ids = build_target_layer_ids(t.num_layers, num_layers) if target_layer_ids is None else tuple(target_layer_ids)
+    if not ids:
+        raise ConfigError("a draft reads at least one layer of its target; target_layer_ids names none")
     config = DraftConfig(
         vocab_size=t.vocab_size,
         hidden_size=t.hidden_size,
