@@ -15,7 +15,7 @@ class Floors:
 
 def status(info: dict[str, Any]) -> str:
     """ok, or why the case's speed-up does not count: invalid (tokens differ, or nothing measured), no-baseline."""
-    if info["baseline_tok_s_total"] is None:
+    if info["lossless"] is None:
         return "no-baseline"
     if not info["lossless"] or info["speedup_x"] is None:
         return "invalid"
@@ -23,9 +23,8 @@ def status(info: dict[str, Any]) -> str:
 
 
 def _block_cost(info: dict[str, Any]) -> str:
-    cost = info["acceptance_length"] / info["speedup_x"]
     predicted = info.get("predicted_block_ratio")
-    text = f"a block costs {cost:.2f} one-token steps"
+    text = f"a block costs {info['block_ratio']:.2f} one-token steps"
     return text if predicted is None else f"{text} ({predicted:.2f} by its steps timed alone)"
 
 
@@ -34,10 +33,14 @@ def failures(info: dict[str, Any], floors: Floors) -> list[str]:
 
     The speed-up is judged by the upper end of its interval: a noisy run may pass, an honest one is never failed.
     """
-    if info["status"] != "ok":
+    if info["status"] == "no-baseline":
+        return ["speedup_x is no-baseline: greedy decoding must run beside it, to compare with and to prove the tokens"]
+    if info["lossless"] is False:
         place = info["first_divergence"]
-        detail = f"; first at prompt {place['prompt']}, token {place['token']}" if place else ""
-        return [f"speedup_x is {info['status']}: the tokens must be proven equal to the target's own{detail}"]
+        where = f"prompt {place['prompt']}, token {place['token']}"
+        return [f"speedup_x is invalid: the tokens must be the target's own, and differ first at {where}"]
+    if info["status"] != "ok":
+        return ["speedup_x is invalid: no block was needed, so nothing was measured; raise max_new_tokens"]
     said = []
     acceptance = info["acceptance_length"]
     if floors.acceptance_length is not None and acceptance < floors.acceptance_length:
@@ -49,7 +52,9 @@ def failures(info: dict[str, Any], floors: Floors) -> list[str]:
     interval = f"speedup_x {info['speedup_x']:.2f} ({low:.2f} to {high:.2f})"
     if floors.speedup_x is not None and high < floors.speedup_x:
         needed = floors.speedup_x * acceptance / info["speedup_x"]
-        moved = "acceptance" if said else "the cost of a block"
+        # Without a floor of its own, acceptance can't be ruled out.
+        moved = "the cost of a block" if floors.acceptance_length is not None else "acceptance or the cost of a block"
+        moved = "acceptance" if said else moved
         said.append(
             f"{interval} < {floors.speedup_x:.2f}: {moved} moved; {_block_cost(info)}, acceptance_length is "
             f"{acceptance:.2f} and would have to be {needed:.2f}"

@@ -6,12 +6,13 @@ to the last token; the first draft call is inside. The tokens of both are compar
 
 import time
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
 
 from dflash import metrics
-from dflash.decoding.decode import check_request, compiled_decoder, prefill, read_state
+from dflash.decoding.decode import Request, RequestError, check_request, compiled_decoder, prefill, read_state
 from dflash.decoding.loop import Decoder, State
 from dflash.decoding.script import ScriptedDraft
 from dflash.gate import status
@@ -30,6 +31,11 @@ def first_divergence(expected: Sequence[Rows], got: Sequence[Rows]) -> dict[str,
             places = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
             return {"prompt": prompt, "token": next(places, min(len(a), len(b)))}
     return None
+
+
+def _longest(produced: Sequence[Rows]) -> int:
+    """One-token steps of every group together: a batch takes as many as its longest row."""
+    return sum(max(map(sum, rows)) for rows in produced)
 
 
 class PairedRun:
@@ -52,15 +58,16 @@ class PairedRun:
         scripted: int | None = None,
         baseline: bool = True,
     ):
+        if not mode.startswith("cached"):
+            raise RequestError(f"a paired run compares a cached mode with greedy decoding, got mode {mode!r}")
         self.target, self.draft, self.mode = target, draft, mode
         self.block_size, self.max_new_tokens, self.with_baseline = block_size, max_new_tokens, baseline
         longest = max(len(p) for g in groups for p in g)
         shape = (len(groups[0]), -(-longest // 32) * 32)
-        # Room for one block more than the budget: a scripted draft needs to know what follows it.
-        self.greedy = compiled_decoder(target, None, "greedy", 1, *shape, max_new_tokens + block_size)
-        self.dflash = compiled_decoder(target, draft, mode, block_size, *shape, max_new_tokens)
+        # A scripted draft needs to know what follows the budget, as far as the last block may look.
+        ahead = max_new_tokens + block_size - 1
 
-        def request(prompts: Rows, draft: Any, mode: str, budget: int) -> Any:
+        def request(prompts: Rows, draft: Any, mode: str, budget: int, stops: Sequence[int]) -> Request:
             return check_request(
                 target,
                 draft,
@@ -68,34 +75,42 @@ class PairedRun:
                 mode=mode,
                 block_size=block_size,
                 max_new_tokens=budget,
-                stop_token_ids=stop_token_ids,
+                stop_token_ids=stops,
                 temperature=0.0,
                 allow_larger_block=False,
             )
 
-        self._greedy_requests = [request(g, None, "greedy", max_new_tokens) for g in groups]
-        proposers: list[Any] = [draft] * len(groups)
+        # All are checked before anything is compiled.
+        self._requests = [request(g, draft, mode, max_new_tokens, stop_token_ids) for g in groups]
+        self._greedy_requests = [request(g, None, "greedy", max_new_tokens, stop_token_ids) for g in groups]
+        self.greedy = compiled_decoder(target, None, "greedy", 1, *shape, ahead)
+        self.dflash = compiled_decoder(target, draft, mode, block_size, *shape, max_new_tokens)
+        for decoder in (self.greedy, self.dflash):
+            decoder.take_weights()
         if scripted is not None:
-            longer = [request(g, None, "greedy", max_new_tokens + block_size) for g in groups]
+            # Past the stop tokens too: the block that holds one must be accepted as far as any other.
+            longer = [request(g, None, "greedy", ahead, ()) for g in groups]
             outputs = [read_state(self.greedy.steps(prefill(self.greedy, r)))[0] for r in longer]
-            proposers = [ScriptedDraft(draft=draft, outputs=rows, accept_len=scripted) for rows in outputs]
-        self._requests = [
-            request(g, proposer, mode, max_new_tokens) for g, proposer in zip(groups, proposers, strict=True)
-        ]
+            scripts = [ScriptedDraft(draft=draft, outputs=rows, accept_len=scripted) for rows in outputs]
+            self._requests = [
+                request(g, script, mode, max_new_tokens, stop_token_ids)
+                for g, script in zip(groups, scripts, strict=True)
+            ]
         self._ready: list[State] = []
         self.baseline_s: list[list[float]] = []
         self.dflash_s: list[list[float]] = []
         self.prefill_s: list[float] = []
         self.divergence: dict[str, int] | None = None
         self._expected: list[Rows] = []
+        self._produced_greedily: list[Rows] = []
         self._outcome: list[tuple[Rows, Rows, Rows]] = []
 
     def baseline_round(self) -> None:
-        """Decodes every group greedily, and reads the prompts for the round that follows."""
-        states, seconds = self._decode(self.greedy, [prefill(self.greedy, r) for r in self._greedy_requests])
+        """Decodes every group greedily if there is a baseline, and reads the prompts for the round that follows."""
         if self.with_baseline:
+            states, seconds = self._decode(self.greedy, [prefill(self.greedy, r) for r in self._greedy_requests])
             self.baseline_s.append(seconds)
-            self._expected = [read_state(s)[0] for s in states]
+            self._expected, _, self._produced_greedily = map(list, zip(*map(read_state, states), strict=True))
         self._ready = []
         for request in self._requests:
             start = time.perf_counter()
@@ -125,8 +140,7 @@ class PairedRun:
         accepted = [row for _, rows, _ in self._outcome for row in rows]
         produced = [row for _, _, rows in self._outcome for row in rows]
         dflash_s = np.array(self.dflash_s[-rounds:])
-        # A batch takes as many steps as its longest row.
-        longest = sum(max(map(sum, rows)) for _, _, rows in self._outcome)
+        longest = _longest([rows for _, _, rows in self._outcome])
         total_s = float(np.median(dflash_s.sum(axis=1)))
         lengths = [len(p) for r in self._requests for p in r.prompts]
         info: dict[str, Any] = {
@@ -141,7 +155,7 @@ class PairedRun:
             **metrics.acceptance(accepted, self.block_size),
             "num_output_tokens": metrics.output_tokens(produced),
             "tok_s_total": metrics.throughput(produced, total_s),
-            "ttft_ms": 1000 * float(np.median(self.prefill_s)),
+            "ttft_ms": 1000 * float(np.median(self.prefill_s[-rounds * len(self._requests) :])),
             "tpot_ms": 1000 * total_s / longest if longest else None,
             "compile_s": self.dflash.compile_s,
             "rounds": len(dflash_s),
@@ -149,33 +163,43 @@ class PairedRun:
             "baseline_tpot_ms": None,
             "speedup_x": None,
             "speedup_x_ci95": None,
+            "block_ratio": None,
             "lossless": None,
             "first_divergence": self.divergence,
         }
         if self.with_baseline:
             baseline_s = np.array(self.baseline_s[-rounds:])
             greedy_s = float(np.median(baseline_s.sum(axis=1)))
-            ratio, low, high = ratio_interval(baseline_s, dflash_s)
+            greedily = [row for rows in self._produced_greedily for row in rows]
+            longest_greedy = _longest(self._produced_greedily)
             info |= {
-                "baseline_tok_s_total": metrics.throughput(produced, greedy_s),
-                "baseline_tpot_ms": 1000 * greedy_s / longest if longest else None,
-                "speedup_x": ratio if longest else None,
-                "speedup_x_ci95": [low, high],
+                "baseline_tok_s_total": metrics.throughput(greedily, greedy_s),
+                "baseline_tpot_ms": 1000 * greedy_s / longest_greedy if longest_greedy else None,
                 "lossless": self.divergence is None,
             }
+            if longest:
+                ratio, low, high = ratio_interval(baseline_s, dflash_s)
+                info |= {
+                    "speedup_x": ratio,
+                    "speedup_x_ci95": [low, high],
+                    "block_ratio": longest / self._block_steps() / ratio,
+                }
         if steps is not None:
-            info |= self._prediction(steps, accepted, produced)
+            info |= self._prediction(steps, longest)
         return metrics.finite(info | {"status": status(info)})
 
-    def _prediction(self, steps: StepTimes, accepted: Rows, produced: Rows) -> dict[str, Any]:
-        """The cost model's speed-up from the terms timed alone, with the tokens that blocks really emitted."""
-        blocks = sum(map(len, produced))
+    def _block_steps(self) -> int:
+        """Blocks that the device went through: a batch takes as many as its slowest row."""
+        return sum(max(map(len, rows)) for _, _, rows in self._outcome)
+
+    def _prediction(self, steps: StepTimes, longest: int) -> dict[str, Any]:
+        """The cost model's speed-up from the terms timed alone, with the steps that both decoders really took."""
+        blocks = self._block_steps()
         if not blocks:
             return {"predicted_speedup_x": None, "predicted_block_ratio": None}
         ratio = steps.block_ratio(self.block_size)
         if self.mode == "cached_sequential_verify":
-            # One target step per token that is looked at, the refused one included.
-            looked_at = sum(a + 1 for row in accepted for a in row) / blocks
-            ratio = looked_at + steps.draft_s[self.block_size] / steps.step_s
-        emitted = sum(map(sum, produced)) / blocks
-        return {"predicted_speedup_x": emitted / ratio, "predicted_block_ratio": ratio}
+            # One target step per token that is looked at, the refused one included, until no row agrees.
+            looked_at = sum(1 + max(block) for _, rows, _ in self._outcome for block in zip_longest(*rows, fillvalue=0))
+            ratio = looked_at / blocks + steps.draft_s[self.block_size] / steps.step_s
+        return {"predicted_speedup_x": longest / blocks / ratio, "predicted_block_ratio": ratio}
