@@ -1,0 +1,214 @@
+"""Paired rounds: what a case says of itself, with tokens compared in every round."""
+
+import json
+
+import numpy as np
+import pytest
+
+from dflash import RequestError, init_draft, load_target
+from dflash.decoding.decode import decode
+from dflash.gate import Floors, failures
+from dflash.measure import StepTimes
+from dflash.paired import PairedRun, first_divergence
+from dflash.report import speedup_table
+from dflash.tiny import write_tiny_target
+
+BLOCK, BUDGET = 4, 18
+GROUPS = [[[5, 17, 3], [120, 88, 9, 41, 7]], [[2, 2, 90, 14], [61]]]
+STEPS = StepTimes(step_s=0.010, verify_s={BLOCK: 0.012}, draft_s={BLOCK: 0.003}, context=64, batch=2)
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory):
+    return load_target(write_tiny_target(tmp_path_factory.mktemp("paired") / "target", num_hidden_layers=1))
+
+
+@pytest.fixture(scope="module")
+def draft(target):
+    return init_draft(target, num_layers=1, block_size=BLOCK, target_layer_ids=(0,))
+
+
+def paired(target, draft, groups=GROUPS, rounds=2, **settings):
+    settings = {"mode": "cached_block_verify", "block_size": BLOCK, "max_new_tokens": BUDGET} | settings
+    run = PairedRun(target, draft, groups, **settings)
+    for _ in range(rounds):
+        run.baseline_round()
+        run.dflash_round()
+    return run
+
+
+@pytest.mark.parametrize(
+    ("expected", "got", "place"),
+    [
+        ([[[1, 2], [3]]], [[[1, 2], [3]]], None),
+        ([[[1, 2], [3, 4, 5]]], [[[1, 2], [3, 9, 5]]], {"prompt": 1, "token": 1}),
+        ([[[1, 2]], [[3, 4]], [[5]]], [[[1, 2]], [[3, 4]], [[6]]], {"prompt": 2, "token": 0}),
+        ([[[1, 2, 3]]], [[[1, 2]]], {"prompt": 0, "token": 2}),
+        ([[[1, 2]]], [[[1, 2, 3]]], {"prompt": 0, "token": 2}),
+        ([[[1], [2]]], [[[9], [8]]], {"prompt": 0, "token": 0}),
+        ([], [], None),
+    ],
+)
+def test_first_divergence(expected, got, place):
+    assert first_divergence(expected, got) == place
+
+
+def test_a_case(target, draft):
+    run = paired(target, draft, rounds=3)
+    info = run.info(2)
+    assert (info["status"], info["lossless"], info["first_divergence"]) == ("ok", True, None)
+    assert info["rounds"] == 2
+    assert (info["mode"], info["block_size"], info["dtype"]) == ("cached_block_verify", BLOCK, "float32")
+    assert (info["batch_size"], info["num_prompts"], info["max_new_tokens"]) == (2, 4, BUDGET)
+    assert (info["prompt_len"], info["prompt_len_mean"]) == (5, 13 / 4)
+    assert info["num_output_tokens"] == 4 * BUDGET
+    assert info["speedup_x"] == pytest.approx(info["tok_s_total"] / info["baseline_tok_s_total"])
+    assert info["speedup_x"] == pytest.approx(info["baseline_tpot_ms"] / info["tpot_ms"])
+    low, high = info["speedup_x_ci95"]
+    assert 0 < low <= high
+    assert info["ttft_ms"] > 0
+    assert sum(info["accept_histogram"]) == info["num_drafts"]
+    assert json.loads(json.dumps(info, allow_nan=False)) == info
+    assert failures(info, Floors()) == []
+    assert len(speedup_table([info | {"case": "it"}])) == 3
+
+
+def test_warm_up_rounds_are_left_out(target, draft):
+    run = paired(target, draft, rounds=3)
+    run.baseline_s = [[1e6, 1e6], [4.0, 4.0], [4.0, 4.0]]
+    run.dflash_s = [[1e-6, 1e-6], [1.0, 1.0], [1.0, 1.0]]
+    run.prefill_s = [1e6, 1e6, 0.1, 0.1, 0.1, 0.1]
+    info = run.info(2)
+    assert (info["speedup_x"], info["speedup_x_ci95"]) == (4, [4, 4])
+    assert info["ttft_ms"] == pytest.approx(100)
+    assert info["tok_s_total"] == 4 * (BUDGET - 1) / 2
+    # Two groups of rows that all emit BUDGET - 1 tokens after the first, in 2 and 8 seconds.
+    assert info["tpot_ms"] == pytest.approx(1000 / (BUDGET - 1))
+    assert info["baseline_tpot_ms"] == pytest.approx(4000 / (BUDGET - 1))
+
+
+@pytest.mark.parametrize("accept_len", range(BLOCK))
+def test_scripted_acceptance_is_exact(target, draft, accept_len):
+    info = paired(target, draft, scripted=accept_len, rounds=1).info(1, STEPS)
+    blocks = -(-(BUDGET - 1) // (accept_len + 1))
+    assert info["accept_histogram"] == [4 * blocks if a == accept_len else 0 for a in range(BLOCK)]
+    assert info["status"] == "ok"
+    assert info["predicted_block_ratio"] == pytest.approx(1.5)
+    assert info["predicted_speedup_x"] == pytest.approx((BUDGET - 1) / blocks / 1.5)
+    assert info["block_ratio"] == pytest.approx((BUDGET - 1) / blocks / info["speedup_x"])
+
+
+@pytest.mark.parametrize("accept_len", [1, 3])
+def test_scripted_sequential_verify(target, draft, accept_len):
+    mode = "cached_sequential_verify"
+    info = paired(target, draft, scripted=accept_len, rounds=1, mode=mode).info(1, STEPS)
+    assert (info["status"], info["accept_len_mean"]) == ("ok", accept_len)
+    assert info["predicted_block_ratio"] == pytest.approx(accept_len + 1 + 0.3)
+
+
+def test_a_scripted_draft_is_exact_in_the_block_that_stops(target, draft):
+    tokens = decode(target, None, GROUPS[0], mode="greedy", max_new_tokens=BUDGET).tokens
+    stop = tokens[0][6]
+    run = paired(target, draft, GROUPS[:1], rounds=1, scripted=BLOCK - 1, stop_token_ids=[stop])
+    info = run.info(1)
+    assert (info["status"], info["accept_len_mean"]) == ("ok", BLOCK - 1)
+    assert info["num_output_tokens"] < 2 * BUDGET
+
+
+def test_prediction_of_a_ragged_batch(target, draft):
+    """A batch takes as many blocks as its slowest row, and greedy decoding as many steps as its longest."""
+    run = paired(target, draft, rounds=1)
+    run._outcome = [
+        ([[0] * 9, [0] * 9], [[3, 3], [0, 0, 0, 0, 0, 0, 0, 0]], [[4, 4], [1] * 8]),
+        ([[0] * 5, [0] * 3], [[3], [1]], [[4], [2]]),
+    ]
+    info = run.info(1, STEPS)
+    assert info["predicted_speedup_x"] == pytest.approx((8 + 4) / (8 + 1) / 1.5)
+    run.mode = "cached_sequential_verify"
+    # Rows walk a block together: 4, 4 and then 1 token at a time, and 4 in the second group.
+    assert run.info(1, STEPS)["predicted_block_ratio"] == pytest.approx((4 + 4 + 6 + 4) / 9 + 0.3)
+
+
+def test_without_a_baseline_nothing_is_claimed(target, draft):
+    run = paired(target, draft, baseline=False)
+    info = run.info(2, STEPS)
+    assert info["status"] == "no-baseline"
+    for name in ("baseline_tok_s_total", "baseline_tpot_ms", "speedup_x", "speedup_x_ci95", "lossless", "block_ratio"):
+        assert info[name] is None, name
+    assert run.baseline_s == []
+    assert info["tok_s_total"] > 0
+    assert info["predicted_speedup_x"] > 0
+    assert "no-baseline" in failures(info, Floors())[0]
+
+
+def sabotage(run, row, place):
+    """Alters one token that the draft's decoder gives, as a broken verify would."""
+    whole = run.dflash.steps
+
+    class Broken:
+        compile_s = 0.0
+        prefill = run.dflash.prefill
+
+        def steps(self, state):
+            done = whole(state)
+            altered = np.array(done.tokens)
+            altered[row, place] = (altered[row, place] + 1) % 199
+            return type(done)(**{**vars(done), "tokens": altered})
+
+    run.dflash = Broken()
+
+
+def test_altered_tokens_are_invalid_for_good(target, draft):
+    run = paired(target, draft, rounds=1)
+    healthy = run.dflash
+    sabotage(run, row=1, place=6)
+    run.baseline_round()
+    run.dflash_round()
+    run.dflash = healthy
+    # A round that is right again does not take it back.
+    run.baseline_round()
+    run.dflash_round()
+    info = run.info(2)
+    assert (info["lossless"], info["status"]) == (False, "invalid")
+    assert info["first_divergence"] == {"prompt": 1, "token": 6}
+    assert failures(info, Floors())[0].endswith("differ first at prompt 1, token 6")
+
+
+def test_no_block_was_needed(target, draft):
+    info = paired(target, draft, max_new_tokens=1, rounds=1).info(1, STEPS)
+    assert (info["status"], info["lossless"]) == ("invalid", True)
+    for name in ("speedup_x", "speedup_x_ci95", "tok_s_total", "tpot_ms", "accept_len_mean", "predicted_speedup_x"):
+        assert info[name] is None, name
+    assert "no block was needed" in failures(info, Floors())[0]
+
+
+def test_a_run_may_go_up_to_the_position_limit(tmp_path):
+    small = load_target(write_tiny_target(tmp_path / "small", num_hidden_layers=1, max_position_embeddings=32))
+    draft = init_draft(small, num_layers=1, block_size=BLOCK)
+    run = paired(small, draft, [[[1] * 20]], rounds=1, max_new_tokens=32 - 20 - BLOCK, scripted=2)
+    assert run.info(1)["accept_len_mean"] == 2
+
+
+def test_changed_weights_are_taken(target, draft, tmp_path):
+    fresh = load_target(write_tiny_target(tmp_path / "target", num_hidden_layers=1))
+    before = paired(fresh, draft, rounds=1)._expected
+    other = load_target(write_tiny_target(tmp_path / "other", num_hidden_layers=1, seed=9))
+    fresh.embedding.weight.set_value(other.embedding.weight.get_value())
+    run = paired(fresh, draft, rounds=1)
+    assert run._expected != before
+    assert run._expected[0] == decode(fresh, None, GROUPS[0], mode="recompute", max_new_tokens=BUDGET).tokens
+    assert run.info(1)["status"] == "ok"
+
+
+@pytest.mark.parametrize("mode", ["greedy", "recompute"])
+def test_modes_that_are_no_case(target, draft, mode):
+    with pytest.raises(
+        RequestError, match=f"a paired run compares a cached mode with greedy decoding, got mode '{mode}'"
+    ):
+        PairedRun(target, draft, GROUPS, mode=mode, block_size=BLOCK, max_new_tokens=BUDGET)
+
+
+def test_a_bad_request_is_refused_before_anything_is_compiled(target, draft, monkeypatch):
+    monkeypatch.setattr("dflash.paired.compiled_decoder", lambda *_: pytest.fail("compiled"))
+    with pytest.raises(RequestError, match="block_size 5 is above the 4"):
+        PairedRun(target, draft, GROUPS, mode="cached_block_verify", block_size=5, max_new_tokens=BUDGET)
