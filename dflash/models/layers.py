@@ -135,7 +135,9 @@ def rope_tables(rope: RopeConfig, head_dim: int, positions: Array) -> tuple[Arra
     inverse = jnp.asarray(rope_inverse_frequencies(rope, head_dim))
     angles = inverse[:, None, None] * positions.astype(jnp.float32)
     factor = rope_attention_factor(rope)
-    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+    cos, sin = jnp.cos(angles) * factor, jnp.sin(angles) * factor
+    # Without a word, a CPU computes them anew for every head of every layer: 4% of a step of 16 tokens.
+    return (native.kept(cos), native.kept(sin)) if native.takes(positions.size, cos) else (cos, sin)
 
 
 def rotate(x: Array, tables: tuple[Array, Array]) -> Array:
@@ -177,3 +179,17 @@ def attend(q: Array, keys: Array, values: Array, visible: Array, sinks: Array | 
     """
     ours = native.takes(q.shape[3] * q.shape[4], q, keys, values, *(() if sinks is None else (sinks,)))
     return (_attend_native if ours else _attend_xla)(q, keys, values, visible, sinks)
+
+
+def most_likely(logits: Array) -> Array:
+    """The index of the largest entry of each column of [V, N], int32 [N]; the lowest of equals.
+
+    First which run of entries has it, then where in the run: XLA's argmax goes through all V one at a time, which for
+    16 columns is 5% of a step on a CPU, and its max does not.
+    """
+    V, N = logits.shape
+    run = max(size for size in range(1, math.isqrt(V) + 1) if V % size == 0)
+    runs = logits.reshape(V // run, run, N)
+    best = jnp.argmax(runs.max(axis=1), axis=0)
+    entries = jnp.take_along_axis(runs, best[None, None], axis=0)[0]
+    return (best * run + jnp.argmax(entries, axis=0)).astype(jnp.int32)

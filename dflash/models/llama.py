@@ -8,7 +8,7 @@ from jax import Array
 
 from dflash.config import TargetConfig
 from dflash.kv_cache import KVCache, attention_mask
-from dflash.models.layers import Linear, RMSNorm, SwiGLU, attend, rope_tables, rotate
+from dflash.models.layers import Linear, RMSNorm, SwiGLU, attend, most_likely, rope_tables, rotate
 
 
 class Attention(nnx.Module):
@@ -101,6 +101,10 @@ class Llama(nnx.Module):
     def logits(self, x: Array) -> Array:
         """Columns after the final norm [H, N] -> [V, N] in the dtype of computation."""
         return (self.embedding if self.head is None else self.head)(x)
+
+    def most_likely(self, x: Array) -> Array:
+        """Columns after the final norm [H, N] -> the most likely token of each, int32 [N]; the lowest id of a tie."""
+        return most_likely(self.logits(x))
 
     def hidden(
         self,

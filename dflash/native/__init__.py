@@ -50,6 +50,12 @@ def differentiable_as(reference: Callable[..., Array]) -> Callable[[Callable[...
     return wrap
 
 
+@differentiable_as(lambda x: x)
+def kept(x: Array) -> Array:
+    """x float32, computed once: XLA fuses what is cheap to describe into every use of it, and computes it each time."""
+    return jax.ffi.ffi_call(_target("dflash_kept"), jax.ShapeDtypeStruct(x.shape, x.dtype), vmap_method="sequential")(x)
+
+
 @differentiable_as(lambda weight, x: jnp.matmul(weight, x, precision=jax.lax.Precision.HIGHEST))
 def product(weight: Array, x: Array) -> Array:
     """weight float32 [out, in] times x float32 [in, N] -> [out, N]."""
@@ -108,7 +114,7 @@ def _registered() -> str | BuildError:
         return error
     except OSError as error:
         return BuildError(f"the compiled kernels could not be loaded: {error}")
-    for name in ("dflash_product", "dflash_attention"):
+    for name in ("dflash_product", "dflash_attention", "dflash_kept"):
         jax.ffi.register_ffi_target(f"{name}_{path.stem}", jax.ffi.pycapsule(getattr(kernels, name)), platform="cpu")
     return path.stem
 

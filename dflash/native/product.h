@@ -41,8 +41,8 @@ void Tile(const float* w, const float* x, float* y, int64_t in, int64_t out) {
   }
   const Vec none = {};
   for (int n = 0; n < N; ++n) {
-    const Vec total = M == 4 ? Sums(sums[0][n], sums[1 % M][n], sums[2 % M][n], sums[3 % M][n])
-                             : Sums(sums[0][n], none, none, none);
+    const Vec total = Sums(sums[0][n], M > 1 ? sums[1 % M][n] : none, M > 2 ? sums[2 % M][n] : none,
+                           M > 3 ? sums[3 % M][n] : none);
     std::memcpy(y + n * out, &total, M * sizeof(float));
   }
 }
@@ -56,13 +56,13 @@ void TileOf(int64_t columns, const float* w, const float* x, float* y, int64_t i
   }
 }
 
-// M rows of W times all columns, in blocks of about equal width.
-template <int M>
+// M rows of W times all columns, in blocks of about equal width, at most N.
+template <int M, int N>
 void Rows(const float* w, const float* x, float* y, int64_t in, int64_t out, int64_t columns) {
-  const int64_t blocks = (columns + kColumns - 1) / kColumns;
+  const int64_t blocks = (columns + N - 1) / N;
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t first = columns * b / blocks, last = columns * (b + 1) / blocks;
-    TileOf<M, kColumns>(last - first, w, x + first * in, y + first * out, in, out);
+    TileOf<M, N>(last - first, w, x + first * in, y + first * out, in, out);
   }
 }
 
@@ -73,16 +73,25 @@ struct Product {
 
   // Pieces are runs of rows, large enough to be streamed and small enough to share out evenly.
   int64_t PieceRows() const {
-    const int64_t bytes = 128 << 10;
-    return std::max<int64_t>(1, bytes / (in * sizeof(float)) / kRows) * kRows;
+    const int64_t bytes = 128 << 10, unit = kRows * kWideRows;
+    return std::max<int64_t>(1, bytes / (in * sizeof(float)) / unit) * unit;
   }
   int64_t Pieces() const { return (out + PieceRows() - 1) / PieceRows(); }
 
   void operator()(int64_t piece) const {
-    int64_t row = piece * PieceRows();
-    const int64_t end = std::min(out, row + PieceRows());
-    for (; row + kRows <= end; row += kRows) Rows<kRows>(w + row * in, x, y + row, in, out, columns);
-    for (; row < end; ++row) Rows<1>(w + row * in, x, y + row, in, out, columns);
+    const int64_t begin = piece * PieceRows(), end = std::min(out, begin + PieceRows());
+    if (columns > kColumns && columns <= kWideColumns) {
+      Run<kWideRows, kWideColumns>(begin, end);
+    } else {
+      Run<kRows, kColumns>(begin, end);
+    }
+  }
+
+ private:
+  template <int M, int N>
+  void Run(int64_t row, int64_t end) const {
+    for (; row + M <= end; row += M) Rows<M, N>(w + row * in, x, y + row, in, out, columns);
+    for (; row < end; ++row) Rows<1, N>(w + row * in, x, y + row, in, out, columns);
   }
 };
 

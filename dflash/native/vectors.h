@@ -8,12 +8,13 @@
 #include <utility>
 
 // A tile is kRows rows of W times up to kColumns columns; its sums and operands have to fit the vector registers.
+// Up to kWideColumns it is fewer rows and one block of columns: two blocks would take W from L1 twice.
 #if defined(__AVX512F__)
-constexpr int kLanes = 16, kRows = 4, kColumns = 6;  // 32 registers
+constexpr int kLanes = 16, kRows = 4, kColumns = 6, kWideRows = 3, kWideColumns = 8;  // 32 registers
 #elif defined(__AVX__)
-constexpr int kLanes = 8, kRows = 4, kColumns = 2;  // 16
+constexpr int kLanes = 8, kRows = 4, kColumns = 2, kWideRows = 4, kWideColumns = 2;  // 16
 #else
-constexpr int kLanes = 4, kRows = 4, kColumns = 4;  // 16 (SSE) or 32 (NEON)
+constexpr int kLanes = 4, kRows = 4, kColumns = 4, kWideRows = 4, kWideColumns = 4;  // 16 (SSE) or 32 (NEON)
 #endif
 typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
 typedef int32_t Index __attribute__((vector_size(kLanes * sizeof(float))));

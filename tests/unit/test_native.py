@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dflash import native
-from dflash.models.layers import Linear, attend
+from dflash.models.layers import Linear, attend, most_likely
 from dflash.native import build
 
 STATUS = "from dflash import native; print(native.status())"
@@ -135,6 +135,20 @@ def test_attention_reads_nothing_that_no_query_sees():
         return
     expected = native.attention(q, keys, values, visible, None)
     np.testing.assert_array_equal(native.attention(q, *spoilt, visible, None), expected)
+
+
+@pytest.mark.parametrize("entries", [1, 7, 199, 4096, 49152])
+def test_most_likely_is_argmax_the_lowest_of_equals(entries: int):
+    logits = np.random.default_rng(entries).integers(0, 9, (entries, 5)).astype(np.float32)
+    np.testing.assert_array_equal(jax.jit(most_likely)(logits), logits.argmax(axis=0))
+
+
+def test_kept_is_what_it_was_given():
+    if _refused():
+        return
+    x = _drawn(1, 3, 4)[1]
+    np.testing.assert_array_equal(jax.jit(native.kept)(x), x)
+    np.testing.assert_array_equal(jax.grad(lambda x: (native.kept(x) ** 2).sum())(x), 2 * x)
 
 
 def test_xla_keeps_what_the_kernels_are_not_for(monkeypatch: pytest.MonkeyPatch):
