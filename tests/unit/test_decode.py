@@ -220,9 +220,9 @@ def test_stop_tokens_for_all_or_per_row(target, draft, given, stops):
     assert check(target, draft, [[1], [2]], stop_token_ids=given).stops == stops
 
 
-@pytest.mark.parametrize("given", [6, np.int64(6), np.array(6), jnp.int32(6)])
-def test_one_budget_for_all(target, draft, given):
-    assert check(target, draft, [[1], [2]], max_new_tokens=given).budgets == [6, 6]
+@pytest.mark.parametrize("kind", [int, np.int64, np.array, jnp.int32], ids=["int", "int64", "array", "jax"])
+def test_one_budget_for_all(target, draft, kind):
+    assert check(target, draft, [[1], [2]], max_new_tokens=kind(6)).budgets == [6, 6]
 
 
 # ---- tokens
