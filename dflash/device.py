@@ -50,9 +50,14 @@ def open_device(kind: str) -> jax.Device:
         raise _refusal(kind, error) from None
 
 
+def _platforms() -> str:
+    """The platforms that jax was told to use (JAX_PLATFORMS), empty where it may choose."""
+    return jax.config.jax_platforms or ""
+
+
 def open_default_device() -> jax.Device:
     """The device that jax picks. Raises DeviceError, also where a TPU is held: jax goes on with the CPU in silence."""
-    platforms = jax.config.jax_platforms
+    platforms = _platforms()
     try:
         if not platforms and looks_like_tpu_host():
             jax.devices("tpu")
