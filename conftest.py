@@ -291,8 +291,9 @@ def pytest_runtest_makereport(
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    opened = "not opened yet"
-    return f"dflash: jax {jax.__version__}, device {config.option.run_on} ({opened}), target {config.option.target}"
+    return (
+        f"dflash: jax {jax.__version__}, device {config.option.run_on} (not opened yet), target {config.option.target}"
+    )
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

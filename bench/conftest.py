@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from dflash import init_draft, load_draft, load_target, load_tokenizer
+from dflash import native, init_draft, load_draft, load_target, load_tokenizer
 from dflash.config import ConfigError
 from dflash.decoding.decode import RequestError, check_request
 from dflash.device import device_facts
@@ -147,6 +147,7 @@ def facts(device: jax.Device, workload: Workload, pytestconfig: pytest.Config) -
     return {
         **device_facts(device),
         "jax": jax.__version__,
+        "kernels": native.status(),
         "target": options.target,
         "target_sha256": snapshot_hash(target_directory(options.target)),
         "draft": options.draft or f"untrained, {options.draft_layers} layers, seed 0",

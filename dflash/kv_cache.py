@@ -100,12 +100,12 @@ class KVCache:
         return dataclasses.replace(self, lengths=self.lengths + keep.astype(jnp.int32))
 
     def rollback(self, lengths: Array) -> "KVCache":
-        """Back to `lengths` int32 [B], at most `block` tokens before the newest appended one (what rings still hold)."""
+        """Back to `lengths` int32 [B], at most `block` before the newest appended token (what rings hold)."""
         return dataclasses.replace(self, lengths=lengths.astype(jnp.int32))
 
 
 def attention_mask(queries: Array, keys: Array, *, window: int | None, causal: bool) -> Array:
-    """Whether a query position sees a key position, by broadcasting; a window of W holds W keys, the own one included."""
+    """Whether a query position sees a key position, by broadcasting. A window of W holds W keys, its own too."""
     distance = queries - keys
     mask = distance >= 0 if causal else jnp.ones_like(distance, bool)
     if window is not None:

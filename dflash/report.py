@@ -58,6 +58,7 @@ def step_table(info: dict[str, Any]) -> list[str]:
     header = ["step", "ms", "/ T_1", "floor ms", "/ floor", "break-even acceptance_length"]
     facts = (
         f"{info['device_kind']}, {info['dtype']}, batch {info['batch_size']}, context {info['context']}; "
-        f"memory read at {info['bandwidth_gb_s']:.1f} GB/s"
+        f"memory read at {info['bandwidth_gb_s']:.1f} GB/s; "
+        f"computed by {info['kernels']}"
     )
     return [facts, *_table(header, rows)]

@@ -35,6 +35,7 @@ STEP = {
     "batch_size": 1,
     "context": 128,
     "bandwidth_gb_s": 31.04,
+    "kernels": "XLA: no C++ compiler found",
 }
 
 
@@ -61,7 +62,7 @@ def test_columns_widen_with_their_cells():
 
 def test_step_table():
     assert step_table(STEP) == [
-        "cpu, float32, batch 1, context 128; memory read at 31.0 GB/s",
+        "cpu, float32, batch 1, context 128; memory read at 31.0 GB/s; computed by XLA: no C++ compiler found",
         "step           ms  / T_1  floor ms  / floor  break-even acceptance_length",
         "-----------  ----  -----  --------  -------  ----------------------------",
         "T_1          30.0   1.00      20.0     1.50",
