@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from dflash import native, init_draft, load_draft, load_target, load_tokenizer
+from dflash import init_draft, load_draft, load_target, load_tokenizer, native
 from dflash.config import ConfigError
 from dflash.decoding.decode import RequestError, check_request
 from dflash.device import device_facts

@@ -52,7 +52,8 @@ def open_device(kind: str) -> jax.Device:
 
 def _platforms() -> str:
     """The platforms that jax was told to use (JAX_PLATFORMS), empty where it may choose."""
-    return jax.config.jax_platforms or ""
+    config: Any = jax.config  # its flags are unknown to type checkers
+    return config.jax_platforms or ""
 
 
 def open_default_device() -> jax.Device:
