@@ -124,6 +124,14 @@ def build_target_layer_ids(num_target_layers: int, num_features: int) -> tuple[i
     return ids
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 class _Reader:
     """Reads keys of one config.json and keeps every fault, so that the user sees them all at once."""
 
@@ -135,7 +143,7 @@ class _Reader:
         value = default if value is None else value
         if value is None:
             self.faults.append(f"{key} is missing")
-        elif isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        elif not _is_number(value):
             self.faults.append(f"{key} must be a number, got {value!r}")
         elif value < minimum or (kind is int and value != int(value)):
             self.faults.append(f"{key} must be {kind.__name__} >= {minimum}, got {value!r}")
@@ -170,25 +178,33 @@ _ROPE_KEYS = {
 def _read_rope(reader: _Reader, max_position: int, default_theta: float) -> RopeConfig:
     """Rotary settings of transformers 4 (`rope_theta`, `rope_scaling`) and 5 (`rope_parameters`)."""
     raw = reader.raw
-    scaling = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(scaling, dict):
+        reader.faults.append(f"rope_scaling must be an object, got {scaling!r}")
+        return RopeConfig(theta=1.0)
     theta = scaling.get("rope_theta", raw.get("rope_theta", default_theta))
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind not in _ROPE_KEYS:
+    if not isinstance(kind, str) or kind not in _ROPE_KEYS:
         reader.faults.append(f"rope type must be one of {sorted(_ROPE_KEYS)}, got {kind!r}")
         return RopeConfig(theta=1.0)
-    missing = sorted(_ROPE_KEYS[kind] - scaling.keys())
+    missing = sorted(k for k in _ROPE_KEYS[kind] if scaling.get(k) is None)
     reader.check(not missing, f"rope type {kind} needs {missing}")
-    reader.check(isinstance(theta, (int, float)) and theta > 1, f"rope_theta must be above 1, got {theta!r}")
+    reader.check(_is_number(theta) and theta > 1, f"rope_theta must be above 1, got {theta!r}")
     original = scaling.get("original_max_position_embeddings") or raw.get("original_max_position_embeddings")
     fields = ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor", "mscale")
     given = {k: scaling[k] for k in (*fields, "mscale_all_dim", "truncate") if scaling.get(k) is not None}
+    numbers = {"factor": scaling.get("factor"), "original_max_position_embeddings": original, **given}
+    for key, value in numbers.items():
+        good = isinstance(value, bool) if key == "truncate" else value is None or (_is_number(value) and value > 0)
+        rule = "true or false" if key == "truncate" else "a number above 0"
+        reader.check(good, f"{key} of rope type {kind} must be {rule}, got {value!r}")
     if reader.faults:
         return RopeConfig(theta=1.0)
     return RopeConfig(
         theta=float(theta),
         kind=kind,
         factor=float(scaling.get("factor") or 1.0),
-        original_max_position=int(original or max_position),
+        original_max_position=int(original or max_position) if kind in ("llama3", "yarn") else 0,
         **given,
     )
 
@@ -200,10 +216,13 @@ def _read_windows(reader: _Reader, num_layers: int, family: str) -> tuple[int | 
     if types is None and family == "gpt_oss":
         types = ["sliding_attention" if i % 2 == 0 else "full_attention" for i in range(num_layers)]
     elif types is None and family in ("qwen2", "qwen3") and raw.get("use_sliding_window"):
-        first = raw.get("max_window_layers", num_layers)
+        first = reader.number("max_window_layers", 28, minimum=0)
         types = ["sliding_attention" if i >= first else "full_attention" for i in range(num_layers)]
     elif types is None:
         types = ["full_attention"] * num_layers
+    if not isinstance(types, list) or not all(isinstance(t, str) for t in types):
+        reader.faults.append(f"layer_types must be a list of names, got {types!r}")
+        return (None,) * num_layers
     unknown = sorted(set(types) - {"full_attention", "sliding_attention"})
     reader.check(not unknown, f"layer_types may hold full_attention and sliding_attention, got {unknown}")
     reader.check(len(types) == num_layers, f"layer_types has {len(types)} entries for {num_layers} layers")
@@ -213,10 +232,11 @@ def _read_windows(reader: _Reader, num_layers: int, family: str) -> tuple[int | 
     return tuple(window if t == "sliding_attention" else None for t in types)
 
 
-def _read_heads(reader: _Reader, hidden_size: int) -> tuple[int, int, int]:
+def _read_heads(reader: _Reader, hidden_size: int, family: str) -> tuple[int, int, int]:
     heads = reader.number("num_attention_heads")
     kv_heads = reader.number("num_key_value_heads", heads)
-    head_dim = reader.number("head_dim", hidden_size // heads)
+    # What an absent key means differs by family in transformers.
+    head_dim = reader.number("head_dim", {"qwen3": 128, "gpt_oss": 64}.get(family, max(hidden_size // heads, 1)))
     reader.check(heads % kv_heads == 0, f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
     reader.check(head_dim % 2 == 0, f"head_dim must be even for rotary embedding, got {head_dim}")
     return heads, kv_heads, head_dim
@@ -229,7 +249,7 @@ def read_target_config(raw: dict[str, Any], source: str = "config.json") -> Targ
     hidden_size = reader.number("hidden_size")
     num_layers = reader.number("num_hidden_layers")
     max_position = reader.number("max_position_embeddings")
-    heads, kv_heads, head_dim = _read_heads(reader, hidden_size)
+    heads, kv_heads, head_dim = _read_heads(reader, hidden_size, family)
     gpt_oss = family == "gpt_oss"
     if not gpt_oss:
         reader.expect("hidden_act", ("silu",), "silu")
@@ -275,12 +295,15 @@ DRAFT_ARCHITECTURES = ("DFlashDraftModel",)
 def read_draft_config(raw: dict[str, Any], source: str = "config.json") -> DraftConfig:
     """The draft that a `DFlashDraftModel` config.json describes. Raises ConfigError with every fault in it."""
     reader = _Reader(raw, source)
-    architectures = raw.get("architectures") or ["?"]
+    architectures = raw.get("architectures")
     reader.check(
-        architectures[0] in DRAFT_ARCHITECTURES,
+        isinstance(architectures, list) and architectures[:1] == list(DRAFT_ARCHITECTURES),
         f"architectures must be {list(DRAFT_ARCHITECTURES)}, got {architectures}",
     )
     nested = raw.get("dflash_config") or {}
+    if not isinstance(nested, dict):
+        reader.faults.append(f"dflash_config must be an object, got {nested!r}")
+        nested = {}
     reader.expect("hidden_act", ("silu",), "silu")
     # Older exports changed the network under the same architecture name; each would load and propose rubbish.
     for key in ("use_mask_embedding", "mlp_bias", "fc_bias"):
@@ -292,27 +315,32 @@ def read_draft_config(raw: dict[str, Any], source: str = "config.json") -> Draft
     hidden_size = reader.number("hidden_size")
     num_layers = reader.number("num_hidden_layers")
     max_position = reader.number("max_position_embeddings", 32768)
-    heads, kv_heads, head_dim = _read_heads(reader, hidden_size)
+    # The reference reads the file as a Qwen3 config, so what an absent key means is Qwen3's.
+    heads, kv_heads, head_dim = _read_heads(reader, hidden_size, "qwen3")
     merged = {**raw, **nested}
-    num_target_layers = reader.number("num_target_layers", max(merged.get("target_layer_ids") or [0]) + 1)
     layer_ids = merged.get("target_layer_ids")
+    good = isinstance(layer_ids, list) and layer_ids and all(_is_integer(i) and i >= 0 for i in layer_ids)
+    num_target_layers = reader.number("num_target_layers", max(layer_ids or [0]) + 1 if good else None)
     if layer_ids is None:
-        layer_ids = build_target_layer_ids(num_target_layers, num_layers)
-    good = isinstance(layer_ids, (list, tuple)) and layer_ids and all(isinstance(i, int) and i >= 0 for i in layer_ids)
-    reader.check(bool(good), f"target_layer_ids must be layer numbers >= 0, got {layer_ids!r}")
+        try:
+            layer_ids = list(build_target_layer_ids(num_target_layers, num_layers))
+        except ConfigError as error:
+            reader.faults.append(str(error))
+    else:
+        reader.check(bool(good), f"target_layer_ids must be layer numbers >= 0, got {layer_ids!r}")
     block = merged.get("block_size", 16)
-    reader.check(isinstance(block, int) and block >= 2, f"block_size must be an integer >= 2, got {block!r}")
+    reader.check(_is_integer(block) and block >= 2, f"block_size must be an integer >= 2, got {block!r}")
     mask = merged.get("mask_token_id")
-    reader.check(isinstance(mask, int), f"mask_token_id must be a token id, got {mask!r}")
+    reader.check(_is_integer(mask), f"mask_token_id must be a token id, got {mask!r}")
 
-    windows = _read_windows(reader, num_layers, "draft")
+    windows = _read_windows(reader, num_layers, "qwen3")
     causal = raw.get("is_causal")
     rope = _read_rope(reader, max_position, 10000.0)
     vocab_size = reader.number("vocab_size")
     intermediate_size = reader.number("intermediate_size")
     eps = reader.number("rms_norm_eps", 1e-6, kind=float, minimum=0)
     reader.finish()
-    assert isinstance(layer_ids, (list, tuple))
+    assert isinstance(layer_ids, list)
     assert isinstance(block, int)
     assert isinstance(mask, int)
     return DraftConfig(

@@ -64,13 +64,14 @@ def _draw(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.nda
     if name.endswith("_blocks"):
         return rng.integers(0, 256, shape, dtype=np.uint8)
     if name.endswith("_scales"):
-        return rng.integers(122, 126, shape, dtype=np.uint8)
+        return rng.integers(119, 123, shape, dtype=np.uint8)
     if "norm" in name:
         return rng.uniform(0.5, 1.5, shape).astype(np.float32)
     if len(shape) == 1 or name.endswith("bias"):
         return rng.normal(0, 0.3, shape).astype(np.float32)
     inputs = shape[-2] if ".experts." in name else shape[-1]
-    scale = 1.0 if "embed" in name else 1.6 * inputs**-0.5
+    # An expert multiplies two of its products, so its outputs grow faster than another MLP's.
+    scale = 1.0 if "embed" in name else (1.0 if ".experts." in name else 1.3) * inputs**-0.5
     return rng.normal(0, scale, shape).astype(np.float32)
 
 

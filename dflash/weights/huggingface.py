@@ -89,6 +89,10 @@ def dequantise_mxfp4(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
 def _expert_plan(path: str, prefix: str, c: TargetConfig, packed: bool) -> Plan:
     assert c.experts is not None
     E, H, I = c.experts.count, c.hidden_size, c.intermediate_size  # noqa: E741
+    if packed and (H % 32 or I % 32):
+        raise WeightsError(
+            f"MXFP4 packs 32 values together; hidden_size {H} and intermediate_size {I} must divide by 32"
+        )
     yield f"{path}.router.weight", _one(f"{prefix}router.weight", E, H)
     yield f"{path}.router.bias", _one(f"{prefix}router.bias", E)
     for ours, theirs, inputs, outputs in (("gate_up", "gate_up_proj", H, 2 * I), ("down", "down_proj", I, H)):
@@ -337,7 +341,9 @@ def write_draft(draft: Draft, directory: Path) -> None:
 def snapshot_hash(directory: Path) -> str:
     """SHA-256 over config.json and the weight files of a snapshot: what a result says that it was measured on."""
     digest = hashlib.sha256()
-    for path in [Path(directory) / "config.json", *_weight_files(Path(directory))]:
+    directory = Path(directory)
+    read_json(directory, "config.json")
+    for path in [directory / "config.json", *_weight_files(directory)]:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()

