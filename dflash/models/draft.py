@@ -111,21 +111,27 @@ class Draft(nnx.Module):
             x = x + layer.mlp(layer.mlp_norm(x))
         return self.norm(x)
 
-    def uncached(self, features: list[Array], lengths: Array, x: Array, start: Array | None = None) -> Array:
-        """`block` without a cache: K context features [H, B*C] of which each row's first `lengths` int32 [B] count.
+    def uncached(self, features: list[Array], anchors: Array, x: Array, start: Array | None = None) -> Array:
+        """`block` without a cache, for many blocks of a row at once: what training and evaluation call.
 
-        Context positions are start .. start+C-1 (start int32 [B], 0 by default), the block's follow the row's last
-        context token. Embedded block [H, B*T] -> hidden after the norm [H, B*T].
+        K context features [H, B*C]; block a of a row sees the first `anchors` int32 [B, A] of the row's context tokens
+        (what comes later, padding too, is hidden) and itself, no other block. Context positions are start .. start+C-1
+        (start int32 [B], 0 by default); a block's begin at start + anchors. Embedded blocks [H, B*A*T] -> hidden after
+        the norm [H, B*A*T].
         """
-        B = lengths.shape[0]
+        B, A = anchors.shape
         context = self._context(features)
-        C, T = context.shape[1] // B, x.shape[1] // B
-        first = jnp.zeros_like(lengths) if start is None else start
+        C, T = context.shape[1] // B, x.shape[1] // (B * A)
+        first = jnp.zeros(B, jnp.int32) if start is None else start
         context_positions = first[:, None] + jnp.arange(C, dtype=jnp.int32)
-        block_positions = (first + lengths)[:, None] + jnp.arange(T, dtype=jnp.int32)
+        block_positions = (first[:, None] + anchors)[:, :, None] + jnp.arange(T, dtype=jnp.int32)
+        block_positions = block_positions.reshape(B, A * T)
         context_rope, block_rope = self._rope(context_positions), self._rope(block_positions)
         positions = jnp.concatenate([context_positions, block_positions], axis=1)
-        real = jnp.concatenate([jnp.arange(C) < lengths[:, None], jnp.ones((B, T), bool)], axis=1)
+        before = jnp.repeat(jnp.arange(C) < anchors[:, :, None], T, axis=1)
+        blocks = jnp.repeat(jnp.arange(A), T)
+        own = jnp.broadcast_to(blocks[:, None] == blocks, (B, A * T, A * T))
+        real = jnp.concatenate([before, own], axis=2)
         for i, layer in enumerate(self.layers):
             normed = layer.attention_norm(x)
             pairs = zip(
@@ -134,7 +140,7 @@ class Draft(nnx.Module):
                 strict=True,
             )
             k, v = (jnp.concatenate(pair, axis=3) for pair in pairs)
-            visible = real[:, None, :] & attention_mask(
+            visible = real & attention_mask(
                 block_positions[:, :, None],
                 positions[:, None, :],
                 window=self.config.windows[i],

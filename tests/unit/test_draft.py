@@ -86,7 +86,14 @@ class Drive:
         x = self.blocks[i].reshape(HIDDEN, -1)
         first = jnp.full(BATCH, start, jnp.int32)
         weights = self.weights if weights is None else weights
-        return np.asarray(self._uncached(weights, features, jnp.asarray(lengths), x, first))
+        return np.asarray(self._uncached(weights, features, jnp.asarray(lengths)[:, None], x, first))
+
+    def together(self, anchors):
+        """Block i of every row after anchors [B, A] tokens of it, all A in one call: [H, B, A, T]."""
+        features = self.features.reshape(self.K, HIDDEN, -1)
+        x = self.blocks[: anchors.shape[1]].transpose(1, 2, 0, 3).reshape(HIDDEN, -1)
+        hidden = self._uncached(self.weights, features, jnp.asarray(anchors), x, jnp.zeros(BATCH, jnp.int32))
+        return np.asarray(hidden).reshape(HIDDEN, BATCH, -1, BLOCK)
 
     def proposals(self, hidden):
         return (self.head @ hidden).argmax(0)
@@ -128,6 +135,15 @@ def test_what_is_not_committed_changes_nothing(drive):
         np.testing.assert_array_equal(drive.block(again, i), expected)
         plain = drive.uncached(lengths, i)
         np.testing.assert_array_equal(drive.uncached(lengths, i, garbage=1e3), plain)
+
+
+def test_blocks_of_a_row_are_each_alone(drive):
+    """What training sees in one call is what decoding sees block by block: no later context, no other block."""
+    anchors = np.array([[3, 30, 31, 0], [40, 2, 17, 17], [5, 6, 7, 44]])
+    together = drive.together(anchors)
+    for i, lengths in enumerate(anchors.T):
+        alone = drive.uncached(lengths, i).reshape(HIDDEN, BATCH, BLOCK)
+        np.testing.assert_allclose(together[:, :, i], alone, atol=1e-4, rtol=1e-4)
 
 
 def test_only_distances_matter(drive):
