@@ -38,11 +38,15 @@ class ChatTokenizer(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Prompt:
-    """One conversation that waits for an answer: `messages` are {"role", "content"}, the last one the user's."""
+    """One conversation that waits for an answer: `messages` are {"role", "content"}, the last one the user's.
+
+    `answer` is what somebody answered, where the source says it: for training only, no part of what is asked.
+    """
 
     id: str
     category: str
     messages: tuple[dict[str, str], ...]
+    answer: str = ""
 
     def __post_init__(self) -> None:
         for name, value in (("id", self.id), ("category", self.category)):
@@ -79,7 +83,7 @@ class PromptSet:
     @property
     def sha256(self) -> str:
         """Hex digest over ids, categories and messages in their order. The name isn't in it: files may move."""
-        contents = [dataclasses.asdict(prompt) for prompt in self.prompts]
+        contents = [{"id": p.id, "category": p.category, "messages": p.messages} for p in self.prompts]
         return hashlib.sha256(json.dumps(contents, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     def take(self, n: int, seed: int | None = None) -> "PromptSet":
@@ -155,10 +159,7 @@ def exact_length_prompts(tokenizer: ChatTokenizer, length: int, count: int, seed
     def encode(text: str) -> list[int]:
         return tokenizer.encode_chat([{"role": "user", "content": text}])
 
-    # What all conversations begin and end with is the template, whichever it may be.
-    rows = [encode(text) for text in texts]
-    front = _common_prefix(rows)
-    end = _common_prefix([row[len(front) :][::-1] for row in rows])[::-1]
+    front, end = template_around(tokenizer)
     if length <= len(front):
         raise PromptError(f"the chat template begins with {len(front)} tokens; got length={length}: use a greater one")
     kept_end = end if length > len(front) + len(end) else []
@@ -188,6 +189,15 @@ def exact_length_prompts(tokenizer: ChatTokenizer, length: int, count: int, seed
             )
         bodies[body] = None
     return [front + list(body) + kept_end for body in bodies]
+
+
+def template_around(tokenizer: ChatTokenizer) -> tuple[list[int], list[int]]:
+    """What the chat template puts before and after a user's words, as token ids; either may be empty."""
+    texts = [prompt.messages[-1]["content"] for prompt in _builtin("").prompts]
+    # What all conversations begin and end with is the template, whichever it may be.
+    rows = [tokenizer.encode_chat([{"role": "user", "content": text}]) for text in texts]
+    front = _common_prefix(rows)
+    return front, _common_prefix([row[len(front) :][::-1] for row in rows])[::-1]
 
 
 def _builtin(category: str) -> PromptSet:
@@ -279,8 +289,16 @@ def _prompt_of(row: Any, own_id: str, category: str) -> Prompt:
     if not isinstance(messages, list):
         raise PromptError(f'"messages" is a list; got {messages!r:.60}')
     given = row.get("id", own_id)
+    answer = ""
+    last = messages[-1] if messages else None
+    if isinstance(last, dict) and last.get("role") == "assistant" and isinstance(last.get("content"), str):
+        *messages, _ = messages
+        answer = last["content"]
     return Prompt(
-        id=str(given) if type(given) is int else given, category=row.get("category", category), messages=tuple(messages)
+        id=str(given) if type(given) is int else given,
+        category=row.get("category", category),
+        messages=tuple(messages),
+        answer=answer,
     )
 
 

@@ -120,6 +120,16 @@ def test_jsonl_takes_number_ids_windows_line_ends_and_a_byte_order_mark(jsonl):
     assert [(prompt.id, prompt.messages[0]["content"]) for prompt in own.prompts] == [("7", "Why?"), ("line-2", "Où?")]
 
 
+def test_an_answer_at_the_end_is_set_aside(jsonl):
+    """For training; what is asked, and so the set's hash, is the same without it."""
+    user, answer = {"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}
+    (prompt,) = load_prompts(jsonl({"id": 1, "messages": [user, answer]})).prompts
+    assert (prompt.messages, prompt.answer) == ((user,), "y")
+    plain = load_prompts(jsonl({"id": 1, "messages": [user]}))
+    assert (plain.prompts[0].messages, plain.prompts[0].answer) == ((user,), "")
+    assert plain.sha256 == load_prompts(jsonl({"id": 1, "messages": [user, answer]})).sha256
+
+
 def test_all_faults_of_a_file_are_in_one_error(jsonl):
     user = {"role": "user", "content": "x"}
     bad = {
@@ -135,7 +145,7 @@ def test_all_faults_of_a_file_are_in_one_error(jsonl):
         10: ({"messages": ["x"]}, "object of role and content"),
         11: ({"messages": [user | {"name": "me"}]}, "nothing else"),
         12: ({"messages": [{"role": "robot", "content": "x"}]}, "system, developer, user, assistant; got 'robot'"),
-        13: ({"messages": [user, {"role": "assistant", "content": "y"}]}, "last message is the user's.*got assistant"),
+        13: ({"messages": [user, {"role": "system", "content": "y"}]}, "last message is the user's.*got system"),
         14: ({"prompt": "x", "id": ""}, "id is text"),
         15: ({"prompt": "x", "category": None}, "category is text"),
         16: ({"prompt": "x", "id": True}, "id is text"),
