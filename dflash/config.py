@@ -4,7 +4,7 @@ Nothing here touches an array or a device. Every fault of one file is collected 
 """
 
 import dataclasses
-import math
+import sys
 from typing import Any
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gpt_oss")
@@ -125,11 +125,16 @@ def build_target_layer_ids(num_target_layers: int, num_features: int) -> tuple[i
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    # Not isfinite: it can't take an integer that no float can hold.
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+# Lists of this length are made before all is checked; a wrong number must not take the memory.
+_MAX_LAYERS = 10_000
 
 
 class _Reader:
@@ -138,7 +143,9 @@ class _Reader:
     def __init__(self, raw: dict[str, Any], source: str):
         self.raw, self.source, self.faults = raw, source, list[str]()
 
-    def number(self, key: str, default: Any = None, *, kind: type = int, minimum: float = 1) -> Any:
+    def number(
+        self, key: str, default: Any = None, *, kind: type = int, minimum: float = 1, maximum: float = 2**31 - 1
+    ) -> Any:
         value = self.raw.get(key)
         value = default if value is None else value
         if value is None:
@@ -147,9 +154,17 @@ class _Reader:
             self.faults.append(f"{key} must be a number, got {value!r}")
         elif value < minimum or (kind is int and value != int(value)):
             self.faults.append(f"{key} must be {kind.__name__} >= {minimum}, got {value!r}")
+        elif value > maximum:
+            self.faults.append(f"{key} must be at most {maximum}, got {value!r}")
         else:
             return kind(value)
         return kind(max(minimum, 1))
+
+    def flag(self, key: str, default: bool = False) -> bool:
+        value = self.raw.get(key)
+        value = default if value is None else value
+        self.check(isinstance(value, bool), f"{key} must be true or false, got {value!r}")
+        return bool(value)
 
     def expect(self, key: str, allowed: tuple[Any, ...], default: Any) -> Any:
         value = self.raw.get(key, default)
@@ -215,7 +230,7 @@ def _read_windows(reader: _Reader, num_layers: int, family: str) -> tuple[int | 
     types = raw.get("layer_types")
     if types is None and family == "gpt_oss":
         types = ["sliding_attention" if i % 2 == 0 else "full_attention" for i in range(num_layers)]
-    elif types is None and family in ("qwen2", "qwen3") and raw.get("use_sliding_window"):
+    elif types is None and family in ("qwen2", "qwen3") and reader.flag("use_sliding_window"):
         first = reader.number("max_window_layers", 28, minimum=0)
         types = ["sliding_attention" if i >= first else "full_attention" for i in range(num_layers)]
     elif types is None:
@@ -247,13 +262,13 @@ def read_target_config(raw: dict[str, Any], source: str = "config.json") -> Targ
     reader = _Reader(raw, source)
     family = reader.expect("model_type", FAMILIES, None)
     hidden_size = reader.number("hidden_size")
-    num_layers = reader.number("num_hidden_layers")
+    num_layers = reader.number("num_hidden_layers", maximum=_MAX_LAYERS)
     max_position = reader.number("max_position_embeddings")
     heads, kv_heads, head_dim = _read_heads(reader, hidden_size, family)
     gpt_oss = family == "gpt_oss"
     if not gpt_oss:
         reader.expect("hidden_act", ("silu",), "silu")
-    bias = bool(raw.get("attention_bias", gpt_oss))
+    bias = reader.flag("attention_bias", gpt_oss)
     experts = None
     if gpt_oss:
         count, per_token = reader.number("num_local_experts"), reader.number("num_experts_per_tok", 4)
@@ -276,11 +291,11 @@ def read_target_config(raw: dict[str, Any], source: str = "config.json") -> Targ
         rope=_read_rope(reader, max_position, 150000.0 if gpt_oss else 10000.0),
         windows=_read_windows(reader, num_layers, family),
         # transformers' default differs by family: Llama and Qwen write the key, and leave it out when false.
-        tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        tie_embeddings=reader.flag("tie_word_embeddings"),
         # Qwen2 has these three biases always and has no key for them.
         qkv_bias=bias or family == "qwen2",
         o_bias=bias and family != "qwen2",
-        mlp_bias=bool(raw.get("mlp_bias", False)) and family == "llama",
+        mlp_bias=family == "llama" and reader.flag("mlp_bias"),
         qk_norm=family == "qwen3",
         sinks=gpt_oss,
         experts=experts,
@@ -313,7 +328,7 @@ def read_draft_config(raw: dict[str, Any], source: str = "config.json") -> Draft
         reader.check(value in (None, plain), f"{key} must be {plain}, got {value!r}: it is not supported")
 
     hidden_size = reader.number("hidden_size")
-    num_layers = reader.number("num_hidden_layers")
+    num_layers = reader.number("num_hidden_layers", maximum=_MAX_LAYERS)
     max_position = reader.number("max_position_embeddings", 32768)
     # The reference reads the file as a Qwen3 config, so what an absent key means is Qwen3's.
     heads, kv_heads, head_dim = _read_heads(reader, hidden_size, "qwen3")
@@ -334,7 +349,8 @@ def read_draft_config(raw: dict[str, Any], source: str = "config.json") -> Draft
     reader.check(_is_integer(mask), f"mask_token_id must be a token id, got {mask!r}")
 
     windows = _read_windows(reader, num_layers, "qwen3")
-    causal = raw.get("is_causal")
+    causal = None if raw.get("is_causal") is None else reader.flag("is_causal")
+    attention_bias = reader.flag("attention_bias")
     rope = _read_rope(reader, max_position, 10000.0)
     vocab_size = reader.number("vocab_size")
     intermediate_size = reader.number("intermediate_size")
@@ -355,12 +371,12 @@ def read_draft_config(raw: dict[str, Any], source: str = "config.json") -> Draft
         rope=rope,
         windows=windows,
         # The reference: a sliding layer is causal within the block unless is_causal says otherwise.
-        causal=tuple(w is not None if causal is None else bool(causal) for w in windows),
+        causal=tuple(w is not None if causal is None else causal for w in windows),
         block_size=block,
         mask_token_id=mask,
         target_layer_ids=tuple(layer_ids),
         num_target_layers=num_target_layers,
-        attention_bias=bool(raw.get("attention_bias", False)),
+        attention_bias=attention_bias,
     )
 
 

@@ -20,6 +20,7 @@ from dflash.device import weight_bytes
 from dflash.kv_cache import KVCache
 from dflash.metrics import expected_awake
 from dflash.models.draft import Draft
+from dflash.models.layers import precision
 from dflash.models.llama import Llama
 
 Timed = Callable[[], Any]
@@ -65,6 +66,17 @@ def read_bandwidth(megabytes: int = 512, rounds: int = 7) -> float:
     total = jax.jit(jnp.sum).lower(data).compile()
     seconds = in_turn({"sum": lambda: jax.block_until_ready(total(data))}, rounds=rounds)["sum"]
     return data.nbytes / float(seconds.min())
+
+
+def matmul_rate(dtype: str = "float32", size: int = 2048, rounds: int = 5) -> float:
+    """Floating point operations per second of one large square matrix product on the default device: the best of some.
+
+    float32 is multiplied as the networks here multiply it, without TF32 and the like.
+    """
+    data = jnp.ones((size, size), dtype)
+    product = jax.jit(partial(jnp.matmul, precision=precision(data.dtype))).lower(data, data).compile()
+    seconds = in_turn({"product": lambda: jax.block_until_ready(product(data, data))}, rounds=rounds)["product"]
+    return 2 * size**3 / float(seconds.min())
 
 
 def step_bytes(target: Llama, tokens: int) -> float:

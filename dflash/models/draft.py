@@ -53,6 +53,19 @@ class DraftLayer(nnx.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, dtype=dtype, rngs=rngs)
 
+    def uncached(self, x: Array, context: Array, ropes: tuple[Rope, Rope], visible: Array) -> Array:
+        """Block columns x [H, B*T] over context columns [H, B*C] and themselves -> [H, B*T].
+
+        `ropes` are the context's and the block's; visible bool [B, T, C + T].
+        """
+        normed = self.attention_norm(x)
+        of_context = self.attention.keys_values(context, ropes[0])
+        of_block = self.attention.keys_values(normed, ropes[1])
+        k, v = (jnp.concatenate(pair, axis=3) for pair in zip(of_context, of_block, strict=True))
+        keys, values = k.transpose(2, 0, 1, 3), v.transpose(2, 0, 3, 1)
+        x = x + self.attention.mix(normed, ropes[1], keys, values, visible)
+        return x + self.mlp(self.mlp_norm(x))
+
 
 class Draft(nnx.Module):
     """A draft network. The decode loop uses `append_context` and `block`; `uncached` is the same without a cache."""
@@ -111,13 +124,15 @@ class Draft(nnx.Module):
             x = x + layer.mlp(layer.mlp_norm(x))
         return self.norm(x)
 
-    def uncached(self, features: list[Array], anchors: Array, x: Array, start: Array | None = None) -> Array:
+    def uncached(
+        self, features: list[Array], anchors: Array, x: Array, start: Array | None = None, *, remat: bool = False
+    ) -> Array:
         """`block` without a cache, for many blocks of a row at once: what training and evaluation call.
 
         K context features [H, B*C]; block a of a row sees the first `anchors` int32 [B, A] of the row's context tokens
         (what comes later, padding too, is hidden) and itself, no other block. Context positions are start .. start+C-1
         (start int32 [B], 0 by default); a block's begin at start + anchors. Embedded blocks [H, B*A*T] -> hidden after
-        the norm [H, B*A*T].
+        the norm [H, B*A*T]. With `remat` a gradient computes every layer anew instead of keeping what it made.
         """
         B, A = anchors.shape
         context = self._context(features)
@@ -132,21 +147,13 @@ class Draft(nnx.Module):
         blocks = jnp.repeat(jnp.arange(A), T)
         own = jnp.broadcast_to(blocks[:, None] == blocks, (B, A * T, A * T))
         real = jnp.concatenate([before, own], axis=2)
+        run = nnx.remat(DraftLayer.uncached) if remat else DraftLayer.uncached
         for i, layer in enumerate(self.layers):
-            normed = layer.attention_norm(x)
-            pairs = zip(
-                layer.attention.keys_values(context, context_rope),
-                layer.attention.keys_values(normed, block_rope),
-                strict=True,
-            )
-            k, v = (jnp.concatenate(pair, axis=3) for pair in pairs)
             visible = real & attention_mask(
                 block_positions[:, :, None],
                 positions[:, None, :],
                 window=self.config.windows[i],
                 causal=self.config.causal[i],
             )
-            keys, values = k.transpose(2, 0, 1, 3), v.transpose(2, 0, 3, 1)
-            x = x + layer.attention.mix(normed, block_rope, keys, values, visible)
-            x = x + layer.mlp(layer.mlp_norm(x))
+            x = run(layer, x, context, (context_rope, block_rope), visible)
         return self.norm(x)

@@ -183,7 +183,7 @@ def read_json(directory: Path, name: str) -> dict[str, Any]:
         raise WeightsError(f"a snapshot needs {name}; {directory} has none: is it a Hugging Face snapshot directory?")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # what is no JSON, no UTF-8, a number too long or too deep a nest
         raise WeightsError(f"{path} is no valid JSON ({error}): fetch the snapshot again") from None
     if not isinstance(value, dict):
         raise WeightsError(f"{path} must hold a JSON object, got {type(value).__name__}")
@@ -218,6 +218,8 @@ def _read_headers(files: Sequence[Path]) -> dict[str, Header]:
         try:
             with safe_open(path, framework="numpy") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 (a handle, not a dict)
+                    if name in headers:
+                        raise WeightsError(f"{name} is in {headers[name].file} and in {path}: fetch the snapshot again")
                     part = tensors.get_slice(name)
                     headers[name] = Header(path, part.get_dtype(), tuple(part.get_shape()))
         except (SafetensorError, OSError) as error:
@@ -293,6 +295,25 @@ def read_target(directory: Path, dtype: str = "float32", mesh: Mesh | None = Non
     _check(plan, headers, ignored, directory)
     kind = GptOss if config.family == "gpt_oss" else Llama
     return _fill(lambda: kind(config, dtype=DTYPES[dtype], rngs=nnx.Rngs(0)), plan, headers, dtype, mesh)
+
+
+def read_embeddings(directory: Path) -> tuple[TargetConfig, np.ndarray, np.ndarray]:
+    """A target's config, embedding [V, H] and LM head [V, H] (the same array when tied), in the dtype of the file.
+
+    For training, which needs no more of a target. Raises ConfigError or WeightsError, as `read_target` does.
+    """
+    directory = Path(directory)
+    config = read_target_config(read_json(directory, "config.json"), str(directory / "config.json"))
+    headers = _read_headers(_weight_files(directory))
+    plan = {k: v for k, v in _target_plan(config, False) if k in ("embedding.weight", "head.weight")}
+    wanted = {name for source in plan.values() for name in source.tensors}
+    _check(plan, headers, lambda name: name not in wanted, directory)
+    tables = []
+    for source in plan.values():
+        (name,) = source.tensors
+        with safe_open(headers[name].file, framework="numpy") as tensors:
+            tables.append(tensors.get_tensor(name))
+    return config, tables[0], tables[-1]
 
 
 def read_draft(directory: Path, dtype: str = "float32", mesh: Mesh | None = None) -> Draft:

@@ -181,13 +181,14 @@ def test_from_a_shell(folder, expected):
     environment |= {"HF_TOKEN": "hf_marker0", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "dflash", "generate", ASK, "--target", str(folder)]
     command += ["--max-new-tokens", str(BUDGET)]
-    done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", timeout=120)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert split_figures(done.stdout)[0] == expected[1]
+    # As bytes: a text stream would turn the answer's own line ends into others.
+    done = subprocess.run(command, env=environment, capture_output=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert split_figures(done.stdout.decode())[0] == expected[1]
     bad = subprocess.run([*command, "--draft", "nowhere"], env=environment, capture_output=True, encoding="utf-8")
     assert (bad.returncode, bad.stdout) == (2, "")
     assert bad.stderr.startswith("dflash: ")
-    assert "hf_marker0" not in done.stdout + bad.stderr
+    assert "hf_marker0" not in done.stdout.decode() + bad.stderr
 
 
 # ---- mistakes
