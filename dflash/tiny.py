@@ -5,12 +5,15 @@ itself and a parity check proves nothing).
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+import tokenizers
 from safetensors.numpy import save_file
+from tokenizers import decoders, models, pre_tokenizers
 
 from dflash.config import read_target_config
 from dflash.weights.huggingface import target_tensors
@@ -23,6 +26,13 @@ _YARN = {
     "beta_slow": 1.0,
     "truncate": False,
 }
+
+
+SPECIAL_TOKENS = ("<s>", "</s>", "<|user|>", "<|assistant|>")
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|user|>{{ m.role if m.role != 'user' }}{{ m.content }}{{ eos_token }}{% endfor %}"
+    "<|assistant|>"
+)
 
 
 def tiny_config(family: str = "llama", **changes: Any) -> dict[str, Any]:
@@ -112,4 +122,18 @@ def write_tiny_target(
         weight_map |= dict.fromkeys(part, file)
     index = {"metadata": {}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    return directory
+
+
+def write_tiny_tokenizer(directory: Path, template: str = CHAT_TEMPLATE, extra: Sequence[str] = ()) -> Path:
+    """Puts a byte-level tokenizer of 260 tokens, and one for each `extra` pair of bytes, beside a target's weights."""
+    tokens = [*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet()), *extra]
+    merges = [(t[0], t[1:]) for t in extra]
+    backend = tokenizers.Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(list(SPECIAL_TOKENS))
+    backend.save(str(directory / "tokenizer.json"))
+    config = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": template}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     return directory
