@@ -174,7 +174,7 @@ class Conversations:
             fresh = prompt_hash(ids) not in known and prompt.messages[-1]["content"] not in self._overlap
             if fresh and len(ids) <= self.config.max_prompt_len:
                 asked.setdefault(prompt_hash(ids), (ids, prompt.answer))
-        known |= asked.keys()
+        known.update(asked)
         rows = [ids for ids, _ in asked.values()]
         if self.config.answers == "given":
             answers = [self._given_answer(text) for _, text in asked.values()]

@@ -66,6 +66,8 @@ def _emit(state: _State, token: Array) -> _State:
     )
 
 
+# One program per target and shape, whatever Sampler runs it: the graph is part of jax's own key.
+@partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _read(graph: Any, weights: Any, state: _State, tokens: Array, keep: Array) -> tuple[_State, Array]:
     """The next chunk of every prompt, int32 [B, C], the first `keep` [B] real; also x after the last real one."""
     target = nnx.merge(graph, weights)
@@ -78,10 +80,12 @@ def _read(graph: Any, weights: Any, state: _State, tokens: Array, keep: Array) -
     return dataclasses.replace(state, cache=cache.commit(keep)), x
 
 
+@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
 def _first(graph: Any, temperature: float, min_p: float, weights: Any, state: _State, x: Array) -> _State:
     return _emit(state, _draw(nnx.merge(graph, weights).logits(x), state, temperature, min_p))
 
 
+@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
 def _write(graph: Any, temperature: float, min_p: float, weights: Any, state: _State) -> _State:
     """One token at a time until every row has ended."""
     target = nnx.merge(graph, weights)
@@ -117,10 +121,8 @@ class Sampler:
         self.stops = (*stop_token_ids, -1)
         self._key = jax.random.key(seed)
         self._weights = nnx.state(target)
-        graph = nnx.graphdef(target)
-        self._read = jax.jit(partial(_read, graph), donate_argnums=1)
-        self._first = jax.jit(partial(_first, graph, temperature, min_p), donate_argnums=1)
-        self._write = jax.jit(partial(_write, graph, temperature, min_p), donate_argnums=1)
+        self._graph = nnx.graphdef(target)
+        self._draw = (temperature, min_p)
 
     def _start(self, indices: Sequence[int], offsets: Sequence[int], rows: int) -> _State:
         B, N = self.batch, self.max_new_tokens
@@ -157,9 +159,10 @@ class Sampler:
         ends = None
         for start in range(0, int(lengths.max()), self.chunk):
             keep = np.clip(lengths - start, 0, self.chunk).astype(np.int32)
-            state, x = self._read(self._weights, state, padded[:, start : start + self.chunk], keep)
+            state, x = _read(self._graph, self._weights, state, padded[:, start : start + self.chunk], keep)
             ends = x if ends is None else jnp.where(keep > 0, x, ends)
-        state = self._write(self._weights, self._first(self._weights, state, ends))
+        state = _first(self._graph, *self._draw, self._weights, state, ends)
+        state = _write(self._graph, *self._draw, self._weights, state)
         tokens, count = np.asarray(state.tokens), np.asarray(state.count)
         return [tokens[i, : count[i]].tolist() for i in range(rows)]
 

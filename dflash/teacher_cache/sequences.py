@@ -1,0 +1,126 @@
+"""The sequence form of the teacher cache: tokens, features and loss mask once per token, anchors drawn when training.
+
+A window holds ctx_len rows of features for one anchor; here a row is stored once and serves every anchor after it, so
+a conversation of 300 tokens with 200 anchors takes 300 rows instead of 200 windows. The window form stays for what
+other programs read, and where anchors must see a window of exactly ctx_len tokens.
+
+    meta.json                what was read, by hash; layer ids; the split
+    conversations.jsonl      the text, as token ids
+    features_u16.npy         uint16 [N, K*H], bits of bfloat16, N tokens of all sequences one after another
+    token_ids.npy            int32 [N]
+    loss_mask_u8.npy         uint8 [N], 1 for a token of an answer
+    sequence_start_i64.npy   int64 [M+1], where each of M sequences begins, and N
+    ctx_pos_start_i32.npy    int32 [M], the position of its first token
+    held_out_u8.npy          uint8 [M], 1 when its prompt is held out
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dflash.teacher_cache.arrays import CacheError, Spec
+
+FORM = "sequences"
+ARRAYS = {
+    "features_u16": np.dtype(np.uint16),
+    "token_ids": np.dtype(np.int32),
+    "loss_mask_u8": np.dtype(np.uint8),
+    "sequence_start_i64": np.dtype(np.int64),
+    "ctx_pos_start_i32": np.dtype(np.int32),
+    "held_out_u8": np.dtype(np.uint8),
+}
+
+
+def sequence_specs(tokens: int, sequences: int, width: int) -> dict[str, Spec]:
+    """The arrays for N tokens, M sequences and features of K*H."""
+    shapes = {
+        "features_u16": (tokens, width),
+        "token_ids": (tokens,),
+        "loss_mask_u8": (tokens,),
+        "sequence_start_i64": (sequences + 1,),
+        "ctx_pos_start_i32": (sequences,),
+        "held_out_u8": (sequences,),
+    }
+    return {name: Spec(dtype=ARRAYS[name], shape=shape) for name, shape in shapes.items()}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class SequenceCache:
+    """A cache in sequence form, memory-mapped; arrays as in the module's docstring, `bounds` is sequence_start."""
+
+    directory: Path
+    meta: Mapping[str, Any]
+    features: np.ndarray
+    token_ids: np.ndarray
+    loss_mask: np.ndarray
+    bounds: np.ndarray
+    pos_start: np.ndarray
+    held_out: np.ndarray
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence, rounded up to 64: the context length of every batch."""
+        return -(-int(np.diff(self.bounds).max()) // 64) * 64
+
+    @property
+    def feature_layer_ids(self) -> tuple[int, ...]:
+        """The layers of the target whose outputs the features are."""
+        return tuple(self.meta["target_layer_ids"])
+
+    def rows(self, held_out: bool) -> np.ndarray:
+        """Numbers of the sequences on one side of the split that have room for an anchor and a label."""
+        answers = np.add.reduceat(np.asarray(self.loss_mask, np.int64), self.bounds[:-1])
+        return np.flatnonzero((np.asarray(self.held_out) == held_out) & (answers >= 2))
+
+
+def open_sequences(directory: Path) -> SequenceCache:
+    """The cache in a directory. Raises CacheError with every fault: missing files, dtypes, sizes that disagree."""
+    directory = Path(directory)
+    if not (directory / "meta.json").is_file():
+        raise CacheError(f"a teacher cache has a meta.json when it is complete; {directory} has none: build it again")
+    meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
+    faults: list[str] = []
+    arrays: dict[str, np.ndarray] = {}
+    for name, dtype in ARRAYS.items():
+        try:
+            arrays[name] = np.load(directory / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            faults.append(f"{name}.npy can't be read ({error})")
+            continue
+        if arrays[name].dtype != dtype:
+            faults.append(f"{name}.npy is {arrays[name].dtype}, must be {dtype}")
+    if not faults:
+        faults += _disagreements(meta, arrays)
+    if faults:
+        raise CacheError(f"{directory} is no whole sequence cache: " + "; ".join(faults) + ". Build it again")
+    return SequenceCache(
+        directory=directory,
+        meta=meta,
+        features=arrays["features_u16"],
+        token_ids=arrays["token_ids"],
+        loss_mask=arrays["loss_mask_u8"],
+        bounds=np.asarray(arrays["sequence_start_i64"]),
+        pos_start=arrays["ctx_pos_start_i32"],
+        held_out=arrays["held_out_u8"],
+    )
+
+
+def _disagreements(meta: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> list[str]:
+    missing = [k for k in ("hidden_size", "num_context_features", "target_layer_ids", "num_tokens") if k not in meta]
+    if missing:
+        return [f"meta.json lacks {missing}"]
+    bounds = arrays["sequence_start_i64"]
+    width = meta["hidden_size"] * meta["num_context_features"]
+    expected = sequence_specs(meta["num_tokens"], len(bounds) - 1, width)
+    faults = [
+        f"{name}.npy is {list(arrays[name].shape)}, must be {list(spec.shape)}"
+        for name, spec in expected.items()
+        if arrays[name].shape != spec.shape
+    ]
+    if not faults and (bounds[0] != 0 or bounds[-1] != meta["num_tokens"] or (np.diff(bounds) < 1).any()):
+        faults.append("sequence_start_i64.npy must rise from 0 to the number of tokens")
+    return faults

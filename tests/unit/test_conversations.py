@@ -1,0 +1,140 @@
+"""Conversations to learn from: who writes them, which side of the split they are on, and what a kill leaves."""
+
+import dataclasses
+import json
+
+import pytest
+
+from dflash import decode, load_target, load_tokenizer
+from dflash.prompts import PromptError, load_prompts
+from dflash.teacher_cache.conversations import (
+    ConversationConfig,
+    is_held_out,
+    read_conversations,
+    split_record,
+    write_conversations,
+)
+from dflash.tiny import write_tiny_target, write_tiny_tokenizer
+
+SELF = ConversationConfig(
+    count=20, max_prompt_len=64, max_user_turn=24, max_new_tokens=12, batch_size=16, held_out=0.3, seed=5
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("conversations") / "target"
+    return write_tiny_tokenizer(write_tiny_target(directory, vocab_size=260, num_hidden_layers=2))
+
+
+@pytest.fixture(scope="module")
+def target(folder):
+    return load_target(folder)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    tokenizer = load_tokenizer(folder)
+    # A random target hardly ever ends a turn by itself.
+    tokenizer.stop_token_ids = (1, *range(100, 140))
+    return tokenizer
+
+
+@pytest.fixture
+def make(target, tokenizer, tmp_path):
+    def make(config=SELF, name="c.jsonl"):
+        return write_conversations(target, tokenizer, config, tmp_path / name)
+
+    return make
+
+
+def asks(tmp_path, *texts, answer=None):
+    lines = []
+    for text in texts:
+        messages = [{"role": "user", "content": text}]
+        messages += [{"role": "assistant", "content": answer}] if answer else []
+        lines.append(json.dumps({"messages": messages}))
+    path = tmp_path / "asks.jsonl"
+    path.write_text("\n".join(lines))
+    return dataclasses.replace(SELF, source=str(path), count=len(texts))
+
+
+def test_the_target_writes_both_sides(make, tokenizer):
+    conversations = make()
+    assert len(conversations) == 20
+    assert len({c.prompt for c in conversations}) == 20
+    front, end = tokenizer.encode_chat([{"role": "user", "content": "x"}])[:1], tokenizer.id_of("<|assistant|>")
+    for c in conversations:
+        assert [c.prompt[0], c.prompt[-1]] == [*front, end]
+        assert 1 <= len(c.answer) <= 12
+        assert len(c.answer) == 12 or c.answer[-1] in tokenizer.stop_token_ids
+
+
+def test_answers_are_the_targets_own_greedy_ones(make, target, tokenizer, tmp_path):
+    conversations = make(asks(tmp_path, "Why?", "How come it rains?", "Tell me more."))
+    prompts = [list(c.prompt) for c in conversations]
+    assert prompts[0] == tokenizer.encode_chat([{"role": "user", "content": "Why?"}])
+    greedy = decode(
+        target, None, prompts, mode="greedy", max_new_tokens=12, stop_token_ids=tokenizer.stop_token_ids[:8]
+    )
+    for c, tokens in zip(conversations, greedy.tokens, strict=True):
+        assert list(c.answer) == tokens[: len(c.answer)]
+
+
+def test_given_answers_are_kept_and_asked_for(make, tokenizer, tmp_path):
+    config = dataclasses.replace(asks(tmp_path, "Why?", answer="So."), answers="given")
+    (conversation,) = make(config)
+    assert list(conversation.answer) == [*tokenizer.encode("So."), 1]
+    with pytest.raises(PromptError, match="answers=given needs conversations that end with the assistant's turn"):
+        make(dataclasses.replace(asks(tmp_path, "Why?"), answers="given"), "other.jsonl")
+
+
+def test_the_same_seed_writes_the_same_file(make, tmp_path):
+    assert make(name="a") == make(name="b")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert make(dataclasses.replace(SELF, seed=6), "c") != make(name="a")
+
+
+def test_a_killed_run_goes_on_where_it_stopped(make, tmp_path):
+    whole = make()
+    data = (tmp_path / "c.jsonl").read_bytes()
+    assert data.count(b"\n") >= 2
+    first = data.index(b"\n") + 1
+    for kept in (0, 1, first - 1, first, first + 1, len(data) - 1, len(data)):
+        (tmp_path / "cut").write_bytes(data[:kept])
+        assert make(name="cut") == whole
+        assert (tmp_path / "cut").read_bytes() == data
+    assert read_conversations(tmp_path / "c.jsonl")[:20] == whole
+
+
+def test_the_split_is_by_prompt_and_recorded(make):
+    conversations = make()
+    assert {c.held_out for c in conversations} == {True, False}
+    for c in conversations:
+        assert c.held_out == is_held_out(c.prompt, 0.3)
+        assert is_held_out(c.prompt, 0.0) is False
+        assert is_held_out(c.prompt, 1.0) is True
+    record = split_record(conversations)
+    assert record["train"]["num_prompts"] + record["held_out"]["num_prompts"] == 20
+    # By prompt: another answer, or another order, is the same split.
+    other = [dataclasses.replace(c, answer=(1,)) for c in reversed(conversations)]
+    assert split_record(other) == record
+    assert split_record(conversations[1:]) != record
+
+
+def test_evaluation_prompts_are_left_out(make, tmp_path):
+    """Word for word, and in part: eight words in a row are no accident."""
+    evaluated = load_prompts("builtin").prompts[0].messages[-1]["content"]
+    part = "And now: " + " ".join(evaluated.split()[:9]).upper()
+    config = asks(tmp_path, evaluated, part, "Why?")
+    config = dataclasses.replace(config, count=1, max_prompt_len=600)
+    (conversation,) = make(config)
+    assert len(conversation.prompt) < 20
+    with pytest.raises(PromptError, match="gives 1 conversations of at most 600 prompt tokens"):
+        make(dataclasses.replace(config, count=2), "other.jsonl")
+    assert len(make(dataclasses.replace(config, count=3, exclude=()), "all.jsonl")) == 3
+
+
+def test_long_and_repeated_prompts_are_left_out(make, tmp_path):
+    config = asks(tmp_path, "Why?", "Why?", "x" * 100, "How?")
+    assert len(make(dataclasses.replace(config, count=2))) == 2
