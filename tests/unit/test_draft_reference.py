@@ -39,7 +39,7 @@ CASES = {
         "rope": RopeConfig(theta=5e4, kind="yarn", factor=4.0, original_max_position=32),
     },
 }
-# A small vocabulary, so that an untrained draft is right now and then.
+# A small vocabulary and chosen seeds, so that an untrained draft is right now and then.
 DECODES = {
     "full": {"windows": (None, None), "causal": (False, False)},
     "sliding": {"windows": (WINDOW, None), "causal": (True, False)},
@@ -79,7 +79,7 @@ def job(tmp_path_factory, draw_draft):
         np.savez(job / f"{name}-inputs.npz", features=features, blocks=blocks)
         inputs = {"draft": name, "target": "target", "inputs": f"{name}-inputs.npz", "contexts": CONTEXTS}
         request["blocks"].append({"name": name, **inputs})
-    for seed, (name, changes) in enumerate(DECODES.items()):
+    for seed, (name, changes) in enumerate(DECODES.items(), 10):
         config = {"vocab_size": SMALL_VOCAB, "target_layer_ids": (0, 2), "num_target_layers": 4, "block_size": BLOCK}
         write_draft(draw_draft(seed, **config, **changes), job / f"decode-{name}")
         decode = {"name": name, "draft": f"decode-{name}", "target": "small", "requests": decode_requests()}
