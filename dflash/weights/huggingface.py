@@ -297,23 +297,35 @@ def read_target(directory: Path, dtype: str = "float32", mesh: Mesh | None = Non
     return _fill(lambda: kind(config, dtype=DTYPES[dtype], rngs=nnx.Rngs(0)), plan, headers, dtype, mesh)
 
 
-def read_embeddings(directory: Path) -> tuple[TargetConfig, np.ndarray, np.ndarray]:
-    """A target's config, embedding [V, H] and LM head [V, H] (the same array when tied), in the dtype of the file.
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Borrowed:
+    """What a draft borrows of its target: embedding [V, H] and head [V, H] (one array when tied), final norm [H]."""
 
-    For training, which needs no more of a target. Raises ConfigError or WeightsError, as `read_target` does.
+    config: TargetConfig
+    embedding: np.ndarray
+    head: np.ndarray
+    norm: np.ndarray
+
+
+def read_borrowed(directory: Path) -> Borrowed:
+    """The few tensors of a target that training needs, in the dtype of the file; the others are not read.
+
+    Raises ConfigError or WeightsError, as `read_target` does.
     """
     directory = Path(directory)
     config = read_target_config(read_json(directory, "config.json"), str(directory / "config.json"))
     headers = _read_headers(_weight_files(directory))
-    plan = {k: v for k, v in _target_plan(config, False) if k in ("embedding.weight", "head.weight")}
-    wanted = {name for source in plan.values() for name in source.tensors}
-    _check(plan, headers, lambda name: name not in wanted, directory)
-    tables = []
-    for source in plan.values():
-        (name,) = source.tensors
-        with safe_open(headers[name].file, framework="numpy") as tensors:
-            tables.append(tensors.get_tensor(name))
-    return config, tables[0], tables[-1]
+    plan = {k: v for k, v in _target_plan(config, False) if k in ("embedding.weight", "head.weight", "norm.weight")}
+    names = {path: next(iter(source.tensors)) for path, source in plan.items()}
+    _check(plan, headers, lambda name: name not in names.values(), directory)
+
+    def read(path: str) -> np.ndarray:
+        with safe_open(headers[names[path]].file, framework="numpy") as tensors:
+            return tensors.get_tensor(names[path])
+
+    embedding = read("embedding.weight")
+    head = read("head.weight") if "head.weight" in names else embedding
+    return Borrowed(config=config, embedding=embedding, head=head, norm=read("norm.weight"))
 
 
 def read_draft(directory: Path, dtype: str = "float32", mesh: Mesh | None = None) -> Draft:
@@ -322,8 +334,8 @@ def read_draft(directory: Path, dtype: str = "float32", mesh: Mesh | None = None
     directory = Path(directory)
     if (directory / "tensorstore_index.json").is_file():
         raise ConfigError(
-            f"{directory} is an EasyDeL run directory, which is not read yet: give a DFlashDraftModel directory "
-            "(config.json and model.safetensors)"
+            f"{directory} is an EasyDeL run directory, not a DFlashDraftModel directory (config.json and "
+            "model.safetensors): read it with dflash.load_draft"
         )
     config = read_draft_config(read_json(directory, "config.json"), str(directory / "config.json"))
     headers = _read_headers(_weight_files(directory))

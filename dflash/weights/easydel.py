@@ -1,0 +1,266 @@
+"""Training checkpoints in EasyDeL's layout: `run-<step>/` with config.json, metadata.json and arrays for tensorstore.
+
+EasyDeL itself is not needed. Kernels are [in, out], as there. What its config.json leaves to the reader's guess (the
+mask, the place of the q/k norm, rotary settings, windows) stands under the key `dflash`; a run without that key is of
+an older trainer with other conventions, and refused.
+"""
+
+import datetime
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from flax import nnx
+
+from dflash.config import ConfigError, DraftConfig, read_draft_config, write_draft_config
+from dflash.models.draft import Draft
+from dflash.weights.huggingface import DTYPES, WeightsError
+from dflash.weights.leaves import check_leaves, leaf_kind, leaves_of, restore
+from dflash.weights.runs import MARKER, check_run, latest_run, new_run, resolve_run
+from dflash.weights.zarr import (
+    Entry,
+    array_faults,
+    read_arrays,
+    read_index,
+    read_object,
+    write_array,
+    write_index,
+)
+
+__all__ = ["latest_run", "read_optimizer_state", "read_run", "resolve_run", "write_run"]
+
+CONVENTIONS = {
+    "kernels": "[in, out]",
+    "mask": "the target's embedding of mask_token_id",
+    "positions": "absolute",
+    "qk_norm": "with weights, before rope",
+    "query_heads": "repeated: head h reads kv head h // (heads / kv heads)",
+    "target_layer_ids": "layers whose output is read",
+}
+_FLOATS = ("float32", "bfloat16", "float16")
+
+# A weight of ours, and the arrays [in, out] or [size] that it is made of, in the order of its rows.
+Plan = Iterator[tuple[str, dict[str, tuple[int, ...]]]]
+
+
+def _linear(ours: str, prefix: str, parts: list[str], inputs: int, outputs: list[int], bias: bool) -> Plan:
+    names = [f"model/{prefix}{part}_proj" for part in parts]
+    yield f"{ours}.weight", {f"{n}/kernel/value": (inputs, o) for n, o in zip(names, outputs, strict=True)}
+    if bias:
+        yield f"{ours}.bias", {f"{n}/bias/value": (o,) for n, o in zip(names, outputs, strict=True)}
+
+
+def _plan(c: DraftConfig) -> Plan:
+    H, D, I = c.hidden_size, c.head_dim, c.intermediate_size  # noqa: E741
+    queries, keys = c.num_heads * D, c.num_kv_heads * D
+    yield "fc.weight", {"model/fc/kernel/value": (c.num_features * H, H)}
+    norms = {"hidden_norm": ("hidden_norm", H), "norm": ("final_norm", H)}
+    for i in range(c.num_layers):
+        ours, theirs = f"layers.{i}", f"layers/{i}"
+        norms[f"{ours}.attention_norm"] = (f"{theirs}/in_norm", H)
+        norms[f"{ours}.mlp_norm"] = (f"{theirs}/post_norm", H)
+        norms[f"{ours}.attention.q_norm"] = (f"{theirs}/attn/q_norm", D)
+        norms[f"{ours}.attention.k_norm"] = (f"{theirs}/attn/k_norm", D)
+        bias = c.attention_bias
+        yield from _linear(f"{ours}.attention.q", f"{theirs}/attn/", ["q"], H, [queries], bias)
+        yield from _linear(f"{ours}.attention.kv", f"{theirs}/attn/", ["k", "v"], H, [keys, keys], bias)
+        yield from _linear(f"{ours}.attention.out", f"{theirs}/attn/", ["o"], queries, [H], bias)
+        yield from _linear(f"{ours}.mlp.gate_up", f"{theirs}/mlp/", ["gate", "up"], H, [I, I], False)
+        yield from _linear(f"{ours}.mlp.down", f"{theirs}/mlp/", ["down"], I, [H], False)
+    for name, (path, size) in norms.items():
+        yield f"{name}.weight", {f"model/{path}/scale/value": (size,)}
+
+
+# ---- config.json
+
+
+def _layout_config(c: DraftConfig) -> dict[str, Any]:
+    """The keys that EasyDeL's runs have; `remat` is a setting of training, which leaves no trace in the weights."""
+    return {
+        "add_one_for_pre_layer_capture": True,
+        "block_size": c.block_size,
+        "head_dim": c.head_dim,
+        "hidden_act": "silu",
+        "hidden_size": c.hidden_size,
+        "mlp_ratio": c.intermediate_size / c.hidden_size,
+        "num_attention_heads": c.num_heads,
+        "num_context_features": c.num_features,
+        "num_key_value_heads": c.num_kv_heads,
+        "num_layers": c.num_layers,
+        "qk_norm": True,
+        "rms_norm_eps": c.rms_norm_eps,
+        "target_layer_ids": list(c.target_layer_ids),
+    }
+
+
+def _write_config(config: DraftConfig, dtype: str, provenance: Mapping[str, Any]) -> str:
+    """config.json as text. Raises ConfigError when it could not be read back as the same draft."""
+    draft = write_draft_config(config, dtype)
+    read = read_draft_config(draft)
+    if read != config:
+        raise ConfigError(f"config.json can't hold this draft: {config} would be read as {read}; change its settings")
+    content = _layout_config(config) | {"remat": False}
+    content["dflash"] = {"conventions": CONVENTIONS, "draft": draft, "provenance": dict(provenance)}
+    try:
+        return json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"provenance must be JSON ({error}), got {provenance!r}: give texts and numbers") from None
+
+
+def _older_conventions(raw: Mapping[str, Any], arrays: Mapping[str, Entry]) -> list[str]:
+    """What a run of an older trainer does otherwise, by name."""
+    faults = []
+    names = [path.removeprefix("model/").removesuffix("/value") for path in arrays]
+    biases = [name for name in names if name.endswith("/bias")]
+    if "mask_embedding" in names:
+        faults.append("mask_embedding is a learned mask vector, ours is the target's embedding of mask_token_id")
+    if biases:
+        faults.append(f"it has {len(biases)} biases ({biases[0]}, ...), fc and MLP have none here")
+    if raw.get("qk_norm") is not False and not any(name.endswith("/q_norm/scale") for name in names):
+        faults.append("its q/k norm has no weights and comes after RoPE, ours has weights and comes before")
+    if raw.get("num_attention_heads") != raw.get("num_key_value_heads"):
+        faults.append("its query heads are tiled over the kv heads (head h reads h % kv heads), ours repeated")
+    if raw.get("add_one_for_pre_layer_capture") is not True:
+        faults.append("its target_layer_ids may name the input of a layer, ours name the output")
+    return [*faults, "config.json says nothing of mask_token_id, rope, vocab_size and max position"]
+
+
+def _read_config(directory: Path, arrays: Mapping[str, Entry]) -> DraftConfig:
+    """The draft of a run directory. Raises ConfigError with every fault of config.json."""
+    raw = read_object(directory, "config.json")
+    nested, source = raw.get("dflash"), f"{directory / 'config.json'}"
+    if not isinstance(nested, dict) or not isinstance(nested.get("draft"), dict):
+        raise ConfigError(
+            f"{source} has no `dflash` entry, so it is another trainer's, whose conventions are not read yet: "
+            + "; ".join(_older_conventions(raw, arrays))
+            + ". Give a run of this project, or an exported DFlashDraftModel directory"
+        )
+    faults = []
+    told = nested.get("conventions")
+    told = told if isinstance(told, dict) else {}
+    for key in sorted(CONVENTIONS.keys() | told.keys()):
+        if told.get(key) != CONVENTIONS.get(key):
+            faults.append(f"convention {key} must be {CONVENTIONS.get(key)!r}, got {told.get(key)!r}")
+    try:
+        config = read_draft_config(nested["draft"], f"{source} (dflash.draft)")
+    except ConfigError as error:
+        raise ConfigError("; ".join([str(error), *faults])) from None
+    for key, value in _layout_config(config).items():
+        if raw.get(key) != value:
+            faults.append(f"{key} is {raw.get(key)!r}, but {value!r} by dflash.draft")
+    if faults:
+        raise ConfigError(f"{source} can't be used: " + "; ".join(faults) + ". Give another run")
+    return config
+
+
+# ---- weights
+
+
+def _split(draft: Draft) -> dict[str, np.ndarray]:
+    """The draft's weights as arrays of the layout. Raises WeightsError when their dtypes differ or can't be stored."""
+    values = {".".join(map(str, p)): np.asarray(v.get_value()) for p, v in nnx.to_flat_state(nnx.state(draft))}
+    dtypes = sorted({value.dtype.name for value in values.values()})
+    if len(dtypes) > 1 or dtypes[0] not in DTYPES:
+        raise WeightsError(f"the weights of a run have one dtype of {sorted(DTYPES)}, got {dtypes}: cast them")
+    arrays: dict[str, np.ndarray] = {}
+    for name, parts in _plan(draft.config):
+        rows = np.cumsum([shape[-1] for shape in parts.values()])[:-1]
+        split = np.split(values.pop(name), rows)
+        arrays |= {path: part.T for path, part in zip(parts, split, strict=True)}
+    assert not values, sorted(values)
+    return arrays
+
+
+def _join(config: DraftConfig, arrays: Mapping[str, np.ndarray], dtype: str) -> Draft:
+    """The draft that is made of the arrays of the layout, in `dtype`."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: Draft(config, dtype=DTYPES[dtype], rngs=nnx.Rngs(0))))
+    flat = {".".join(map(str, path)): (path, value) for path, value in nnx.to_flat_state(state)}
+    kind = np.float32 if dtype == "float32" else ml_dtypes.bfloat16
+    for name, parts in _plan(config):
+        path, empty = flat[name]
+        value = np.concatenate([arrays[part].T for part in parts]).astype(kind)
+        assert value.shape == empty.get_value().shape, (name, value.shape)
+        flat[name] = path, empty.replace(jnp.asarray(value))
+    return nnx.merge(graph, nnx.from_flat_state(list(flat.values())))
+
+
+# ---- runs
+
+
+def write_run(
+    draft: Draft,
+    directory: Path,
+    step: int,
+    *,
+    optimizer_state: Any | None,
+    provenance: Mapping[str, Any],
+    keep: int | None,
+) -> Path:
+    """Writes `<directory>/run-<step>`, whole or not at all, then removes the runs before it beyond the last `keep`.
+
+    Weights (float32 or bfloat16) and optimizer state (a pytree of arrays and numbers; None for none) keep every bit.
+    `provenance` (hashes of what was trained on) is JSON and stands in config.json. Raises WeightsError, also when that
+    run is there already or another process writes to `directory`; ConfigError for a draft that config.json can't hold.
+    """
+    weights = _split(draft)
+    leaves = None if optimizer_state is None else leaves_of(optimizer_state)
+    check_leaves(leaves or {})
+    dtype = next(iter(weights.values())).dtype.name
+    config = _write_config(draft.config, dtype, provenance)
+    with new_run(Path(directory), step, keep) as folder:
+        prefixes = {"model": [write_array(folder, path, value) for path, value in weights.items()]}
+        if leaves is not None:
+            prefixes["tx"] = [write_array(folder, path, np.asarray(leaf)) for path, leaf in leaves.items()]
+        write_index(folder, prefixes)
+        (folder / "config.json").write_text(config, encoding="utf-8")
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        marker = {"is_temporary": False, "step": step, "timestamp": now}
+        (folder / MARKER).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
+    return Path(directory) / f"run-{step}"
+
+
+def read_run(directory: Path, dtype: str = "float32") -> Draft:
+    """The draft of one run directory (`resolve_run` finds the latest of a root), in `dtype` (float32 or bfloat16).
+
+    Raises ConfigError, or WeightsError when the run is incomplete or damaged; each with every fault.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {sorted(DTYPES)}, got {dtype!r}")
+    directory = Path(directory)
+    check_run(directory)
+    entries = read_index(directory).get("model", {})
+    config = _read_config(directory, entries)
+    wanted = {path: (shape, _FLOATS) for _, parts in _plan(config) for path, shape in parts.items()}
+    faults = array_faults(entries, wanted)
+    if faults:
+        raise WeightsError(f"{directory} does not fit its config.json ({len(faults)} faults): " + "; ".join(faults))
+    return _join(config, read_arrays(directory, entries.values()), dtype)
+
+
+def read_optimizer_state(directory: Path, like: Any) -> Any:
+    """The optimizer state of one run directory, in the structure, shapes and dtypes of `like`.
+
+    Where `like` has numpy arrays or Python numbers, so has the result; jax arrays elsewhere. Raises WeightsError with
+    every leaf that is missing, left over, of another shape or dtype, or damaged.
+    """
+    directory = Path(directory)
+    check_run(directory)
+    entries = read_index(directory).get("tx")
+    if entries is None:
+        raise WeightsError(f"{directory} was written without an optimizer state: start a new one from its weights")
+    leaves = leaves_of(like)
+    kinds = {path: leaf_kind(leaf) for path, leaf in leaves.items()}
+    faults = array_faults(entries, {path: (shape, (dtype,)) for path, (shape, dtype) in kinds.items()})
+    if faults:
+        raise WeightsError(
+            f"the optimizer state of {directory} is another optimizer's or draft's ({len(faults)} faults): "
+            + "; ".join(faults)
+            + ". Resume with the settings that it was written with"
+        )
+    values = read_arrays(directory, entries.values())
+    return jax.tree.unflatten(jax.tree.structure(like), [restore(leaf, values[path]) for path, leaf in leaves.items()])
