@@ -62,3 +62,31 @@ def step_table(info: dict[str, Any]) -> list[str]:
         f"computed by {info['kernels']}"
     )
     return [facts, *_table(header, rows)]
+
+
+def acceptance_table(summary: dict[str, Any]) -> list[str]:
+    """An offline evaluation: what kind of rows, the means, acceptance by slot, and a line for each first position."""
+    told = {"held_out": "held-out prompts", "train": "TRAINING rows: this says nothing of decoding", "all": "ALL rows"}
+    facts = [
+        f"{told[summary['rows']]}, {summary['num_samples']} blocks of {summary['block_size']}: accept_len "
+        f"{summary['accept_len_mean']:.2f} (p50 {summary['accept_len_p50']:.0f}, p90 {summary['accept_len_p90']:.0f}, "
+        f"p99 {summary['accept_len_p99']:.0f}) of {summary['block_size'] - 1}, token accuracy "
+        f"{summary['token_acc_mean']:.3f}",
+        "accepted up to slot 1, 2, ...: " + " ".join(f"{rate:.2f}" for rate in summary["accept_rate_per_pos"]),
+    ]
+    if "live_acceptance_length" in summary:
+        facts.append(
+            f"as live decoding would walk them: acceptance_length {summary['live_acceptance_length']:.2f} over "
+            f"{summary['live_num_samples']} blocks"
+        )
+    rows = [
+        [
+            start,
+            str(b["n"]),
+            _number(b["accept_len_mean"]),
+            _number(b["accept_len_p50"], 0),
+            _number(b["tok_acc_mean"], 3),
+        ]
+        for start, b in summary["by_ctx_pos_start"].items()
+    ]
+    return [*facts, *_table(["ctx_pos_start", "n", "accept_len", "p50", "token acc"], rows)]

@@ -15,6 +15,7 @@ other programs read, and where anchors must see a window of exactly ctx_len toke
 """
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,7 +26,7 @@ import numpy as np
 from dflash.teacher_cache.arrays import CacheError, Spec
 
 FORM = "sequences"
-ARRAYS = {
+ARRAYS: dict[str, np.dtype] = {
     "features_u16": np.dtype(np.uint16),
     "token_ids": np.dtype(np.int32),
     "loss_mask_u8": np.dtype(np.uint8),
@@ -65,6 +66,33 @@ class SequenceCache:
     def longest(self) -> int:
         """Tokens of the longest sequence, rounded up to 64: the context length of every batch."""
         return -(-int(np.diff(self.bounds).max()) // 64) * 64
+
+    def __len__(self) -> int:
+        return len(self.pos_start)
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.meta["hidden_size"])
+
+    @property
+    def max_block_size(self) -> int | None:
+        """None: labels are the tokens themselves, which serve any block size."""
+        return None
+
+    @property
+    def snapshot_sha256(self) -> str | None:
+        """Hash of the target's snapshot."""
+        return self.meta.get("snapshot_sha256")
+
+    @property
+    def split(self) -> Mapping[str, Any] | None:
+        """What `split_record` said of the prompts."""
+        return self.meta.get("split")
+
+    @property
+    def sha256(self) -> str:
+        """Hash of meta.json, which holds the hashes of what the cache was made from."""
+        return hashlib.sha256((self.directory / "meta.json").read_bytes()).hexdigest()
 
     @property
     def feature_layer_ids(self) -> tuple[int, ...]:

@@ -10,40 +10,20 @@ from pathlib import Path
 
 import jax
 import pytest
-import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
 
-from dflash import cli, decode, device, init_draft, load_target, load_tokenizer, write_draft
-from dflash.tiny import write_tiny_target
+from dflash import Tokenizer, cli, decode, device, init_draft, load_target, load_tokenizer, write_draft
+from dflash.cli.generate import _print_new
+from dflash.tiny import write_tiny_target, write_tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
-SPECIAL = ["<s>", "</s>", "<|user|>", "<|assistant|>"]
-TEMPLATE = (
-    "{% for m in messages %}<|user|>{{ m.role if m.role != 'user' }}{{ m.content }}{{ eos_token }}{% endfor %}"
-    "<|assistant|>"
-)
 ASK = "Tell me more"
 BUDGET = 24
-
-
-def write_tokenizer(directory, template=TEMPLATE, extra=()):
-    """A byte-level tokenizer beside the weights; `extra` are further tokens, beyond the target's vocabulary."""
-    tokens = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), *extra]
-    merges = [(t[0], t[1:]) for t in extra]
-    backend = tokenizers.Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(SPECIAL)
-    backend.save(str(directory / "tokenizer.json"))
-    config = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": template}
-    (directory / "tokenizer_config.json").write_text(json.dumps(config))
-    return directory
 
 
 def write_target(directory, **changes):
     """Bytes are all it knows: 4 special tokens and 256 more."""
     changes = {"vocab_size": 260, "num_hidden_layers": 5, "max_position_embeddings": 512} | changes
-    return write_tokenizer(write_tiny_target(directory, seed=3, **changes))
+    return write_tiny_tokenizer(write_tiny_target(directory, seed=3, **changes))
 
 
 @pytest.fixture(scope="module")
@@ -130,13 +110,13 @@ def test_half_a_character_is_kept_back_until_it_is_whole(folder, capsys):
     for text in ("naïve 日本 🎉!", "x🎉", "\ufffd ok \ufffd\ufffd"):
         ids, printed = tokenizer.encode(text), ""
         for end in range(len(ids) + 1):
-            printed = cli._print_new(tokenizer, ids[:end], printed)
+            printed = _print_new(tokenizer, ids[:end], printed)
             assert text.startswith(printed)
         assert capsys.readouterr().out == printed == text.rstrip("\ufffd")
 
 
 def test_an_answer_that_ends_in_half_a_character_is_printed_whole(run, folder, monkeypatch):
-    monkeypatch.setattr(cli.Tokenizer, "decode", lambda self, ids: "ab\ufffd" if list(ids) else "")
+    monkeypatch.setattr(Tokenizer, "decode", lambda self, ids: "ab\ufffd" if list(ids) else "")
     assert split_figures(generate(run, folder)[1])[0] == "ab\ufffd"
 
 
@@ -230,12 +210,12 @@ def test_an_empty_prompt_is_refused(run, folder, prompt):
 
 
 def test_a_prompt_that_the_template_empties_is_refused(run, tmp_path):
-    write_tokenizer(write_target(tmp_path / "target"), template="{{ messages[0].name }}")
+    write_tiny_tokenizer(write_target(tmp_path / "target"), template="{{ messages[0].name }}")
     refused(generate(run, tmp_path / "target"), "at least one token")
 
 
 def test_a_tokenizer_of_another_model_is_refused(run, tmp_path):
-    write_tokenizer(write_target(tmp_path / "target"), extra=["Te"])
+    write_tiny_tokenizer(write_target(tmp_path / "target"), extra=["Te"])
     refused(generate(run, tmp_path / "target"), "token ids must be 0..259", "has 260")
 
 

@@ -1,23 +1,17 @@
-"""`python -m dflash ...`: a thin layer of arguments over the functions that Python users call."""
+"""`python -m dflash generate`: one answer, streamed, and what it took."""
 
 import dataclasses
 import json
-import sys
 from typing import Annotated, Literal
 
 import numpy as np
 import tyro
 
 from dflash import metrics
-from dflash.config import ConfigError
 from dflash.decoding.decode import DecodeResult, RequestError, check_request, read_state, stream
-from dflash.device import DeviceError, open_default_device
-from dflash.tokenizer import Tokenizer, TokenizerError, load_tokenizer
-from dflash.weights.huggingface import WeightsError
+from dflash.device import open_default_device
+from dflash.tokenizer import Tokenizer, load_tokenizer
 from dflash.weights.load import init_draft, load_draft, load_target
-from dflash.weights.smollm2 import SnapshotError
-
-USER_ERRORS = (ConfigError, WeightsError, RequestError, TokenizerError, SnapshotError, DeviceError)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,15 +102,3 @@ def generate(args: Annotated[Generate, tyro.conf.arg(name="")]) -> None:
         print(json.dumps(metrics.finite({"text": text, "tokens": rows[0], "mode": result.mode, **result.metrics})))
     else:
         print(f"{text[len(printed) :]}\n\n{_figures(result)}")
-
-
-def main() -> int:
-    """Exit code 0, or 2 with one sentence for a user's mistake."""
-    app = tyro.extras.SubcommandApp()
-    app.command(name="generate")(generate)
-    try:
-        app.cli(prog="dflash", description="DFlash: lossless speculative decoding, measured.")
-    except USER_ERRORS as error:
-        print(f"dflash: {error}", file=sys.stderr)
-        return 2
-    return 0

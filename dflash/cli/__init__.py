@@ -1,0 +1,46 @@
+"""`python -m dflash ...`: a thin layer of arguments over the functions that Python users call."""
+
+import sys
+
+import tyro
+
+from dflash.cli.build_cache import build_cache
+from dflash.cli.evaluate import evaluate
+from dflash.cli.generate import generate
+from dflash.cli.train import train
+from dflash.config import ConfigError
+from dflash.decoding.decode import RequestError
+from dflash.device import DeviceError
+from dflash.prompts import PromptError
+from dflash.teacher_cache.arrays import CacheError
+from dflash.tokenizer import TokenizerError
+from dflash.training.run import TrainingError
+from dflash.weights.huggingface import WeightsError
+from dflash.weights.smollm2 import SnapshotError
+
+USER_ERRORS = (
+    CacheError,
+    ConfigError,
+    DeviceError,
+    PromptError,
+    RequestError,
+    SnapshotError,
+    TokenizerError,
+    TrainingError,
+    WeightsError,
+)
+
+
+def main() -> int:
+    """Exit code 0, or 2 with one sentence for a user's mistake."""
+    app = tyro.extras.SubcommandApp()
+    app.command(name="generate")(generate)
+    app.command(name="build-cache")(build_cache)
+    app.command(name="train")(train)
+    app.command(name="evaluate")(evaluate)
+    try:
+        app.cli(prog="dflash", description="DFlash: lossless speculative decoding, measured.")
+    except USER_ERRORS as error:
+        print(f"dflash: {error}", file=sys.stderr)
+        return 2
+    return 0

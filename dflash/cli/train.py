@@ -1,0 +1,156 @@
+"""`python -m dflash train`: teacher cache -> draft."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax.numpy as jnp
+import tyro
+
+from dflash.config import ConfigError
+from dflash.device import open_default_device
+from dflash.evaluate import check_fit
+from dflash.models.draft import Draft
+from dflash.teacher_cache import open_cache
+from dflash.training.batches import TrainingBatches
+from dflash.training.objective import Objective
+from dflash.training.run import Run, RunConfig
+from dflash.training.trainer import TrainConfig, Trainer
+from dflash.weights.huggingface import read_borrowed, snapshot_hash
+from dflash.weights.load import new_draft, read_any_draft, target_directory
+
+HELD_OUT_BATCHES = 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Train:
+    """What `train` takes."""
+
+    cache_dir: Annotated[Path, tyro.conf.Positional]
+    """Teacher cache, in either form."""
+    save_directory: Annotated[Path, tyro.conf.Positional]
+    """Directory of the run; one that holds checkpoints of this very run is resumed."""
+    target: str = "smollm2-135m"
+    """Snapshot directory of the target that the cache was made with: for its embedding and head."""
+    init_from: str = ""
+    """Draft to start from (a DFlashDraftModel or run directory) instead of random weights."""
+    draft_layers: int = 2
+    """Layers of a new draft."""
+    block_size: int = 8
+    """Slots of a block, the anchor included."""
+    mask_token_id: int | None = None
+    """Token whose embedding stands for a drafted slot; by default the last of the vocabulary."""
+    steps: int = 2000
+    """Steps of the optimizer."""
+    batch_size: int = 32
+    """Rows (sequences or windows) of a step, over all devices."""
+    num_anchors: int = 32
+    """Anchors drawn in each sequence of a step."""
+    accumulation: int = 1
+    """Parts that a batch is computed in, one after another."""
+    learning_rate: float = 6e-4
+    """Highest learning rate."""
+    warmup: float = 0.04
+    """Share of the steps that the rate rises in."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """How the rate falls afterwards."""
+    weight_decay: float = 0.0
+    """AdamW's weight decay; norms don't decay."""
+    clip: float = 1.0
+    """Largest norm of the gradient; 0 clips nothing."""
+    position_weights: Literal["uniform", "decay", "dpace"] = "dpace"
+    """How the slots of a block weigh in the loss."""
+    decay_gamma: float = 4.0
+    """decay: slots until the weight has fallen to 1/e."""
+    dpace_alpha: float = 0.5
+    """dpace: 1 is uniform in the draft's confidence, 0 trusts it entirely."""
+    vocab_chunk_size: int = 2048
+    """Rows of the head that are multiplied at a time."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of computation; weights and optimizer state are float32."""
+    remat: bool = False
+    """Compute layers again for the gradient instead of keeping what they made."""
+    dp: int = 1
+    """Devices that the batch is split over."""
+    tp: int = 1
+    """Devices that the vocabulary is split over."""
+    seed: int = 0
+    """Seed of the weights, the order of rows and the anchors."""
+    save_every: int = 500
+    """Steps between checkpoints."""
+    keep: int = 2
+    """Checkpoints that stay."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    evaluate_every: int = 200
+    """Steps between scores on held-out rows."""
+
+
+def _config(args: Train) -> TrainConfig:
+    names = {f.name for f in dataclasses.fields(TrainConfig)} - {"objective"}
+    common: dict[str, Any] = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.name in names}
+    objective = Objective(
+        weights=args.position_weights,
+        gamma=args.decay_gamma,
+        alpha=args.dpace_alpha,
+        chunk=args.vocab_chunk_size,
+    )
+    return TrainConfig(**common, objective=objective)
+
+
+def train(args: Annotated[Train, tyro.conf.arg(name="")]) -> None:
+    """Train a draft on a teacher cache; no target runs. Start it again to resume."""
+    open_default_device()
+    config = _config(args)
+    cache = open_cache(args.cache_dir)
+    directory = target_directory(args.target)
+    target_hash = snapshot_hash(directory)
+    if cache.snapshot_sha256 not in (None, target_hash):
+        raise ConfigError(f"{args.cache_dir} was made with another target than {args.target} (their hashes differ)")
+    borrowed = read_borrowed(directory)
+    draft: Draft
+    if args.init_from:
+        draft = read_any_draft(args.init_from)
+    else:
+        draft = new_draft(
+            borrowed.config,
+            num_layers=args.draft_layers,
+            block_size=args.block_size,
+            target_layer_ids=cache.feature_layer_ids,
+            mask_token_id=args.mask_token_id,
+            seed=args.seed,
+        )
+        # What the head was trained to read; norm weights of 1 would start hundreds of nats away.
+        draft.norm.weight[...] = jnp.asarray(borrowed.norm, jnp.float32)
+    check_fit(draft, cache)
+
+    def batches(held_out: bool) -> TrainingBatches:
+        return TrainingBatches(
+            cache,
+            cache.rows(held_out),
+            batch_size=config.batch_size,
+            num_anchors=config.num_anchors,
+            block_size=draft.config.block_size,
+            embedding=borrowed.embedding,
+            seed=config.seed,
+        )
+
+    provenance = {
+        "cache_dir": str(args.cache_dir),
+        "cache_sha256": cache.sha256,
+        "teacher_snapshot_dir": args.target,
+        "snapshot_sha256": target_hash,
+        "init_from": args.init_from,
+        "split": cache.split,
+    }
+    held_out = batches(True) if len(cache.rows(True)) else None
+    scored = [held_out(i) for i in range(HELD_OUT_BATCHES)] if held_out else []
+    settings = RunConfig(
+        root=args.save_directory,
+        save_every=args.save_every,
+        keep=args.keep,
+        log_every=args.log_every,
+        evaluate_every=args.evaluate_every,
+    )
+    trainer = Trainer(draft, borrowed.head, borrowed.embedding[draft.config.mask_token_id], config)
+    print(f"draft: {Run(trainer, batches(False), scored, settings, provenance).train()}")

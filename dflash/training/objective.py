@@ -1,0 +1,108 @@
+"""What training minimises and evaluation counts: the draft's proposals for many blocks against what the target said."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from dflash.models.draft import Draft
+from dflash.training.batches import Batch
+from dflash.training.loss import cross_entropy, position_weights
+
+# What `block_sums` gives.
+SUMS = ("weighted", "weight", "nll", "right", "labels", "accepted", "blocks")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Objective:
+    """How slots weigh in the loss (`position_weights`) and how much of the vocabulary is multiplied at a time."""
+
+    weights: str = "dpace"
+    gamma: float = 4.0
+    alpha: float = 0.5
+    chunk: int = 2048
+
+
+def block_hidden(draft: Draft, batch: Batch, mask_embedding: Array, *, remat: bool = False) -> Array:
+    """The draft's columns for the drafted slots of every block, [H, B*A*(S-1)]. mask_embedding [H]."""
+    B, A, drafted = batch.labels.shape
+    H = mask_embedding.shape[0]
+    features = jax.lax.bitcast_convert_type(jnp.asarray(batch.features), jnp.bfloat16)
+    columns = features.astype(draft.dtype).transpose(2, 0, 1).reshape(-1, H, B * features.shape[1])
+    masks = jnp.broadcast_to(mask_embedding.astype(draft.dtype), (B, A, drafted, H))
+    anchor = jnp.asarray(batch.anchor_embedding).astype(draft.dtype)[:, :, None]
+    x = jnp.concatenate([anchor, masks], axis=2).reshape(-1, H).T
+    anchors, starts = jnp.asarray(batch.anchors), jnp.asarray(batch.starts)
+    hidden = draft.uncached(list(columns), anchors, x, starts, remat=remat)
+    return hidden.reshape(H, B * A, drafted + 1)[:, :, 1:].reshape(H, -1)
+
+
+def predict_blocks(
+    draft: Draft,
+    batch: Batch,
+    mask_embedding: Array,
+    head: Array,
+    *,
+    vocab_size: int,
+    chunk: int,
+    axis: str | None = None,
+    remat: bool = False,
+) -> tuple[Array, Array]:
+    """Negative log-likelihood of every label, float32 [B, A, S-1], and what the draft says instead, int32 the same.
+
+    head [V, H], or this device's rows of it when `axis` names the mesh axis that splits them.
+    """
+    x = block_hidden(draft, batch, mask_embedding, remat=remat)
+    nll, best = cross_entropy(
+        x, jnp.asarray(batch.labels).reshape(-1), head, chunk=chunk, vocab_size=vocab_size, axis=axis
+    )
+    return nll.reshape(batch.labels.shape), best.reshape(batch.labels.shape)
+
+
+def accept_lens(best: Array, labels: Array) -> Array:
+    """Drafted tokens in a row that are right, int32 [...], 0..S-1, of best and labels [..., S-1]."""
+    return jnp.cumprod((best == labels).astype(jnp.int32), axis=-1).sum(axis=-1)
+
+
+def block_sums(nll: Array, best: Array, batch: Batch, objective: Objective) -> dict[str, Array]:
+    """Sums over the blocks of a batch, float32 scalars: what losses and means are made of.
+
+    weighted / weight is the loss: nats per label whatever the kind of weights, as SpecForge has it (speculators
+    divides by the counted slots; for D-PACE that makes the step grow with the draft's skill). `accepted` counts over
+    `blocks`, those whose labels all count.
+    """
+    S = nll.shape[-1]
+    mask = jnp.asarray(batch.mask)
+    weights = position_weights(
+        objective.weights,
+        nll.reshape(-1, S),
+        mask.reshape(-1, S),
+        gamma=objective.gamma,
+        alpha=objective.alpha,
+    ).reshape(mask.shape)
+    whole = mask.min(axis=-1)
+    return {
+        "weighted": (weights * nll).sum(),
+        "weight": weights.sum(),
+        "nll": (mask * nll).sum(),
+        "right": (mask * (best == batch.labels)).sum(),
+        "labels": mask.sum(),
+        "accepted": (whole * accept_lens(best, jnp.asarray(batch.labels))).sum(),
+        "blocks": whole.sum(),
+    }
+
+
+def means(sums: dict[str, Any]) -> dict[str, float]:
+    """Figures from sums: loss, cross_entropy (nats per label, unweighted), token_acc and accept_len_mean."""
+
+    def ratio(above: str, below: str) -> float:
+        return float(sums[above]) / (float(sums[below]) or 1.0)
+
+    return {
+        "loss": ratio("weighted", "weight"),
+        "cross_entropy": ratio("nll", "labels"),
+        "token_acc": ratio("right", "labels"),
+        "accept_len_mean": ratio("accepted", "blocks"),
+    }

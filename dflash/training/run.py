@@ -1,0 +1,215 @@
+"""A training run: batches through the trainer, figures to metrics.jsonl, checkpoints to run-<step>/, and on from there.
+
+A run that was killed and is started again gives, bit by bit, the weights of one that was not: its state is all in the
+checkpoint, and what a step reads follows from its number.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from dflash.config import ConfigError
+from dflash.measure import matmul_rate
+from dflash.training.batches import Batch, TrainingBatches, ahead
+from dflash.training.curves import write_curves
+from dflash.training.objective import SUMS, means
+from dflash.training.trainer import Trainer, learning_rate, step_flops
+from dflash.weights.easydel import latest_run, read_optimizer_state, read_run, write_run
+
+
+class TrainingError(RuntimeError):
+    """Training that can't go on: at which step, on which rows, and where the last good checkpoint is."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """Where a run is kept and how often it says something, in steps; `keep` is how many checkpoints stay."""
+
+    root: Path
+    save_every: int = 500
+    keep: int = 2
+    log_every: int = 10
+    evaluate_every: int = 200
+
+
+class Run:
+    """One run in one directory. `held_out` batches are scored every so often; what they give trains nothing."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        batches: TrainingBatches,
+        held_out: list[Batch],
+        config: RunConfig,
+        provenance: Mapping[str, Any],
+    ):
+        self.trainer, self.batches, self.held_out, self.config = trainer, batches, held_out, config
+        self.provenance = dict(provenance)
+        self.step = 0
+        config.root.mkdir(parents=True, exist_ok=True)
+        self._resume()
+        self._tensorboard = _tensorboard(config.root)
+
+    # ---- what is on disk
+
+    def _settings(self) -> dict[str, Any]:
+        return {"train": dataclasses.asdict(self.trainer.config), "provenance": self.provenance}
+
+    def _resume(self) -> None:
+        """Goes on from the latest checkpoint, if this run has one. Raises ConfigError when it was another run."""
+        path = self.config.root / "run_config.json"
+        text = json.dumps(self._settings(), indent=2, sort_keys=True) + "\n"
+        latest = latest_run(self.config.root)
+        if latest is not None:
+            begun = path.read_text(encoding="utf-8") if path.is_file() else "{}"
+            if begun != text:
+                differing = _differences(json.loads(begun), json.loads(text))
+                raise ConfigError(
+                    f"{self.config.root} holds a run with other settings ({differing}): give those to resume it, or "
+                    "another directory for a new run (init_from starts from its draft)"
+                )
+            draft = read_run(latest)
+            self.step = int(latest.name.removeprefix("run-"))
+            self.trainer.restore(draft, read_optimizer_state(latest, self.trainer.state[1]))
+        path.write_text(text, encoding="utf-8")
+        self._metrics = self.config.root / "metrics.jsonl"
+        lines = self._metrics.read_text(encoding="utf-8").splitlines() if self._metrics.is_file() else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= self.step]
+        self._metrics.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+    def _save(self) -> Path:
+        return write_run(
+            self.trainer.draft(),
+            self.config.root,
+            self.step,
+            optimizer_state=self.trainer.state[1],
+            provenance=self.provenance,
+            keep=self.config.keep,
+        )
+
+    # ---- the loop
+
+    def train(self) -> Path:
+        """To the last step; returns the last checkpoint's directory. Raises TrainingError at a NaN or infinity."""
+        config, trainer = self.config, self.trainer
+        window = _Window(trainer)
+        saved = latest_run(config.root)
+        with tqdm(total=trainer.config.steps, initial=self.step, desc="train", unit="step") as bar:
+            for step, batch, waited in ahead(self.batches, self.step, trainer.config.steps):
+                sums = trainer.step(batch)
+                self.step = step + 1
+                window.add(self.step, batch, sums, waited)
+                # Looked at one step late: the host reads what the device has finished while it works on the next.
+                self._check(window.previous, saved)
+                due = self.step % config.log_every == 0 or self.step == trainer.config.steps
+                if due:
+                    self._check((self.step, sums), saved)
+                    line = window.figures()
+                    if self.step % config.evaluate_every == 0 or self.step == trainer.config.steps:
+                        line |= self._score()
+                    self._log(line)
+                    bar.set_postfix(loss=f"{line['loss']:.3f}", accept=f"{line['accept_len_mean']:.2f}", refresh=False)
+                if self.step % config.save_every == 0 or self.step == trainer.config.steps:
+                    self._check((self.step, sums), saved)
+                    saved = self._save()
+                bar.update()
+        write_curves(self._metrics, config.root / "curves.png")
+        assert saved is not None
+        return saved
+
+    def _check(self, done: tuple[int, dict[str, Any]] | None, saved: Path | None) -> None:
+        if done is None or bool(done[1]["finite"]):
+            return
+        step, sums = done
+        raise TrainingError(
+            f"step {step} gave loss {means(sums)['loss']} and gradient norm {float(sums['gradient_norm'])} on rows "
+            f"{self.batches.rows(step - 1).tolist()}; the last good checkpoint is {saved or 'none'}: lower the "
+            "learning rate, or look at those rows"
+        )
+
+    def _score(self) -> dict[str, float]:
+        if not self.held_out:
+            return {}
+        totals = dict.fromkeys(SUMS, 0.0)
+        for batch in self.held_out:
+            sums = self.trainer.score(batch)
+            totals = {name: totals[name] + float(sums[name]) for name in SUMS}
+        return {f"held_out_{name}": value for name, value in means(totals).items()}
+
+    def _log(self, line: dict[str, float]) -> None:
+        with self._metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        if self._tensorboard is not None:
+            for name, value in line.items():
+                self._tensorboard.add_scalar(name, value, int(line["step"]))
+            self._tensorboard.flush()
+
+
+class _Window:
+    """Figures since the last line: sums over its steps, and where the time went."""
+
+    def __init__(self, trainer: Trainer):
+        self._trainer = trainer
+        self._rate = learning_rate(trainer.config)
+        self._machine = matmul_rate(trainer.config.dtype) * trainer.config.dp * trainer.config.tp
+        self.previous: tuple[int, dict[str, Any]] | None = None
+        self._last: tuple[int, dict[str, Any]] | None = None
+        self._clear()
+
+    def _clear(self) -> None:
+        self._sums: list[dict[str, Any]] = []
+        self._flops, self._drafted, self._wait_s, self._start = 0.0, 0, 0.0, time.perf_counter()
+
+    def add(self, step: int, batch: Batch, sums: dict[str, Any], waited: float) -> None:
+        self.previous, self._last = self._last, (step, sums)
+        self._sums.append(sums)
+        self._flops += step_flops(self._trainer.draft_config, batch)
+        self._drafted += int(np.prod(batch.labels.shape))
+        self._wait_s += waited
+
+    def figures(self) -> dict[str, float]:
+        """One line of metrics.jsonl. matmul_fraction is of the machine's rate for one large product in this dtype."""
+        assert self._last is not None
+        step, last = self._last
+        jax.block_until_ready(last)
+        seconds = time.perf_counter() - self._start
+        totals = {name: sum(float(s[name]) for s in self._sums) for name in SUMS}
+        line = {
+            "step": step,
+            **means(totals),
+            "learning_rate": float(self._rate(step - 1)),
+            "gradient_norm": float(last["gradient_norm"]),
+            "draft_tokens_per_s": self._drafted / seconds,
+            "matmul_fraction": self._flops / seconds / self._machine,
+            "wait_fraction": self._wait_s / seconds,
+        }
+        self._clear()
+        return line
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    def flat(x: Any, name: str = "") -> dict[str, Any]:
+        if not isinstance(x, Mapping):
+            return {name: x}
+        return {k: v for key, value in x.items() for k, v in flat(value, f"{name}.{key}".lstrip(".")).items()}
+
+    a, b = flat(old), flat(new)
+    return ", ".join(
+        f"{k} {a.get(k)!r} there, {b.get(k)!r} here" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)
+    )
+
+
+def _tensorboard(root: Path) -> Any:
+    """A writer of event files if TensorBoard is installed, else None: metrics.jsonl has the same figures."""
+    try:
+        from tensorboard.summary import Writer
+    except ImportError:
+        return None
+    return Writer(str(root / "tensorboard"))

@@ -1,0 +1,241 @@
+"""Teacher cache -> draft, over a dp x tp mesh: one compiled step, and the loop around it that saves and resumes.
+
+The draft is replicated; the batch is split over `dp`; the target's frozen head is split over `tp` along the vocabulary.
+No target runs here.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax import Array
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from dflash.config import ConfigError, DraftConfig
+from dflash.models.draft import Draft
+from dflash.training.batches import Batch
+from dflash.training.loss import pad_head
+from dflash.training.objective import SUMS, Objective, block_sums, predict_blocks
+
+SCHEDULES = ("constant", "linear", "cosine")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """What a training run does. `warmup` is a share of the steps; `batch_size` counts rows over all devices.
+
+    Master weights and optimizer state are float32 whatever `dtype` the networks compute in.
+    """
+
+    steps: int = 2000
+    batch_size: int = 32
+    num_anchors: int = 32
+    accumulation: int = 1
+    learning_rate: float = 6e-4
+    warmup: float = 0.04
+    schedule: str = "cosine"
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    clip: float = 1.0
+    dtype: str = "float32"
+    remat: bool = False
+    dp: int = 1
+    tp: int = 1
+    seed: int = 0
+    objective: Objective = dataclasses.field(default_factory=Objective)
+
+    def __post_init__(self) -> None:
+        counts = ("steps", "batch_size", "num_anchors", "accumulation", "dp", "tp")
+        faults = [f"{n} must be at least 1, got {getattr(self, n)}" for n in counts if getattr(self, n) < 1]
+        if self.schedule not in SCHEDULES:
+            faults.append(f"schedule must be one of {list(SCHEDULES)}, got {self.schedule!r}")
+        if not 0 <= self.warmup < 1:
+            faults.append(f"warmup is a share of the steps, 0 to 1, got {self.warmup}")
+        if not faults and self.batch_size % (self.dp * self.accumulation):
+            faults.append(
+                f"batch_size must divide by dp x accumulation, got {self.batch_size}, {self.dp} and {self.accumulation}"
+            )
+        if faults:
+            raise ConfigError("; ".join(faults))
+
+
+def learning_rate(config: TrainConfig) -> optax.Schedule:
+    """Linear warm-up to `learning_rate`, then constant, or down to 0 at the last step."""
+    warmup = round(config.warmup * config.steps)
+    rest = max(config.steps - warmup, 1)
+    after = {
+        "constant": optax.constant_schedule(config.learning_rate),
+        "linear": optax.linear_schedule(config.learning_rate, 0.0, rest),
+        "cosine": optax.cosine_decay_schedule(config.learning_rate, rest),
+    }[config.schedule]
+    # From 1, not 0: a first step at rate 0 is a step lost.
+    rise = optax.linear_schedule(config.learning_rate / max(warmup, 1), config.learning_rate, max(warmup - 1, 1))
+    return optax.join_schedules([rise, after], [warmup]) if warmup else after
+
+
+def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
+    """AdamW behind clipping by global norm. Norm weights don't decay."""
+
+    def decays(params: Any) -> Any:
+        return jax.tree.map(lambda p: p.ndim > 1, params)
+
+    adamw = optax.adamw(
+        learning_rate(config), b1=config.beta1, b2=config.beta2, weight_decay=config.weight_decay, mask=decays
+    )
+    return optax.chain(optax.clip_by_global_norm(config.clip), adamw) if config.clip else adamw
+
+
+def _local_sums(
+    graph: Any, vocab_size: int, config: TrainConfig, params: Any, batch: Batch, head: Array, mask_embedding: Array
+) -> dict[str, Array]:
+    """`block_sums` of this device's rows, computed in the config's dtype."""
+    draft = nnx.merge(graph, jax.tree.map(lambda p: p.astype(config.dtype), params))
+    nll, best = predict_blocks(
+        draft,
+        batch,
+        mask_embedding,
+        head,
+        vocab_size=vocab_size,
+        chunk=config.objective.chunk,
+        axis="tp" if config.tp > 1 else None,
+        remat=config.remat,
+    )
+    return block_sums(nll, best, batch, config.objective)
+
+
+def _local_gradient(
+    graph: Any, vocab_size: int, config: TrainConfig, params: Any, batch: Batch, head: Array, mask_embedding: Array
+) -> tuple[Any, dict[str, Array]]:
+    """Gradient and sums of this device's rows, summed over dp: what every device applies."""
+
+    def loss(params: Any, part: Batch) -> tuple[Array, dict[str, Array]]:
+        sums = _local_sums(graph, vocab_size, config, params, part, head, mask_embedding)
+        return sums["weighted"], sums
+
+    def add(total: Any, part: Batch) -> tuple[Any, None]:
+        (_, sums), gradient = jax.value_and_grad(loss, has_aux=True)(params, part)
+        return jax.tree.map(jnp.add, total, (gradient, sums)), None
+
+    parts = jax.tree.map(lambda x: x.reshape(config.accumulation, -1, *x.shape[1:]), batch)
+    zeros = jax.tree.map(jnp.zeros_like, params), {name: jnp.float32(0) for name in SUMS}
+    total, _ = jax.lax.scan(add, zeros, parts)
+    gradient, sums = jax.lax.psum(total, "dp")
+    # The weights are constants, so the loss's gradient is that of its numerator, divided at the very end.
+    scale = 1 / jnp.where(sums["weight"] > 0, sums["weight"], 1)
+    return jax.tree.map(lambda g: g * scale, gradient), sums
+
+
+def _apply(
+    graph: Any,
+    vocab_size: int,
+    config: TrainConfig,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    state: tuple[Any, Any],
+    batch: Batch,
+    head: Array,
+    mask_embedding: Array,
+) -> tuple[tuple[Any, Any], dict[str, Array]]:
+    """One step of the optimizer. What is not finite changes nothing: the caller sees it in the sums and stops."""
+    params, moments = state
+    local = jax.shard_map(
+        partial(_local_gradient, graph, vocab_size, config),
+        mesh=mesh,
+        in_specs=(P(), P("dp"), P("tp"), P()),
+        out_specs=(P(), P()),
+        check_vma=False,  # every sum over devices is written out above
+    )
+    gradient, sums = local(params, batch, head, mask_embedding)
+    norm = optax.global_norm(gradient)
+    finite = jnp.isfinite(norm) & jnp.isfinite(sums["weighted"])
+    updates, new_moments = optimizer.update(gradient, moments, params)
+    new = optax.apply_updates(params, updates), new_moments
+    kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+    return kept, sums | {"gradient_norm": norm, "finite": finite}
+
+
+def _score(
+    graph: Any,
+    vocab_size: int,
+    config: TrainConfig,
+    mesh: Mesh,
+    params: Any,
+    batch: Batch,
+    head: Array,
+    mask_embedding: Array,
+) -> dict[str, Array]:
+    def local(*inputs: Any) -> dict[str, Array]:
+        return jax.lax.psum(_local_sums(graph, vocab_size, config, *inputs), "dp")
+
+    specs = (P(), P("dp"), P("tp"), P())
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)(
+        params, batch, head, mask_embedding
+    )
+
+
+class Trainer:
+    """A draft in training. `head` [V, H] and `mask_embedding` [H] are the target's, frozen."""
+
+    def __init__(self, draft: Draft, head: Array | np.ndarray, mask_embedding: Array | np.ndarray, config: TrainConfig):
+        if jax.device_count() < config.dp * config.tp:
+            raise ConfigError(
+                f"dp x tp must not exceed the devices here, {jax.device_count()}; got {config.dp} x {config.tp}"
+            )
+        self.config, self.draft_config = config, draft.config
+        self.mesh = jax.make_mesh((config.dp, config.tp), ("dp", "tp"), devices=jax.devices()[: config.dp * config.tp])
+        self.optimizer = make_optimizer(config)
+        self._graph, params = nnx.split(draft)
+        params = jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), params)
+        everywhere = NamedSharding(self.mesh, P())
+        self.state = jax.device_put((params, self.optimizer.init(params)), everywhere)
+        compute = jnp.dtype(config.dtype)
+        vocab_size = head.shape[0]
+        self.head = jax.device_put(pad_head(jnp.asarray(head, compute), config.tp), NamedSharding(self.mesh, P("tp")))
+        self.mask_embedding = jax.device_put(jnp.asarray(mask_embedding, compute), everywhere)
+        graph = nnx.graphdef(nnx.eval_shape(lambda: Draft(draft.config, dtype=compute, rngs=nnx.Rngs(0))))
+        step = partial(_apply, graph, vocab_size, config, self.optimizer, self.mesh)
+        self._step = jax.jit(step, donate_argnums=0)
+        self._score = jax.jit(partial(_score, graph, vocab_size, config, self.mesh))
+        self._batch_sharding = NamedSharding(self.mesh, P("dp"))
+
+    def step(self, batch: Batch) -> dict[str, Array]:
+        """Trains on one batch. Returns its sums, `gradient_norm` and `finite`: device scalars, maybe not yet there."""
+        batch = jax.device_put(batch, self._batch_sharding)
+        self.state, sums = self._step(self.state, batch, self.head, self.mask_embedding)
+        return sums
+
+    def score(self, batch: Batch) -> dict[str, Array]:
+        """The sums of a batch with the draft as it is now; changes nothing."""
+        batch = jax.device_put(batch, self._batch_sharding)
+        return self._score(self.state[0], batch, self.head, self.mask_embedding)
+
+    def restore(self, draft: Draft, moments: Any) -> None:
+        """Goes on from the weights and the optimizer state of a checkpoint."""
+        self.state = jax.device_put((nnx.state(draft), moments), NamedSharding(self.mesh, P()))
+
+    def draft(self) -> Draft:
+        """The draft as it is now, float32."""
+        return nnx.merge(self._graph, self.state[0])
+
+
+def step_flops(draft: DraftConfig, batch: Batch) -> float:
+    """Floating point operations of the matrix products that one step needs (recomputing them is not counted).
+
+    Context: fc forward and weight gradient, keys and values of every layer. Blocks: every product of every layer, three
+    times (forward and both gradients), attention over what a block may see at most. Head: logits and their gradient.
+    """
+    B, C, _ = batch.features.shape
+    A, drafted = batch.labels.shape[1:]
+    H, inner, kv = draft.hidden_size, draft.num_heads * draft.head_dim, 2 * draft.num_kv_heads * draft.head_dim
+    context = B * C * (2 * 2 * draft.num_features * H * H + draft.num_layers * 3 * 2 * H * kv)
+    per_layer = 2 * H * (2 * inner + kv + 3 * draft.intermediate_size) + 4 * inner * (C + drafted + 1)
+    blocks = B * A * (drafted + 1) * draft.num_layers * 3 * per_layer
+    head = B * A * drafted * 4 * H * draft.vocab_size
+    return float(context + blocks + head)
