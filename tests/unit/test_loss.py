@@ -142,8 +142,8 @@ def test_two_products_with_gradient_and_one_without():
     [
         ({"chunk": 0}, "chunk is at least 1"),
         ({"vocab_size": 42}, "vocab_size in 1..41"),
-        ({"head": jnp.zeros((8, 41))}, "don't fit"),
-        ({"labels": jnp.zeros(4, jnp.int32)}, "don't fit"),
+        ({"head": np.zeros((8, 41), np.float32)}, "don't fit"),
+        ({"labels": np.zeros(4, np.int32)}, "don't fit"),
     ],
 )
 def test_what_does_not_fit_is_refused(change, said):
