@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import numpy as np
 
+from dflash.teacher_cache.arrays import CacheError
 from dflash.teacher_cache.sequences import SequenceCache
 from dflash.teacher_cache.windows import WindowCache
 
@@ -105,6 +106,8 @@ class TrainingBatches:
         embedding: np.ndarray,
         seed: int,
     ):
+        if not len(rows):
+            raise CacheError("a batch needs rows, and the cache has none on this side of its split: build a larger one")
         self.cache, self._rows, self._embedding = cache, rows, embedding
         self.batch_size, self.num_anchors, self.block_size, self.seed = batch_size, num_anchors, block_size, seed
 

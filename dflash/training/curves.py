@@ -20,7 +20,8 @@ def write_curves(metrics: Path, image: Path) -> None:
         axes.set_xlabel("step")
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
-        axes.legend()
+        if axes.lines:
+            axes.legend()
     temporary = image.with_name(image.name + ".tmp")
     figure.savefig(temporary, format="png", dpi=120)
     temporary.replace(image)

@@ -1,15 +1,17 @@
 """What training minimises and evaluation counts: the draft's proposals for many blocks against what the target said."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from dflash.config import ConfigError
 from dflash.models.draft import Draft
 from dflash.training.batches import Batch
-from dflash.training.loss import cross_entropy, position_weights
+from dflash.training.loss import KINDS, cross_entropy, position_weights
 
 # What `block_sums` gives.
 SUMS = ("weighted", "weight", "nll", "right", "labels", "accepted", "blocks")
@@ -23,6 +25,17 @@ class Objective:
     gamma: float = 4.0
     alpha: float = 0.5
     chunk: int = 2048
+
+    def __post_init__(self) -> None:
+        faults = [] if self.weights in KINDS else [f"weights must be one of {list(KINDS)}, got {self.weights!r}"]
+        if not 0 < self.gamma < math.inf:
+            faults.append(f"gamma must be a number above 0, got {self.gamma}")
+        if not 0 <= self.alpha <= 1:
+            faults.append(f"alpha must be 0 to 1, got {self.alpha}")
+        if self.chunk < 1:
+            faults.append(f"chunk must be at least 1, got {self.chunk}")
+        if faults:
+            raise ConfigError("; ".join(faults))
 
 
 def block_hidden(draft: Draft, batch: Batch, mask_embedding: Array, *, remat: bool = False) -> Array:

@@ -17,11 +17,12 @@ from tqdm import tqdm
 
 from dflash.config import ConfigError
 from dflash.measure import matmul_rate
+from dflash.teacher_cache.arrays import write_atomically
 from dflash.training.batches import Batch, TrainingBatches, ahead
 from dflash.training.curves import write_curves
 from dflash.training.objective import SUMS, means
 from dflash.training.trainer import Trainer, learning_rate, step_flops
-from dflash.weights.easydel import latest_run, read_optimizer_state, read_run, write_run
+from dflash.weights.easydel import latest_run, read_optimizer_state, read_run, run_config, write_run
 
 
 class TrainingError(RuntimeError):
@@ -38,6 +39,12 @@ class RunConfig:
     log_every: int = 10
     evaluate_every: int = 200
 
+    def __post_init__(self) -> None:
+        counts = ("save_every", "keep", "log_every", "evaluate_every")
+        faults = [f"{n} must be at least 1, got {getattr(self, n)}" for n in counts if getattr(self, n) < 1]
+        if faults:
+            raise ConfigError("; ".join(faults))
+
 
 class Run:
     """One run in one directory. `held_out` batches are scored every so often; what they give trains nothing."""
@@ -53,24 +60,28 @@ class Run:
         self.trainer, self.batches, self.held_out, self.config = trainer, batches, held_out, config
         self.provenance = dict(provenance)
         self.step = 0
+        settings = self._settings()
         config.root.mkdir(parents=True, exist_ok=True)
-        self._resume()
+        self._resume(settings)
         self._tensorboard = _tensorboard(config.root)
 
     # ---- what is on disk
 
     def _settings(self) -> dict[str, Any]:
-        return {"train": dataclasses.asdict(self.trainer.config), "provenance": self.provenance}
+        """What a run is known by. Raises ConfigError for a draft that no checkpoint could hold."""
+        written = json.loads(run_config(self.trainer.draft_config, "float32", self.provenance))["dflash"]
+        return {"train": dataclasses.asdict(self.trainer.config), **written}
 
-    def _resume(self) -> None:
+    def _resume(self, settings: Mapping[str, Any]) -> None:
         """Goes on from the latest checkpoint, if this run has one. Raises ConfigError when it was another run."""
         path = self.config.root / "run_config.json"
-        text = json.dumps(self._settings(), indent=2, sort_keys=True) + "\n"
         latest = latest_run(self.config.root)
-        if latest is not None:
-            begun = path.read_text(encoding="utf-8") if path.is_file() else "{}"
-            if begun != text:
-                differing = _differences(json.loads(begun), json.loads(text))
+        if latest is None:
+            write_atomically(path, json.dumps(settings, indent=2, sort_keys=True) + "\n")
+        else:
+            begun = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            differing = _differences(begun, settings)
+            if differing:
                 raise ConfigError(
                     f"{self.config.root} holds a run with other settings ({differing}): give those to resume it, or "
                     "another directory for a new run (init_from starts from its draft)"
@@ -78,11 +89,10 @@ class Run:
             draft = read_run(latest)
             self.step = int(latest.name.removeprefix("run-"))
             self.trainer.restore(draft, read_optimizer_state(latest, self.trainer.state[1]))
-        path.write_text(text, encoding="utf-8")
         self._metrics = self.config.root / "metrics.jsonl"
         lines = self._metrics.read_text(encoding="utf-8").splitlines() if self._metrics.is_file() else []
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= self.step]
-        self._metrics.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        write_atomically(self._metrics, "".join(f"{line}\n" for line in kept))
 
     def _save(self) -> Path:
         return write_run(
@@ -98,6 +108,14 @@ class Run:
 
     def train(self) -> Path:
         """To the last step; returns the last checkpoint's directory. Raises TrainingError at a NaN or infinity."""
+        if self.step < self.trainer.config.steps:
+            self._train()
+        write_curves(self._metrics, self.config.root / "curves.png")
+        saved = latest_run(self.config.root)
+        assert saved is not None
+        return saved
+
+    def _train(self) -> None:
         config, trainer = self.config, self.trainer
         window = _Window(trainer)
         saved = latest_run(config.root)
@@ -108,21 +126,21 @@ class Run:
                 window.add(self.step, batch, sums, waited)
                 # Looked at one step late: the host reads what the device has finished while it works on the next.
                 self._check(window.previous, saved)
-                due = self.step % config.log_every == 0 or self.step == trainer.config.steps
-                if due:
+                log, evaluate, save = (
+                    self.step % every == 0 or self.step == trainer.config.steps
+                    for every in (config.log_every, config.evaluate_every, config.save_every)
+                )
+                # A line at every checkpoint too: what a resumed run counts since its last line is then the same.
+                if log or evaluate or save:
                     self._check((self.step, sums), saved)
                     line = window.figures()
-                    if self.step % config.evaluate_every == 0 or self.step == trainer.config.steps:
-                        line |= self._score()
+                    if evaluate:
+                        line |= self._score(saved)
                     self._log(line)
                     bar.set_postfix(loss=f"{line['loss']:.3f}", accept=f"{line['accept_len_mean']:.2f}", refresh=False)
-                if self.step % config.save_every == 0 or self.step == trainer.config.steps:
-                    self._check((self.step, sums), saved)
+                if save:
                     saved = self._save()
                 bar.update()
-        write_curves(self._metrics, config.root / "curves.png")
-        assert saved is not None
-        return saved
 
     def _check(self, done: tuple[int, dict[str, Any]] | None, saved: Path | None) -> None:
         if done is None or bool(done[1]["finite"]):
@@ -134,13 +152,18 @@ class Run:
             "learning rate, or look at those rows"
         )
 
-    def _score(self) -> dict[str, float]:
+    def _score(self, saved: Path | None) -> dict[str, float]:
         if not self.held_out:
             return {}
         totals = dict.fromkeys(SUMS, 0.0)
-        for batch in self.held_out:
+        for i, batch in enumerate(self.held_out):
             sums = self.trainer.score(batch)
             totals = {name: totals[name] + float(sums[name]) for name in SUMS}
+            if not np.isfinite(totals["weighted"] + totals["nll"]):
+                raise TrainingError(
+                    f"held-out batch {i} has loss {means(totals)['loss']} after step {self.step}; the last good "
+                    f"checkpoint is {saved or 'none'}: look at the held-out rows of the cache"
+                )
         return {f"held_out_{name}": value for name, value in means(totals).items()}
 
     def _log(self, line: dict[str, float]) -> None:

@@ -5,6 +5,7 @@ No target runs here.
 """
 
 import dataclasses
+import math
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,7 @@ from dflash.models.draft import Draft
 from dflash.training.batches import Batch
 from dflash.training.loss import pad_head
 from dflash.training.objective import SUMS, Objective, block_sums, predict_blocks
+from dflash.weights.huggingface import DTYPES
 
 SCHEDULES = ("constant", "linear", "cosine")
 
@@ -56,9 +58,20 @@ class TrainConfig:
         faults = [f"{n} must be at least 1, got {getattr(self, n)}" for n in counts if getattr(self, n) < 1]
         if self.schedule not in SCHEDULES:
             faults.append(f"schedule must be one of {list(SCHEDULES)}, got {self.schedule!r}")
+        if self.dtype not in DTYPES:
+            faults.append(f"dtype must be one of {sorted(DTYPES)}, got {self.dtype!r}")
+        if not 0 < self.learning_rate < math.inf:
+            faults.append(f"learning_rate must be a number above 0, got {self.learning_rate}")
+        for name in ("weight_decay", "clip", "seed"):
+            if not getattr(self, name) >= 0:
+                faults.append(f"{name} must be at least 0, got {getattr(self, name)}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                faults.append(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
         if not 0 <= self.warmup < 1:
             faults.append(f"warmup is a share of the steps, 0 to 1, got {self.warmup}")
-        if not faults and self.batch_size % (self.dp * self.accumulation):
+        parts = self.dp * self.accumulation
+        if parts > 0 and self.batch_size % parts:
             faults.append(
                 f"batch_size must divide by dp x accumulation, got {self.batch_size}, {self.dp} and {self.accumulation}"
             )
@@ -67,7 +80,7 @@ class TrainConfig:
 
 
 def learning_rate(config: TrainConfig) -> optax.Schedule:
-    """Linear warm-up to `learning_rate`, then constant, or down to 0 at the last step."""
+    """Linear warm-up to `learning_rate`, then constant, or down to 0, which a step after the last would have."""
     warmup = round(config.warmup * config.steps)
     rest = max(config.steps - warmup, 1)
     after = {
@@ -153,7 +166,7 @@ def _apply(
         check_vma=False,  # every sum over devices is written out above
     )
     gradient, sums = local(params, batch, head, mask_embedding)
-    norm = optax.global_norm(gradient)
+    norm = optax.tree.norm(gradient)
     finite = jnp.isfinite(norm) & jnp.isfinite(sums["weighted"])
     updates, new_moments = optimizer.update(gradient, moments, params)
     new = optax.apply_updates(params, updates), new_moments
@@ -180,6 +193,11 @@ def _score(
     )
 
 
+def _graph(config: DraftConfig, dtype: jnp.dtype) -> Any:
+    """The structure of a draft that computes in `dtype`."""
+    return nnx.graphdef(nnx.eval_shape(lambda: Draft(config, dtype=dtype, rngs=nnx.Rngs(0))))
+
+
 class Trainer:
     """A draft in training. `head` [V, H] and `mask_embedding` [H] are the target's, frozen."""
 
@@ -189,21 +207,29 @@ class Trainer:
                 f"dp x tp must not exceed the devices here, {jax.device_count()}; got {config.dp} x {config.tp}"
             )
         self.config, self.draft_config = config, draft.config
-        self.mesh = jax.make_mesh((config.dp, config.tp), ("dp", "tp"), devices=jax.devices()[: config.dp * config.tp])
+        self.mesh = jax.make_mesh(
+            (config.dp, config.tp),
+            ("dp", "tp"),
+            devices=jax.devices()[: config.dp * config.tp],
+            axis_types=(jax.sharding.AxisType.Auto,) * 2,
+        )
         self.optimizer = make_optimizer(config)
-        self._graph, params = nnx.split(draft)
-        params = jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), params)
+        params = jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), nnx.state(draft))
         everywhere = NamedSharding(self.mesh, P())
-        self.state = jax.device_put((params, self.optimizer.init(params)), everywhere)
+        self.state = self._own(params, self.optimizer.init(params))
         compute = jnp.dtype(config.dtype)
         vocab_size = head.shape[0]
         self.head = jax.device_put(pad_head(jnp.asarray(head, compute), config.tp), NamedSharding(self.mesh, P("tp")))
         self.mask_embedding = jax.device_put(jnp.asarray(mask_embedding, compute), everywhere)
-        graph = nnx.graphdef(nnx.eval_shape(lambda: Draft(draft.config, dtype=compute, rngs=nnx.Rngs(0))))
+        graph = _graph(draft.config, compute)
         step = partial(_apply, graph, vocab_size, config, self.optimizer, self.mesh)
         self._step = jax.jit(step, donate_argnums=0)
         self._score = jax.jit(partial(_score, graph, vocab_size, config, self.mesh))
         self._batch_sharding = NamedSharding(self.mesh, P("dp"))
+
+    def _own(self, params: Any, moments: Any) -> tuple[Any, Any]:
+        """A state on every device; of copies, since a step gives its buffers away (`may_alias=False` may alias)."""
+        return jax.device_put(jax.tree.map(jnp.array, (params, moments)), NamedSharding(self.mesh, P()))
 
     def step(self, batch: Batch) -> dict[str, Array]:
         """Trains on one batch. Returns its sums, `gradient_norm` and `finite`: device scalars, maybe not yet there."""
@@ -218,11 +244,12 @@ class Trainer:
 
     def restore(self, draft: Draft, moments: Any) -> None:
         """Goes on from the weights and the optimizer state of a checkpoint."""
-        self.state = jax.device_put((nnx.state(draft), moments), NamedSharding(self.mesh, P()))
+        self.state = self._own(nnx.state(draft), moments)
 
     def draft(self) -> Draft:
-        """The draft as it is now, float32."""
-        return nnx.merge(self._graph, self.state[0])
+        """The draft as it is now, float32; further steps leave it alone."""
+        params = jax.device_put(jax.tree.map(jnp.array, self.state[0]), self.mesh.devices.flat[0])
+        return nnx.merge(_graph(self.draft_config, jnp.dtype("float32")), params)
 
 
 def step_flops(draft: DraftConfig, batch: Batch) -> float:

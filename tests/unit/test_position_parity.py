@@ -10,14 +10,12 @@ import dataclasses
 
 import numpy as np
 import pytest
+from learning import train
 
 from dflash import load_target, load_tokenizer
 from dflash.evaluate import Evaluator, summarise
 from dflash.teacher_cache import ConversationConfig, Source, WindowConfig, build_windows, open_cache
 from dflash.tiny import write_tiny_target, write_tiny_tokenizer
-from dflash.training.batches import TrainingBatches
-from dflash.training.objective import Objective
-from dflash.training.trainer import TrainConfig, Trainer
 from dflash.weights.huggingface import read_borrowed, snapshot_hash
 from dflash.weights.load import new_draft
 
@@ -65,30 +63,8 @@ class Laboratory:
 
     def train(self, draft, caches, steps, learning_rate):
         """Batches from the caches in turn."""
-        config = TrainConfig(
-            steps=steps,
-            batch_size=32,
-            num_anchors=1,
-            learning_rate=learning_rate,
-            objective=Objective(weights="uniform", chunk=VOCAB),
-        )
-        mask = self.borrowed.embedding[draft.config.mask_token_id]
-        trainer = Trainer(draft, self.borrowed.head, mask, config)
-        batches = [
-            TrainingBatches(
-                cache,
-                cache.rows(held_out=False),
-                batch_size=32,
-                num_anchors=1,
-                block_size=BLOCK,
-                embedding=self.borrowed.embedding,
-                seed=0,
-            )
-            for cache in caches
-        ]
-        for step in range(steps):
-            trainer.step(batches[step % len(caches)](step // len(caches)))
-        return trainer.draft()
+        b = self.borrowed
+        return train(draft, b.embedding, b.head, caches, steps, learning_rate=learning_rate)
 
     def score(self, draft, cache):
         """accept_len over the whole cache, and by offset."""
