@@ -20,6 +20,7 @@ from dflash.teacher_cache.arrays import ArrayWriter, CacheError
 from dflash.teacher_cache.conversations import (
     Conversation,
     ConversationConfig,
+    check_sources,
     split_record,
     write_conversations,
 )
@@ -120,6 +121,7 @@ def build_sequences(
     """
     target = source.target
     check_layer_ids(target, layer_ids)
+    check_sources(conversations)
     check_offsets(target, position_offsets, conversations.max_prompt_len + conversations.max_new_tokens)
     settings = {
         "form": FORM,
@@ -253,6 +255,7 @@ def build_windows(
     """
     target = source.target
     check_layer_ids(target, layer_ids)
+    check_sources(conversations)
     check_offsets(target, config.position_offsets, config.context + config.continuation)
     meta = _window_meta(source, conversations, config, layer_ids, batch_size)
     writer = ArrayWriter(Path(directory), meta)

@@ -98,6 +98,12 @@ class _Overlap:
         return any(run in self._seen for run in self._runs(text))
 
 
+def check_sources(config: ConversationConfig) -> None:
+    """Raises PromptError for a source that can't be read, before anything is written."""
+    for source in (*config.exclude, *(() if config.source == "self" else (config.source,))):
+        load_prompts(source)
+
+
 class _Users:
     """Batches of user turns that the target writes itself; batch n is the same whatever came before it."""
 

@@ -1,0 +1,138 @@
+"""From a target to a draft that decodes, by the command line alone; and what it says to mistakes."""
+
+import json
+import sys
+
+import pytest
+
+from dflash import cli
+from dflash.tiny import write_tiny_target, write_tiny_tokenizer
+
+SMALL = ("--max-prompt-len", 64, "--max-user-turn", 40, "--max-new-tokens", 24, "--batch-size", 16)
+FEW = ("--num-conversations", 24, "--held-out", 0.25, "--num-context-features", 1)
+SHORT = ("--steps", 4, "--batch-size", 8, "--num-anchors", 4, "--log-every", 2, "--save-every", 2)
+KEYS = {
+    "cache_dir",
+    "draft_run_dir",
+    "teacher_snapshot_dir",
+    "ctx_len",
+    "block_size",
+    "num_samples",
+    "accept_len_mean",
+    "accept_len_p50",
+    "accept_len_p90",
+    "accept_len_p99",
+    "accept_rate_tokens",
+    "token_acc_mean",
+    "token_acc_p50",
+    "token_acc_p90",
+    "by_ctx_pos_start",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A target whose turns end, now and then: of its 260 tokens 8 are stop tokens."""
+    directory = tmp_path_factory.mktemp("cli") / "target"
+    stops = [1, *range(100, 107)]
+    return write_tiny_tokenizer(write_tiny_target(directory, vocab_size=260, num_hidden_layers=4, eos_token_id=stops))
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    return tmp_path_factory.mktemp("work")
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, work, folder):
+    """Runs a command in the work directory: exit code, stdout, and what of stderr is no progress bar."""
+
+    def run(command, *arguments):
+        monkeypatch.chdir(work)
+        target = [] if "--target" in arguments else ["--target", folder]
+        monkeypatch.setattr(sys, "argv", ["dflash", command, *map(str, [*arguments, *target])])
+        code = cli.main()
+        out, err = capsys.readouterr()
+        return code, out, "\n".join(line for line in err.splitlines() if line.startswith("dflash:"))
+
+    return run
+
+
+@pytest.fixture
+def made(run, work):
+    """The cache and the run, made once."""
+    if not (work / "cache").exists():
+        assert run("build-cache", "cache", *SMALL, *FEW, "--target-layer-ids", 0, 2)[0] == 0
+        assert run("train", "cache", "runs", *SHORT)[0] == 0
+    return work
+
+
+def test_sequences_train_evaluate_and_generate(run, made):
+    assert sorted(p.name for p in (made / "runs").glob("run-*")) == ["run-2", "run-4"]
+    lines = [json.loads(line) for line in (made / "runs" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4]
+    assert "held_out_accept_len_mean" in lines[-1]
+    code, out, _ = run("evaluate", "cache", "runs", "--out-json", "e.json")
+    assert code == 0
+    assert out.startswith("held-out prompts, ")
+    result = json.loads((made / "e.json").read_text())
+    assert result["summary"].keys() >= {*KEYS, "live_acceptance_length"}
+    assert result["summary"]["rows"] == "held_out"
+    assert len(result["accept_len"]) == len(result["token_acc"]) == len(result["ctx_pos_start"])
+    code, out, _ = run("evaluate", "cache", "runs/run-2", "--rows", "train")
+    assert code == 0
+    assert "TRAINING rows" in out
+    code, out, _ = run("generate", "Why?", "--draft", "runs", "--max-new-tokens", 8)
+    assert code == 0
+    assert "tokens a block of 8" in out
+
+
+def test_training_goes_on_and_is_refused_with_other_settings(run, made):
+    code, out, _ = run("train", "cache", "runs", *SHORT)
+    assert (code, out.strip()) == (0, "draft: runs/run-4")
+    code, _, err = run("train", "cache", "runs", *SHORT, "--learning-rate", 1e-4)
+    assert code == 2
+    assert "learning_rate 0.0006 there, 0.0001 here" in err
+
+
+def test_windows_train_from_a_draft_and_evaluate(run, made):
+    windows = ("--form", "windows", "--ctx-len", 33, "--num-blocks", 6, "--rollout-steps", 3)
+    windows += ("--rollout-accept-len-mode", "geometric", "--position-offsets", 0, 4096)
+    assert run("build-cache", "windows", *SMALL, *FEW, *windows, "--target-layer-ids", 1, 2)[0] == 0
+    code, _, err = run("train", "windows", "other", *SHORT, "--init-from", "runs")
+    assert code == 2
+    assert "reads the outputs of layers" in err
+    assert run("train", "windows", "other", *SHORT)[0] == 0
+    assert run("evaluate", "windows", "other", "--rows", "all", "--out-json", "w.json")[0] == 0
+    summary = json.loads((made / "w.json").read_text())["summary"]
+    assert (summary["ctx_len"], summary["num_samples"]) == (32, 18)
+    assert len(summary["by_ctx_pos_start"]) > 2
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (("train", "nowhere", "r"), "there is none at nowhere: build-cache makes one"),
+        (("evaluate", "nowhere", "r"), "there is none at nowhere"),
+        (("build-cache", "cache", *SMALL, *FEW), "a cache is built into a new directory; cache exists"),
+        (("build-cache", "new", "--position-offsets", 131072, *FEW), "within 131072 positions; got [131072]"),
+        (("build-cache", "new", "--target-layer-ids", 1, 9, *FEW), "different layers, 0..3, got [1, 9]"),
+        (("build-cache", "new", "--prompts", "x.jsonl", *FEW), "there is none at x.jsonl"),
+        (("train", "cache", "new", "--steps", 0), "steps must be at least 1, got 0"),
+        (("train", "cache", "new", "--batch-size", 3, "--accumulation", 2), "batch_size must divide"),
+        (("evaluate", "cache", "nowhere"), "nowhere"),
+    ],
+)
+def test_mistakes_are_refused_in_a_sentence(run, made, command, said):
+    code, out, err = run(*command)
+    assert (code, out) == (2, "")
+    assert said in err
+    assert not list(made.glob("new*"))
+
+
+def test_a_cache_of_another_target_is_refused(run, made, tmp_path):
+    other = write_tiny_tokenizer(write_tiny_target(tmp_path / "other", vocab_size=260, num_hidden_layers=4, seed=9))
+    for command in (("train", "cache", "new", *SHORT), ("evaluate", "cache", "runs")):
+        code, _, err = run(*command, "--target", other)
+        assert code == 2
+        assert "their hashes differ" in err
