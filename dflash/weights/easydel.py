@@ -32,7 +32,7 @@ from dflash.weights.zarr import (
     write_index,
 )
 
-__all__ = ["latest_run", "read_optimizer_state", "read_run", "resolve_run", "write_run"]
+__all__ = ["latest_run", "read_optimizer_state", "read_run", "resolve_run", "run_config", "write_run"]
 
 CONVENTIONS = {
     "kernels": "[in, out]",
@@ -98,8 +98,8 @@ def _layout_config(c: DraftConfig) -> dict[str, Any]:
     }
 
 
-def _write_config(config: DraftConfig, dtype: str, provenance: Mapping[str, Any]) -> str:
-    """config.json as text. Raises ConfigError when it could not be read back as the same draft."""
+def run_config(config: DraftConfig, dtype: str, provenance: Mapping[str, Any]) -> str:
+    """config.json of a run as text. Raises ConfigError for a draft that it can't hold, ValueError if it is no JSON."""
     draft = write_draft_config(config, dtype)
     read = read_draft_config(draft)
     if read != config:
@@ -211,7 +211,7 @@ def write_run(
     leaves = None if optimizer_state is None else leaves_of(optimizer_state)
     check_leaves(leaves or {})
     dtype = next(iter(weights.values())).dtype.name
-    config = _write_config(draft.config, dtype, provenance)
+    config = run_config(draft.config, dtype, provenance)
     with new_run(Path(directory), step, keep) as folder:
         prefixes = {"model": [write_array(folder, path, value) for path, value in weights.items()]}
         if leaves is not None:

@@ -1,4 +1,4 @@
-"""What several unit tests need: drafts whose proposals differ."""
+"""What several unit tests need: drafts whose proposals differ, and caches to train them on."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +7,9 @@ from flax import nnx
 
 from dflash.config import DraftConfig, RopeConfig
 from dflash.models.draft import Draft
+from dflash.teacher_cache.arrays import ArrayWriter
+from dflash.teacher_cache.sequences import FORM, open_sequences, sequence_specs
+from dflash.teacher_cache.windows import to_bits
 
 # Fits the targets of dflash.tiny.
 TINY_DRAFT = {
@@ -52,3 +55,36 @@ def draw_draft():
         return draft
 
     return draw
+
+
+@pytest.fixture(scope="session")
+def write_sequences():
+    """Makes a sequence cache for TINY_DRAFT: answers of 8 to 40 tokens behind prompts of 0 to 20.
+
+    Random, but for what `tokens(rng, N)` and `features(rng, tokens)` give. The last `held_out` are held out.
+    """
+
+    def write(directory, *, sequences=24, held_out=4, seed=0, tokens=None, features=None):
+        rng = np.random.default_rng(seed)
+        layers = TINY_DRAFT["target_layer_ids"]
+        width = len(layers) * TINY_DRAFT["hidden_size"]
+        prompts, answers = rng.integers(0, 21, sequences), rng.integers(8, 41, sequences)
+        bounds = np.concatenate([[0], np.cumsum(prompts + answers)])
+        N = int(bounds[-1])
+        writer = ArrayWriter(directory, {})
+        writer.allocate(sequence_specs(N, sequences, width))
+        ids = rng.integers(0, TINY_DRAFT["vocab_size"], N) if tokens is None else tokens(rng, N)
+        writer.arrays["token_ids"][:] = ids
+        drawn = rng.standard_normal((N, width), np.float32) if features is None else features(rng, ids)
+        writer.arrays["features_u16"][:] = to_bits(drawn)
+        lengths = np.stack([prompts, answers], axis=1).ravel()
+        writer.arrays["loss_mask_u8"][:] = np.repeat(np.tile([0, 1], sequences), lengths)
+        writer.arrays["sequence_start_i64"][:] = bounds
+        writer.arrays["ctx_pos_start_i32"][:] = rng.integers(0, 500, sequences)
+        writer.arrays["held_out_u8"][:] = np.arange(sequences) >= sequences - held_out
+        writer.commit(sequences)
+        meta = {"form": FORM, "hidden_size": TINY_DRAFT["hidden_size"], "num_tokens": N}
+        writer.finish(meta | {"num_context_features": len(layers), "target_layer_ids": list(layers)})
+        return open_sequences(directory)
+
+    return write
