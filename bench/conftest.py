@@ -19,7 +19,7 @@ from dflash.models.llama import Llama
 from dflash.prompts import PromptError, exact_length_prompts, load_prompts
 from dflash.tokenizer import TokenizerError
 from dflash.weights.huggingface import WeightsError, snapshot_hash
-from dflash.weights.load import target_directory
+from dflash.weights.load import draft_hash, target_directory
 from dflash.weights.smollm2 import SnapshotError
 
 
@@ -151,7 +151,7 @@ def facts(device: jax.Device, workload: Workload, pytestconfig: pytest.Config) -
         "target": options.target,
         "target_sha256": snapshot_hash(target_directory(options.target)),
         "draft": options.draft or f"untrained, {options.draft_layers} layers, seed 0",
-        "draft_sha256": snapshot_hash(options.draft) if options.draft else None,
+        "draft_sha256": draft_hash(options.draft) if options.draft else None,
         "run_name": options.run_name or None,
         **workload.facts,
     }

@@ -1,6 +1,7 @@
 """Targets and drafts by name or directory, and a new untrained draft for a target."""
 
 import dataclasses
+import hashlib
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from dflash.models.draft import Draft
 from dflash.models.llama import Llama
 from dflash.weights import easydel, huggingface, smollm2
 from dflash.weights.runs import is_root, is_run
+from dflash.weights.zarr import INDEX
 
 
 def target_directory(name_or_dir: str | Path) -> Path:
@@ -33,10 +35,26 @@ def read_any_draft(name_or_dir: str | Path, dtype: str = "float32") -> Draft:
     A root gives its latest complete run. Raises ConfigError or WeightsError.
     """
     directory = Path(name_or_dir)
-    exported = any((directory / n).is_file() for n in ("model.safetensors", "model.safetensors.index.json"))
-    if not exported and (is_run(directory) or is_root(directory)):
+    if _is_training_run(directory):
         return easydel.read_run(easydel.resolve_run(directory), dtype)
     return huggingface.read_draft(directory, dtype)
+
+
+def _is_training_run(directory: Path) -> bool:
+    """Whether this is a run directory or a root of them, and no exported draft."""
+    exported = any((directory / n).is_file() for n in ("model.safetensors", "model.safetensors.index.json"))
+    return not exported and (is_run(directory) or is_root(directory))
+
+
+def draft_hash(name_or_dir: str | Path) -> str:
+    """SHA-256 of a draft's config and weights: what a result says that it was measured with. Raises WeightsError."""
+    directory = Path(name_or_dir)
+    if not _is_training_run(directory):
+        return huggingface.snapshot_hash(directory)
+    run = easydel.resolve_run(directory)
+    # The index holds the hash of every array.
+    parts = [(run / name).read_bytes() for name in ("config.json", INDEX)]
+    return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def load_draft(name_or_dir: str | Path, target: Llama) -> Draft:

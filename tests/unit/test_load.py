@@ -10,7 +10,9 @@ from flax import nnx
 from dflash import ConfigError, WeightsError, init_draft, load_draft, load_target, write_draft
 from dflash.tiny import write_tiny_target
 from dflash.weights import smollm2
-from dflash.weights.load import target_directory
+from dflash.weights.easydel import write_run
+from dflash.weights.huggingface import read_borrowed
+from dflash.weights.load import draft_hash, target_directory
 
 
 @pytest.fixture(scope="module")
@@ -114,3 +116,39 @@ def test_a_draft_of_another_target_is_refused_at_load(target, tmp_path):
         "target's 150; it reads layers [5] of a target with layers 0..1; its mask token 198 is outside the vocabulary "
         "of 150. Give the draft of this target"
     )
+
+
+def test_a_drafts_hash_follows_its_weights_in_either_layout(target, tmp_path):
+    one, other = (init_draft(target, seed=s, target_layer_ids=(1, 3)) for s in (0, 1))
+    written = {"same layout": [], "run": []}
+    for i, draft in enumerate((one, one, other)):
+        write_draft(draft, tmp_path / f"draft-{i}")
+        write_run(draft, tmp_path / f"root-{i}", 5, optimizer_state=None, provenance={}, keep=None)
+        written["same layout"].append(draft_hash(tmp_path / f"draft-{i}"))
+        written["run"].append(draft_hash(tmp_path / f"root-{i}"))
+    for first, second, third in written.values():
+        assert first == second != third
+    assert draft_hash(tmp_path / "root-0" / "run-5") == written["run"][0]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_a_draft_borrows_is_the_targets(tied, tmp_path):
+    folder = write_tiny_target(tmp_path / "target", tie_word_embeddings=tied, shards=3)
+    borrowed, target = read_borrowed(folder), load_target(folder)
+    assert borrowed.config == target.config
+    np.testing.assert_array_equal(borrowed.embedding, target.embedding.weight[...])
+    np.testing.assert_array_equal(borrowed.norm, target.norm.weight[...])
+    assert (borrowed.head is borrowed.embedding) == tied
+    if not tied:
+        np.testing.assert_array_equal(borrowed.head, target.head.weight[...])
+
+
+def test_a_target_without_its_embedding_lends_nothing(tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    folder = write_tiny_target(tmp_path / "target")
+    tensors = load_file(folder / "model.safetensors")
+    tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(WeightsError, match=r"missing model\.embed_tokens\.weight"):
+        read_borrowed(folder)
