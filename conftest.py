@@ -24,6 +24,7 @@ class Results:
 
     cases: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     steps: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    trainings: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
 
 RESULTS = pytest.StashKey[Results]()
@@ -304,6 +305,11 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         for info in results.steps:
             for line in report.step_table(info):
                 terminalreporter.write_line(line)
+    if results.trainings:
+        terminalreporter.section("DFlash: what training a draft costs")
+        for info in results.trainings:
+            for line in report.training_lines(info):
+                terminalreporter.write_line(line)
     if results.cases:
         terminalreporter.section("DFlash: speed-up over greedy decoding")
         for line in report.speedup_table(results.cases):
@@ -323,3 +329,9 @@ def record_case(pytestconfig: pytest.Config) -> Any:
 def record_step(pytestconfig: pytest.Config) -> Any:
     """Keeps the terms of a step for the summary."""
     return pytestconfig.stash[RESULTS].steps.append
+
+
+@pytest.fixture
+def record_training(pytestconfig: pytest.Config) -> Any:
+    """Keeps what training costs for the summary."""
+    return pytestconfig.stash[RESULTS].trainings.append

@@ -90,3 +90,14 @@ def acceptance_table(summary: dict[str, Any]) -> list[str]:
         for start, b in summary["by_ctx_pos_start"].items()
     ]
     return [*facts, *_table(["ctx_pos_start", "n", "accept_len", "p50", "token acc"], rows)]
+
+
+def training_lines(info: dict[str, Any]) -> list[str]:
+    """A training step beside the machine's rate of matrix products, and what reading and writing a cache take."""
+    return [
+        f"{info['case']}, {info['dtype']}: {info['step_s']:.2f} s a step, {info['draft_tokens_per_s']:.0f} drafted "
+        f"tokens/s; {info['gflop_s']:.0f} GFLOP/s of {info['matmul_gflop_s']:.0f} in one large product "
+        f"({100 * info['matmul_fraction']:.0f}%)",
+        f"a batch is read in {1000 * info['read_s']:.0f} ms; the cache is written at {info['cache_write_gb_s']:.2f} "
+        f"GB/s, one large file at {info['disk_write_gb_s']:.2f}",
+    ]
