@@ -106,6 +106,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="DIR",
     )
     _option(
+        group,
+        "--teacher-cache",
+        "CACHE_DIR",
+        "",
+        "teacher cache whose held-out prompts a draft is evaluated on, offline",
+        metavar="DIR",
+    )
+    _option(
         group, "--draft-layers", "DFLASH_DRAFT_LAYERS", "2", "layers of the untrained draft", type=_count, metavar="N"
     )
     _option(group, "--dtype", "DFLASH_DTYPE", "float32", "dtype of computation", choices=("float32", "bfloat16"))

@@ -41,6 +41,10 @@ class Blocks:
     labels: np.ndarray
     ctx_pos_start: np.ndarray
 
+    def take(self, chosen: np.ndarray) -> "Blocks":
+        """These blocks only: indices, or a mask."""
+        return Blocks(**{f.name: getattr(self, f.name)[chosen] for f in dataclasses.fields(self)})
+
 
 def check_fit(draft: Draft, cache: SequenceCache | WindowCache) -> None:
     """Raises ConfigError with every reason why these features are not what this draft reads."""

@@ -11,7 +11,7 @@ import tyro
 from dflash import metrics
 from dflash.config import ConfigError, check_draft
 from dflash.device import open_default_device
-from dflash.evaluate import Blocks, Evaluator, summarise, walk
+from dflash.evaluate import Evaluator, summarise, walk
 from dflash.report import acceptance_table
 from dflash.teacher_cache import open_cache
 from dflash.teacher_cache.arrays import write_atomically
@@ -73,9 +73,7 @@ def evaluate(args: Annotated[Evaluate, tyro.conf.arg(name="")]) -> None:
         **summarise(blocks, draft.config.block_size),
     }
     if isinstance(cache, SequenceCache):
-        live = walk(blocks)
-        walked = Blocks(**{f.name: getattr(blocks, f.name)[live] for f in dataclasses.fields(Blocks)})
-        figures = summarise(walked, draft.config.block_size)
+        figures = summarise(blocks.take(walk(blocks)), draft.config.block_size)
         summary |= {f"live_{name}": figures[name] for name in ("num_samples", "accept_len_mean", "acceptance_length")}
     for line in acceptance_table(summary):
         print(line)
