@@ -61,7 +61,7 @@ def plain_linear(layer, x):
     return y
 
 
-@prove(max_examples=8)
+@prove(max_examples=6)
 @given(sizes, sizes, st.integers(1, 5) | st.just(70), st.booleans())
 def test_linear_is_the_plain_loop(inputs, outputs, columns, bias):
     layer = fill(Linear(inputs, outputs, bias=bias, dtype=jnp.float32, rngs=nnx.Rngs(0)))
@@ -78,7 +78,7 @@ def test_a_bfloat16_linear_rounds_its_result_and_not_its_sum():
     np.testing.assert_allclose(y.astype(jnp.float32), 4000, rtol=ONE_ROUNDING)
 
 
-@prove(max_examples=5)
+@prove(max_examples=4)
 @given(sizes, sizes, st.integers(1, 5), st.booleans())
 def test_swiglu_is_the_plain_loop(hidden, inner, columns, bias):
     layer = fill(SwiGLU(hidden, inner, bias=bias, dtype=jnp.float32, rngs=nnx.Rngs(0)))
@@ -347,13 +347,13 @@ def mask_of(lengths, T, S, window=None):
     return visible
 
 
-SIZES = [(2, 3, 8), (1, 1, 6), (3, 1, 4), (1, 4, 2)]
+SIZES = [(2, 3, 8), (3, 1, 6), (1, 4, 2)]
 # Three rows of 40 queries are more than the CPU kernels take.
 each_kernel = pytest.mark.parametrize("T", [4, 40], ids=["native-kernels", "xla"])
 
 
 @pytest.mark.parametrize("with_sinks", [False, True], ids=["plain", "sinks"])
-@pytest.mark.parametrize("window", [None, 1, 5])
+@pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize(("G", "R", "D"), SIZES)
 @each_kernel
 def test_attention_is_the_plain_loop(G, R, D, T, window, with_sinks):
@@ -404,14 +404,6 @@ def test_bfloat16_attention_is_near_the_plain_loop():
     np.testing.assert_allclose(
         got.astype(jnp.float32), plain_attention(q, keys, values, visible, sinks), atol=0.05, rtol=0.02
     )
-
-
-def test_bfloat16_softmax_counts_in_float32():
-    """1000 equal weights, of which bfloat16 could add up no more than 256."""
-    S = 1000
-    q, keys = jnp.zeros((1, 1, 4, 1, 2), jnp.bfloat16), jnp.zeros((1, 1, 4, S), jnp.bfloat16)
-    got = attend(q, keys, jnp.ones((1, 1, S, 4), jnp.bfloat16), jnp.ones((1, 2, S), bool))
-    np.testing.assert_allclose(got.astype(jnp.float32), 1, rtol=ONE_ROUNDING)
 
 
 # What a CPU can't show

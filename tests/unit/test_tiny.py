@@ -181,7 +181,6 @@ def test_mxfp4_packs_the_experts_only(tmp_path):
 
 MODELS = {
     **{family: (family, {}) for family in FAMILIES},
-    "llama-tied": ("llama", {"tie_word_embeddings": True}),
     "llama-1-layer": ("llama", {"num_hidden_layers": 1}),
     "gpt_oss-mxfp4": ("gpt_oss", {"mxfp4": True}),
 }
