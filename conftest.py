@@ -212,7 +212,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         path = item.path.relative_to(ROOT).parts if item.path.is_relative_to(ROOT) else ()
         if path[:2] == ("tests", "unit"):
-            item.add_marker("cpu")
+            if not item.get_closest_marker("slow"):
+                item.add_marker("cpu")
         elif path[:2] == ("tests", "tpu"):
             item.add_marker("tpu")
         elif path[:1] == ("bench",):

@@ -13,7 +13,7 @@ from dflash.training.trainer import TrainConfig, Trainer
 
 
 def write_sequences(target, directory, prompts, answers, layer_ids, held_out=0, read_layer_ids=None):
-    """A cache in sequence form of these texts, the last `held_out` of them held out. It claims `layer_ids` in any case."""
+    """A cache in sequence form of these texts, the last `held_out` held out. It claims `layer_ids` in any case."""
     rows = [[*p, *a] for p, a in zip(prompts, answers, strict=True)]
     bounds = [0, *accumulate(map(len, rows))]
     hidden = target.config.hidden_size

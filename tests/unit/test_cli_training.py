@@ -8,6 +8,8 @@ import pytest
 from dflash import cli
 from dflash.tiny import write_tiny_target, write_tiny_tokenizer
 
+pytestmark = pytest.mark.slow
+
 SMALL = ("--max-prompt-len", 64, "--max-user-turn", 40, "--max-new-tokens", 24, "--batch-size", 16)
 FEW = ("--num-conversations", 24, "--held-out", 0.25, "--num-context-features", 1)
 SHORT = ("--steps", 4, "--batch-size", 8, "--num-anchors", 4, "--log-every", 2, "--save-every", 2)

@@ -409,6 +409,7 @@ print("same")
 """
 
 
+@pytest.mark.slow
 def test_a_target_split_over_devices_decodes_the_same(tmp_path):
     folder = write_tiny_target(tmp_path / "target", vocab_size=200, num_hidden_layers=1)
     env = os.environ | {

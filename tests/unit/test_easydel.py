@@ -387,6 +387,7 @@ def open_writer(source, root):
     )
 
 
+@pytest.mark.slow
 def test_a_killed_writer_leaves_the_old_runs_or_the_new(small, start_writer, tmp_path):
     seed = random.randrange(2**32)
     rng = random.Random(seed)

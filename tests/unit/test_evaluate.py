@@ -20,6 +20,8 @@ from dflash.tiny import write_tiny_target
 from dflash.weights.huggingface import read_target
 from dflash.weights.load import new_draft
 
+pytestmark = pytest.mark.slow
+
 VOCAB, BLOCK, LAYERS, PROMPTS, HELD_OUT, BUDGET = 32, 8, (0, 2, 1), 256, 64, 40
 
 

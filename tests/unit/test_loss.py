@@ -273,6 +273,7 @@ print("same")
 """
 
 
+@pytest.mark.slow
 def test_shards_give_loss_and_gradient_of_one_device():
     env = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",

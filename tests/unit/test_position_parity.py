@@ -17,6 +17,8 @@ from dflash.tiny import write_tiny_target, write_tiny_tokenizer
 from dflash.weights.huggingface import read_borrowed, snapshot_hash
 from dflash.weights.load import new_draft
 
+pytestmark = pytest.mark.slow
+
 VOCAB, BLOCK, CONTEXT, ROLLOUT, LAYERS = 260, 8, 32, 8, (0, 1, 2)
 # The last one leaves just the room that a base's context and its rollout need.
 OFFSETS = (0, 4096, 65536, 131072 - CONTEXT - ROLLOUT * BLOCK)

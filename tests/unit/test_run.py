@@ -235,6 +235,7 @@ def begin(draw_draft, cache, table, tmp_path):
             process.kill()
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_as_an_unbroken_one(begin, start, finished, tmp_path):
     """Killed in other processes, after any number of lines and checkpoints; ended in this one."""
     rng = random.Random(0)

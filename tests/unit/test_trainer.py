@@ -199,6 +199,7 @@ print("same")
 """
 
 
+@pytest.mark.slow
 def test_devices_parts_and_chunks_give_the_gradient_of_plain_blocks(cache, draft, tables, tmp_path):
     write_run(draft, tmp_path, 0, optimizer_state=None, provenance={}, keep=None)
     np.savez(tmp_path / "tables.npz", **tables)
@@ -449,6 +450,7 @@ def test_a_step_that_is_not_finite_changes_nothing(trainer, batch):
 # ---- what it is for
 
 
+@pytest.mark.slow
 def test_it_learns_what_can_be_foretold(draft, write_sequences, tmp_path):
     """Every token names the next one, so a block follows from its anchor."""
     rng = np.random.default_rng(6)
