@@ -3,10 +3,9 @@
 The sequence form is for training here; the window form is what earlier loaders read.
 """
 
-import json
 from pathlib import Path
 
-from dflash.teacher_cache.arrays import CacheError, building_dir
+from dflash.teacher_cache.arrays import CacheError, building_dir, read_meta
 from dflash.teacher_cache.build import Source, WindowConfig, build_sequences, build_windows
 from dflash.teacher_cache.conversations import ConversationConfig
 from dflash.teacher_cache.sequences import FORM, SequenceCache, open_sequences
@@ -34,7 +33,5 @@ def open_cache(path: str | Path) -> SequenceCache | WindowCache:
             f"{unfinished} is not finished: run build-cache again" if unfinished.exists() else "build-cache makes one"
         )
         raise CacheError(f"a teacher cache is a directory, or an .npz file; there is none at {path}: {hint}")
-    meta = path / "meta.json"
-    if meta.is_file() and json.loads(meta.read_text(encoding="utf-8")).get("form") == FORM:
-        return open_sequences(path)
-    return open_windows(path)
+    sequences = path.is_dir() and read_meta(path).get("form") == FORM
+    return open_sequences(path) if sequences else open_windows(path)

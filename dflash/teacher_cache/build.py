@@ -1,8 +1,9 @@
-"""Target -> teacher cache. Text first (conversations.jsonl), so every array's size is known before it is made."""
+"""Target -> teacher cache: its text (conversations.jsonl), then what its layers say of every token."""
 
+import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -16,6 +17,7 @@ from jax import Array
 from tqdm import tqdm
 
 from dflash.models.llama import Llama
+from dflash.prompts import PromptError
 from dflash.teacher_cache.arrays import ArrayWriter, CacheError
 from dflash.teacher_cache.conversations import (
     Conversation,
@@ -26,11 +28,11 @@ from dflash.teacher_cache.conversations import (
 )
 from dflash.teacher_cache.sample import Sampler
 from dflash.teacher_cache.sequences import FORM, sequence_specs
-from dflash.teacher_cache.windows import LABELS, to_bits, window_specs
+from dflash.teacher_cache.window_meta import LABELS, OFFSET_MODES
+from dflash.teacher_cache.windows import to_bits, window_specs
 from dflash.tokenizer import Tokenizer
 
 ACCEPT_LEN_MODES = ("full", "uniform", "geometric")
-OFFSET_MODES = ("cycle_samples", "per_prompt_rollout")
 
 
 @partial(jax.jit, static_argnames=("graph", "layer_ids"))
@@ -128,16 +130,29 @@ def build_sequences(
         "position_offsets": list(position_offsets),
         **_common_meta(source, conversations, layer_ids),
     }
-    writer = ArrayWriter(Path(directory), settings)
-    made = write_conversations(target, source.tokenizer, conversations, writer.building / "conversations.jsonl")
+    with ArrayWriter(Path(directory), settings) as writer:
+        with _too_little_leaves_nothing(writer):
+            made = write_conversations(target, source.tokenizer, conversations, writer.building / "conversations.jsonl")
+        _write_sequences(writer, made, FeatureReader(target, layer_ids), settings, batch_size)
+        counts = {"num_sequences": len(made), "num_tokens": sum(len(c.prompt) + len(c.answer) for c in made)}
+        return writer.finish(settings | counts | _text_record(writer.building, made))
+
+
+def _write_sequences(
+    writer: ArrayWriter,
+    made: Sequence[Conversation],
+    read: FeatureReader,
+    settings: Mapping[str, Any],
+    batch_size: int,
+) -> None:
     rows = [[*c.prompt, *c.answer] for c in made]
     bounds = [0, *accumulate(map(len, rows))]
-    writer.allocate(sequence_specs(bounds[-1], len(rows), settings["hidden_size"] * len(layer_ids)))
+    offsets = settings["position_offsets"]
+    writer.allocate(sequence_specs(bounds[-1], len(rows), settings["hidden_size"] * settings["num_context_features"]))
     arrays = writer.arrays
     arrays["sequence_start_i64"][:] = bounds
     arrays["held_out_u8"][:] = [c.held_out for c in made]
-    arrays["ctx_pos_start_i32"][:] = [position_offsets[i % len(position_offsets)] for i in range(len(made))]
-    read = FeatureReader(target, layer_ids)
+    arrays["ctx_pos_start_i32"][:] = [offsets[i % len(offsets)] for i in range(len(made))]
     with tqdm(total=bounds[-1], initial=bounds[writer.done], desc="features", unit="token") as bar:
         for first in range(writer.done, len(rows), batch_size):
             batch = range(first, min(first + batch_size, len(rows)))
@@ -149,8 +164,16 @@ def build_sequences(
                 arrays["loss_mask_u8"][part] = np.arange(len(rows[i])) >= len(made[i].prompt)
             writer.commit(batch.stop)
             bar.update(bounds[batch.stop] - bounds[batch.start])
-    counts = {"num_sequences": len(rows), "num_tokens": bounds[-1]}
-    return writer.finish(settings | counts | _text_record(writer.building, made))
+
+
+@contextlib.contextmanager
+def _too_little_leaves_nothing(writer: ArrayWriter) -> Iterator[None]:
+    """What these settings can never finish is not kept: it would refuse the settings that can."""
+    try:
+        yield
+    except (CacheError, PromptError):
+        writer.discard()
+        raise
 
 
 def _text_record(building: Path, made: Sequence[Conversation]) -> dict[str, Any]:
@@ -258,22 +281,79 @@ def build_windows(
     check_sources(conversations)
     check_offsets(target, config.position_offsets, config.context + config.continuation)
     meta = _window_meta(source, conversations, config, layer_ids, batch_size)
-    writer = ArrayWriter(Path(directory), meta)
-    made = write_conversations(target, source.tokenizer, conversations, writer.building / "conversations.jsonl")
-    contexts = window_contexts(made, config)
-    steps = config.rollout_steps
-    samples, hidden = config.num_blocks * steps, target.config.hidden_size
-    writer.allocate(window_specs(samples, config.context, config.block_size, len(layer_ids), hidden))
-    sampler = Sampler(target, batch=batch_size, max_prompt_len=config.context, max_new_tokens=config.continuation)
-    read = FeatureReader(target, layer_ids)
+    samples, hidden = config.num_blocks * config.rollout_steps, target.config.hidden_size
+    with ArrayWriter(Path(directory), meta) as writer:
+        # Sizes are known before the text is: a disk without room is seen before the target has written any.
+        writer.allocate(window_specs(samples, config.context, config.block_size, len(layer_ids), hidden))
+        with _too_little_leaves_nothing(writer):
+            made = write_conversations(target, source.tokenizer, conversations, writer.building / "conversations.jsonl")
+            contexts = window_contexts(made, config)
+        _fill_windows(writer, target, config, contexts, FeatureReader(target, layer_ids), batch_size)
+        return writer.finish(meta | _text_record(writer.building, made))
+
+
+def _fill_windows(
+    writer: ArrayWriter,
+    target: Llama,
+    config: WindowConfig,
+    contexts: Sequence[tuple[list[int], bool]],
+    read: FeatureReader,
+    batch_size: int,
+) -> None:
+    steps, longest = config.rollout_steps, config.context + config.continuation
+    write = Sampler(target, batch=batch_size, max_prompt_len=config.context, max_new_tokens=config.continuation)
+    label = Sampler(target, batch=batch_size, max_prompt_len=longest, max_new_tokens=config.block_size - 1)
     embedding = to_bits(np.asarray(target.embedding.weight[...]))
     with tqdm(total=config.num_blocks, initial=writer.done // steps, desc="windows", unit="block") as bar:
         for first in range(writer.done // steps, config.num_blocks, batch_size):
             blocks = range(first, min(first + batch_size, config.num_blocks))
-            _write_windows(writer.arrays, config, blocks, contexts, sampler, read, embedding)
+            for sample, values in _windows(config, blocks, contexts, write, label, read):
+                for name, value in values.items():
+                    writer.arrays[name][sample] = value
+                writer.arrays["anchor_embedding_u16"][sample] = embedding[values["anchor_ids"]]
             writer.commit(blocks.stop * steps)
             bar.update(len(blocks))
-    return writer.finish(meta | _text_record(writer.building, made))
+
+
+def _windows(
+    config: WindowConfig,
+    blocks: range,
+    contexts: Sequence[tuple[list[int], bool]],
+    write: Sampler,
+    label: Sampler,
+    read: FeatureReader,
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The samples of some bases: each reads its text on from where the one before it left off."""
+    prompts = [contexts[b][0] for b in blocks]
+    continued = write.run(prompts, indices=list(blocks), offsets=[config.offset(b, 0) for b in blocks])
+    texts = [np.array([*p, *c], np.int32) for p, c in zip(prompts, continued, strict=True)]
+    begins = np.array([np.cumsum([0, *(config.accept_lens(b)[:-1] + 1)]) for b in blocks])
+    B = config.block_size
+    for step in range(config.rollout_steps):
+        offsets, ends = [config.offset(b, step) for b in blocks], begins[:, step] + config.context
+        moved = step > 0 and config.position_offset_mode == "cycle_samples"
+        if step == 0 or moved:
+            features = read(texts, offsets)
+        if moved:
+            # Far positions round differently, so what is most likely next may be another token than it was elsewhere.
+            known = [text[: end + 1].tolist() for text, end in zip(texts, ends, strict=True)]
+            labels = label.run(known, indices=list(blocks), offsets=offsets)
+        else:
+            labels = [text[end + 1 : end + B].tolist() for text, end in zip(texts, ends, strict=True)]
+        for row, block in enumerate(blocks):
+            begin, end = begins[row, step], ends[row]
+            yield (
+                block * config.rollout_steps + step,
+                {
+                    "context_features_u16": features[row][begin:end],
+                    "target_ids": labels[row],
+                    "anchor_ids": texts[row][end],
+                    "ctx_token_ids": texts[row][begin:end],
+                    "ctx_pos_start_i32": offsets[row] + begin,
+                    "anchor_pos_i32": offsets[row] + end,
+                    "held_out_u8": contexts[block][1],
+                },
+            )
 
 
 def _window_meta(
@@ -306,36 +386,3 @@ def _window_meta(
         "ctx_pos_start_file": "ctx_pos_start_i32.npy",
         "anchor_pos_file": "anchor_pos_i32.npy",
     }
-
-
-def _write_windows(
-    arrays: Mapping[str, np.ndarray],
-    config: WindowConfig,
-    blocks: range,
-    contexts: Sequence[tuple[list[int], bool]],
-    sampler: Sampler,
-    read: FeatureReader,
-    embedding: np.ndarray,
-) -> None:
-    """The samples of some bases: each reads its text on from where the one before it left off."""
-    prompts = [contexts[b][0] for b in blocks]
-    continued = sampler.run(prompts, indices=list(blocks), offsets=[config.offset(b, 0) for b in blocks])
-    texts = [np.array([*p, *c], np.int32) for p, c in zip(prompts, continued, strict=True)]
-    features = {
-        step: read(texts, [config.offset(b, step) for b in blocks])
-        for step in (range(config.rollout_steps) if config.position_offset_mode == "cycle_samples" else [0])
-    }
-    for row, block in enumerate(blocks):
-        accepted, begin, text = config.accept_lens(block), 0, texts[row]
-        for step in range(config.rollout_steps):
-            sample = block * config.rollout_steps + step
-            end = begin + config.context
-            arrays["context_features_u16"][sample] = features.get(step, features[0])[row][begin:end]
-            arrays["anchor_embedding_u16"][sample] = embedding[text[end]]
-            arrays["target_ids"][sample] = text[end + 1 : end + config.block_size]
-            arrays["anchor_ids"][sample] = text[end]
-            arrays["ctx_token_ids"][sample] = text[begin:end]
-            arrays["ctx_pos_start_i32"][sample] = config.offset(block, step) + begin
-            arrays["anchor_pos_i32"][sample] = config.offset(block, step) + end
-            arrays["held_out_u8"][sample] = contexts[block][1]
-            begin += int(accepted[step]) + 1

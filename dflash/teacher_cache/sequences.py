@@ -16,14 +16,14 @@ other programs read, and where anchors must see a window of exactly ctx_len toke
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dflash.teacher_cache.arrays import CacheError, Spec
+from dflash.teacher_cache.arrays import CacheError, Spec, read_meta
+from dflash.teacher_cache.legacy import DAMAGE
 
 FORM = "sequences"
 ARRAYS: dict[str, np.dtype] = {
@@ -108,15 +108,13 @@ class SequenceCache:
 def open_sequences(directory: Path) -> SequenceCache:
     """The cache in a directory. Raises CacheError with every fault: missing files, dtypes, sizes that disagree."""
     directory = Path(directory)
-    if not (directory / "meta.json").is_file():
-        raise CacheError(f"a teacher cache has a meta.json when it is complete; {directory} has none: build it again")
-    meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
-    faults: list[str] = []
+    meta = read_meta(directory)
+    faults = _meta_faults(meta)
     arrays: dict[str, np.ndarray] = {}
     for name, dtype in ARRAYS.items():
         try:
             arrays[name] = np.load(directory / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
+        except DAMAGE as error:
             faults.append(f"{name}.npy can't be read ({error})")
             continue
         if arrays[name].dtype != dtype:
@@ -137,13 +135,25 @@ def open_sequences(directory: Path) -> SequenceCache:
     )
 
 
+def _meta_faults(meta: Mapping[str, Any]) -> list[str]:
+    faults = []
+    for key in ("hidden_size", "num_context_features", "num_tokens"):
+        value = meta.get(key)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            faults.append(f"{key} must be an integer of at least 1, got {value!r}")
+    ids = meta.get("target_layer_ids")
+    if not isinstance(ids, list) or not all(isinstance(i, int) and i >= 0 for i in ids):
+        faults.append(f"target_layer_ids must list layer numbers, got {ids!r}")
+    elif len(ids) != meta.get("num_context_features"):
+        faults.append(f"num_context_features is {meta.get('num_context_features')!r} for {len(ids)} target_layer_ids")
+    return faults
+
+
 def _disagreements(meta: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> list[str]:
-    missing = [k for k in ("hidden_size", "num_context_features", "target_layer_ids", "num_tokens") if k not in meta]
-    if missing:
-        return [f"meta.json lacks {missing}"]
+    """Shapes that are not what the meta data asks for, and sequences that begin or end in the wrong place."""
     bounds = arrays["sequence_start_i64"]
     width = meta["hidden_size"] * meta["num_context_features"]
-    expected = sequence_specs(meta["num_tokens"], len(bounds) - 1, width)
+    expected = sequence_specs(meta["num_tokens"], max(bounds.size - 1, 1), width)
     faults = [
         f"{name}.npy is {list(arrays[name].shape)}, must be {list(spec.shape)}"
         for name, spec in expected.items()
@@ -151,4 +161,10 @@ def _disagreements(meta: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) ->
     ]
     if not faults and (bounds[0] != 0 or bounds[-1] != meta["num_tokens"] or (np.diff(bounds) < 1).any()):
         faults.append("sequence_start_i64.npy must rise from 0 to the number of tokens")
+    for name in ("token_ids", "ctx_pos_start_i32"):
+        if np.min(arrays[name], initial=0) < 0:
+            faults.append(f"{name}.npy must be at least 0, got {np.min(arrays[name])}")
+    for name in ("loss_mask_u8", "held_out_u8"):
+        if np.max(arrays[name], initial=0) > 1:
+            faults.append(f"{name}.npy must be 0 or 1, got {np.max(arrays[name])}")
     return faults

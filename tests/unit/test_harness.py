@@ -149,15 +149,16 @@ def read(path):
 
 
 def test_folders_make_the_markers(run, tmp_path):
-    """cpu and tpu share nothing and leave nothing out; bench is beside them, on the device of --run-on."""
+    """cpu, slow and tpu share nothing and leave nothing out; bench is beside them, on the device of --run-on."""
     for kind in ("tpu", "gpu"):
         run("--co", "-q", "-p", "markers_probe", f"--run-on={kind}", MARKERS_FILE=str(tmp_path / kind))
         marked = json.loads((tmp_path / kind).read_text())
         assert any(name.startswith("tests/tpu/test_parity.py") for name in marked)
         for name, markers in marked.items():
             folder = name.split("/")[:2]
-            expected = {"bench", kind} if folder[0] == "bench" else {{"unit": "cpu", "tpu": "tpu"}[folder[1]]}
-            assert expected == {m for m in markers if m in ("cpu", "tpu", "gpu", "bench")}, name
+            unit = "slow" if "slow" in markers else "cpu"
+            expected = {"bench", kind} if folder[0] == "bench" else {{"unit": unit, "tpu": "tpu"}[folder[1]]}
+            assert expected == {m for m in markers if m in ("cpu", "slow", "tpu", "gpu", "bench")}, name
 
 
 def test_a_marker_selects_its_folder(run):
