@@ -15,8 +15,9 @@ from dflash.teacher_cache import open_cache
 from dflash.training.batches import TrainingBatches
 from dflash.training.objective import Objective
 from dflash.training.run import Run, RunConfig
+from dflash.training.start import check_init_layers, start_from_layers
 from dflash.training.trainer import TrainConfig, Trainer
-from dflash.weights.huggingface import read_borrowed, snapshot_hash
+from dflash.weights.huggingface import Borrowed, read_borrowed, read_layer, snapshot_hash
 from dflash.weights.load import new_draft, read_any_draft, target_directory
 
 HELD_OUT_BATCHES = 4
@@ -36,8 +37,10 @@ class Train:
     """Draft to start from (a DFlashDraftModel or run directory) instead of random weights."""
     draft_layers: int = 2
     """Layers of a new draft."""
-    block_size: int = 8
-    """Slots of a block, the anchor included."""
+    init_layers: tuple[int, ...] = ()
+    """Layers of the target that a new draft's layers start as copies of, one for each; without any, random weights."""
+    block_size: int | None = None
+    """Slots of a block, the anchor included; by default those of init-from's draft, 8 for a new one."""
     mask_token_id: int | None = None
     """Token whose embedding stands for a drafted slot; by default the last of the vocabulary."""
     steps: int = 2000
@@ -98,6 +101,31 @@ def _config(args: Train) -> TrainConfig:
     return TrainConfig(**common, objective=objective)
 
 
+def _start(args: Train, borrowed: Borrowed, target_layer_ids: tuple[int, ...]) -> Draft:
+    """The draft before the first step."""
+    if args.block_size is not None and args.block_size < 2:
+        raise ConfigError(f"block_size is at least 2 (anchor and one drafted token), got {args.block_size}")
+    if args.init_from:
+        draft = read_any_draft(args.init_from)
+        if args.block_size is not None:
+            draft.config = dataclasses.replace(draft.config, block_size=args.block_size)
+        return draft
+    draft = new_draft(
+        borrowed.config,
+        num_layers=args.draft_layers,
+        block_size=args.block_size or 8,
+        target_layer_ids=target_layer_ids,
+        mask_token_id=args.mask_token_id,
+        seed=args.seed,
+    )
+    # What the head was trained to read; norm weights of 1 would start hundreds of nats away.
+    draft.norm.weight[...] = jnp.asarray(borrowed.norm, jnp.float32)
+    if args.init_layers:
+        check_init_layers(args.init_layers, borrowed.config, args.draft_layers)
+        start_from_layers(draft, [read_layer(target_directory(args.target), i) for i in args.init_layers])
+    return draft
+
+
 def train(args: Annotated[Train, tyro.conf.arg(name="")]) -> None:
     """Train a draft on a teacher cache; no target runs. Start it again to resume."""
     open_default_device()
@@ -108,20 +136,7 @@ def train(args: Annotated[Train, tyro.conf.arg(name="")]) -> None:
     if cache.snapshot_sha256 not in (None, target_hash):
         raise ConfigError(f"{args.cache_dir} was made with another target than {args.target} (their hashes differ)")
     borrowed = read_borrowed(directory)
-    draft: Draft
-    if args.init_from:
-        draft = read_any_draft(args.init_from)
-    else:
-        draft = new_draft(
-            borrowed.config,
-            num_layers=args.draft_layers,
-            block_size=args.block_size,
-            target_layer_ids=cache.feature_layer_ids,
-            mask_token_id=args.mask_token_id,
-            seed=args.seed,
-        )
-        # What the head was trained to read; norm weights of 1 would start hundreds of nats away.
-        draft.norm.weight[...] = jnp.asarray(borrowed.norm, jnp.float32)
+    draft = _start(args, borrowed, cache.feature_layer_ids)
     check_fit(draft, cache)
 
     def batches(held_out: bool) -> TrainingBatches:
@@ -141,6 +156,7 @@ def train(args: Annotated[Train, tyro.conf.arg(name="")]) -> None:
         "teacher_snapshot_dir": args.target,
         "snapshot_sha256": target_hash,
         "init_from": args.init_from,
+        "init_layers": list(args.init_layers),
         "split": cache.split,
     }
     held_out = batches(True) if len(cache.rows(True)) else None

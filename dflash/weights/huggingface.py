@@ -307,25 +307,41 @@ class Borrowed:
     norm: np.ndarray
 
 
+def _read_some(directory: Path, wanted: tuple[str, ...]) -> tuple[TargetConfig, dict[str, np.ndarray]]:
+    """The config of a target, and those of its weights whose paths start so, in the dtype of the file."""
+    directory = Path(directory)
+    config = read_target_config(read_json(directory, "config.json"), str(directory / "config.json"))
+    headers = _read_headers(_weight_files(directory))
+    plan = {path: source for path, source in _target_plan(config, False) if path.startswith(wanted)}
+    names = {name for source in plan.values() for name in source.tensors}
+    _check(plan, headers, lambda name: name not in names, directory)
+    handles = {h.file: safe_open(h.file, framework="numpy") for h in headers.values()}
+    return config, {
+        path: source.combine([handles[headers[name].file].get_tensor(name) for name in source.tensors])
+        for path, source in plan.items()
+    }
+
+
 def read_borrowed(directory: Path) -> Borrowed:
     """The few tensors of a target that training needs, in the dtype of the file; the others are not read.
 
     Raises ConfigError or WeightsError, as `read_target` does.
     """
-    directory = Path(directory)
-    config = read_target_config(read_json(directory, "config.json"), str(directory / "config.json"))
-    headers = _read_headers(_weight_files(directory))
-    plan = {k: v for k, v in _target_plan(config, False) if k in ("embedding.weight", "head.weight", "norm.weight")}
-    names = {path: next(iter(source.tensors)) for path, source in plan.items()}
-    _check(plan, headers, lambda name: name not in names.values(), directory)
+    config, values = _read_some(directory, ("embedding.weight", "head.weight", "norm.weight"))
+    embedding = values["embedding.weight"]
+    return Borrowed(
+        config=config, embedding=embedding, head=values.get("head.weight", embedding), norm=values["norm.weight"]
+    )
 
-    def read(path: str) -> np.ndarray:
-        with safe_open(headers[names[path]].file, framework="numpy") as tensors:
-            return tensors.get_tensor(names[path])
 
-    embedding = read("embedding.weight")
-    head = read("head.weight") if "head.weight" in names else embedding
-    return Borrowed(config=config, embedding=embedding, head=head, norm=read("norm.weight"))
+def read_layer(directory: Path, layer: int) -> dict[str, np.ndarray]:
+    """The weights of one layer of a target by the names that `Llama.layers[layer]` has for them; MXFP4 is not read.
+
+    Raises ConfigError or WeightsError, as `read_target` does.
+    """
+    prefix = f"layers.{layer}."
+    _, values = _read_some(directory, (prefix,))
+    return {path.removeprefix(prefix): value for path, value in values.items()}
 
 
 def read_draft(directory: Path, dtype: str = "float32", mesh: Mesh | None = None) -> Draft:

@@ -1,0 +1,69 @@
+"""A draft that starts as layers of its target: the same functions, and refused where a layer can't be one of a draft."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dflash.config import ConfigError
+from dflash.kv_cache import attention_mask
+from dflash.models.layers import rope_tables
+from dflash.tiny import write_tiny_target
+from dflash.training.start import check_init_layers, start_from_layers
+from dflash.weights.huggingface import read_layer
+from dflash.weights.load import load_target, new_draft
+
+LAYERS = (2, 0)
+
+
+@pytest.fixture(params=["llama", "qwen3"])
+def pair(request, tmp_path):
+    """A target, and a draft of two layers that are copies of its last but one and its first."""
+    folder = write_tiny_target(tmp_path / "target", request.param, shards=2)
+    target = load_target(folder)
+    draft = new_draft(target.config, num_layers=2, block_size=4, target_layer_ids=(0, 1, 3))
+    check_init_layers(LAYERS, target.config, 2)
+    start_from_layers(draft, [read_layer(folder, i) for i in LAYERS])
+    return target, draft
+
+
+def test_a_copied_layer_is_the_targets_layer(pair):
+    """A lone token sees itself only, the context being hidden: there a target's layer and a draft's do the same."""
+    target, draft = pair
+    H = target.config.hidden_size
+    x = jax.random.normal(jax.random.key(0), (H, 1))
+    rope = rope_tables(target.config.rope, target.config.head_dim, jnp.full((1, 1), 5))
+    mask = attention_mask(jnp.zeros((1, 1, 1)), jnp.zeros((1, 1, 1)), window=None, causal=True)
+    for layer, source in zip(draft.layers, LAYERS, strict=True):
+        expected, _ = target.layers[source](x, rope, {None: mask}, None)
+        got = layer.uncached(x, jnp.ones((H, 1)), (rope, rope), jnp.array([[[False, True]]]))
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(layer.attention.q_norm.weight[...], _norm(target.layers[source].attention.q_norm))
+        np.testing.assert_array_equal(layer.attention.k_norm.weight[...], _norm(target.layers[source].attention.k_norm))
+
+
+def _norm(norm):
+    return np.ones(16) if norm is None else norm.weight[...]
+
+
+def test_the_context_starts_as_the_mean_of_the_features(pair):
+    _, draft = pair
+    H = draft.config.hidden_size
+    features = jax.random.normal(jax.random.key(1), (3, H, 5))
+    np.testing.assert_allclose(draft.fc(features.reshape(3 * H, 5)), features.mean(axis=0), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "layers", "said"),
+    [
+        ("llama", {}, (1,), r"for each of the draft's 2; got \[1\]"),
+        ("llama", {}, (1, 4), r"one layer of the target, 0\.\.3"),
+        ("llama", {}, (-1, 2), r"one layer of the target, 0\.\.3"),
+        ("gpt_oss", {}, (0, 1), "experts, sinks or biases"),
+        ("qwen2", {}, (0, 1), "experts, sinks or biases"),
+    ],
+)
+def test_layers_that_no_draft_can_start_from(family, changes, layers, said, tmp_path):
+    target = load_target(write_tiny_target(tmp_path / "target", family, **changes))
+    with pytest.raises(ConfigError, match=said):
+        check_init_layers(layers, target.config, 2)
