@@ -6,6 +6,7 @@ import tyro
 
 from dflash.cli.build_cache import build_cache
 from dflash.cli.evaluate import evaluate
+from dflash.cli.export import export
 from dflash.cli.generate import generate
 from dflash.cli.train import train
 from dflash.config import ConfigError
@@ -38,6 +39,7 @@ def main() -> int:
     app.command(name="build-cache")(build_cache)
     app.command(name="train")(train)
     app.command(name="evaluate")(evaluate)
+    app.command(name="export")(export)
     try:
         app.cli(prog="dflash", description="DFlash: lossless speculative decoding, measured.")
     except USER_ERRORS as error:

@@ -18,7 +18,7 @@ from dflash.training.run import Run, RunConfig
 from dflash.training.start import check_init_layers, start_from_layers
 from dflash.training.trainer import TrainConfig, Trainer
 from dflash.weights.huggingface import Borrowed, read_borrowed, read_layer, snapshot_hash
-from dflash.weights.load import new_draft, read_any_draft, target_directory
+from dflash.weights.load import draft_hash, new_draft, read_any_draft, target_directory
 
 HELD_OUT_BATCHES = 4
 
@@ -156,6 +156,7 @@ def train(args: Annotated[Train, tyro.conf.arg(name="")]) -> None:
         "teacher_snapshot_dir": args.target,
         "snapshot_sha256": target_hash,
         "init_from": args.init_from,
+        "init_from_sha256": draft_hash(args.init_from) if args.init_from else None,
         "init_layers": list(args.init_layers),
         "split": cache.split,
     }

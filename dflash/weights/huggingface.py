@@ -9,7 +9,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -360,10 +360,11 @@ def read_draft(directory: Path, dtype: str = "float32", mesh: Mesh | None = None
     return _fill(lambda: Draft(config, dtype=DTYPES[dtype], rngs=nnx.Rngs(0)), plan, headers, dtype, mesh)
 
 
-def write_draft(draft: Draft, directory: Path) -> None:
+def write_draft(draft: Draft, directory: Path, record: Mapping[str, Any] | None = None) -> None:
     """Writes a `DFlashDraftModel` directory (z-lab's names, [out, in]) in the draft's dtype; whole, or not at all.
 
-    Raises WeightsError when `directory` exists.
+    A `record` of how it was trained goes beside it, into training.json, with the draft's hash. Raises WeightsError when
+    `directory` exists.
     """
     directory = Path(directory)
     if directory.exists():
@@ -380,6 +381,9 @@ def write_draft(draft: Draft, directory: Path) -> None:
         save_file(tensors, temporary / "model.safetensors", metadata={"format": "np"})
         text = json.dumps(write_draft_config(draft.config, str(draft.dtype)), indent=2, sort_keys=True)
         (temporary / "config.json").write_text(text + "\n", encoding="utf-8")
+        if record is not None:
+            text = json.dumps({"draft_sha256": snapshot_hash(temporary), **record}, indent=2, sort_keys=True)
+            (temporary / "training.json").write_text(text + "\n", encoding="utf-8")
         temporary.chmod(0o755)
         temporary.rename(directory)
     except BaseException:

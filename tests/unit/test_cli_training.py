@@ -7,6 +7,7 @@ import pytest
 
 from dflash import cli
 from dflash.tiny import write_tiny_target, write_tiny_tokenizer
+from dflash.weights.load import draft_hash, read_any_draft
 
 pytestmark = pytest.mark.slow
 
@@ -51,7 +52,7 @@ def run(monkeypatch, capsys, work, folder):
 
     def run(command, *arguments):
         monkeypatch.chdir(work)
-        target = [] if "--target" in arguments else ["--target", folder]
+        target = [] if command == "export" or "--target" in arguments else ["--target", folder]
         monkeypatch.setattr(sys, "argv", ["dflash", command, *map(str, [*arguments, *target])])
         code = cli.main()
         out, err = capsys.readouterr()
@@ -97,6 +98,29 @@ def test_training_goes_on_and_is_refused_with_other_settings(run, made):
     assert "learning_rate 0.0006 there, 0.0001 here" in err
 
 
+def test_an_exported_draft_is_the_run_and_says_how_it_was_made(run, made):
+    assert run("export", "runs", "exported", "--dtype", "float32")[:2] == (0, "draft: exported\n")
+    record = json.loads((made / "exported" / "training.json").read_text())
+    assert record["draft_sha256"] == draft_hash(made / "exported")
+    assert record["step"] == record["metrics"]["step"] == record["train"]["steps"] == 4
+    assert str(made) not in (made / "exported" / "training.json").read_text()
+    figures = [run("evaluate", "cache", draft)[1] for draft in ("runs", "exported")]
+    assert figures[0] == figures[1] != ""
+    code, _, err = run("export", "runs", "exported")
+    assert code == 2
+    assert "exported exists" in err
+
+
+def test_short_blocks_first_then_longer_ones_from_that_draft(run, made):
+    start = ("--draft-layers", 2, "--init-layers", 3, 1, "--block-size", 3)
+    assert run("train", "cache", "short", *SHORT, *start)[0] == 0
+    assert run("train", "cache", "long", *SHORT, "--init-from", "short", "--block-size", 6)[0] == 0
+    drafts = [read_any_draft(made / name) for name in ("short", "long")]
+    assert [(d.config.block_size, d.config.num_layers) for d in drafts] == [(3, 2), (6, 2)]
+    provenance = json.loads((made / "long" / "run-4" / "config.json").read_text())["dflash"]["provenance"]
+    assert provenance["init_from_sha256"] == draft_hash(made / "short")
+
+
 def test_windows_train_from_a_draft_and_evaluate(run, made):
     windows = ("--form", "windows", "--ctx-len", 33, "--num-blocks", 6, "--rollout-steps", 3)
     windows += ("--rollout-accept-len-mode", "geometric", "--position-offsets", 0, 4096)
@@ -123,6 +147,9 @@ def test_windows_train_from_a_draft_and_evaluate(run, made):
         (("train", "cache", "new", "--steps", 0), "steps must be at least 1, got 0"),
         (("train", "cache", "new", "--batch-size", 3, "--accumulation", 2), "batch_size must divide"),
         (("evaluate", "cache", "nowhere"), "nowhere"),
+        (("export", "nowhere", "new"), "nowhere"),
+        (("train", "cache", "new", "--init-layers", 1, 4), "one layer of the target, 0..3"),
+        (("train", "cache", "new", "--block-size", 1), "block_size is at least 2"),
     ],
 )
 def test_mistakes_are_refused_in_a_sentence(run, made, command, said):
