@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dflash import RequestError, init_draft, load_target
-from dflash.decoding.decode import decode
+from dflash.decoding.decode import decode, prefill
 from dflash.gate import Floors, failures
 from dflash.measure import StepTimes
 from dflash.paired import PairedRun, first_divergence
@@ -71,6 +71,20 @@ def test_a_case(target, draft):
     assert json.loads(json.dumps(info, allow_nan=False)) == info
     assert failures(info, Floors()) == []
     assert len(speedup_table([info | {"case": "it"}])) == 3
+
+
+def test_the_baseline_is_the_one_token_step(target, draft):
+    """And not a verify of a block with one useful row, which would make any draft look fast."""
+    greedy = paired(target, draft, rounds=0).greedy
+    assert (greedy.mode, greedy.block_size, greedy.draft) == ("greedy", 1, None)
+
+
+def test_the_clock_waits_for_the_device(target, draft):
+    """A decode of a thousand tokens is over when its seconds are taken."""
+    run = paired(target, draft, [[[5, 17, 3]]], rounds=0, max_new_tokens=1000)
+    for decoder, requests in ((run.greedy, run._greedy_requests), (run.dflash, run._requests)):
+        state = prefill(decoder, requests[0])
+        assert decoder.steps(state).tokens.is_ready()
 
 
 def test_warm_up_rounds_are_left_out(target, draft):
