@@ -14,6 +14,7 @@ import pytest
 from dflash import report
 from dflash.device import KINDS, DeviceError, looks_like_tpu_host, open_device
 from dflash.weights import smollm2 as smollm2_snapshot
+from dflash.weights.load import UNTRAINED
 
 ROOT = Path(__file__).parent
 
@@ -25,6 +26,7 @@ class Results:
     cases: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     steps: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     trainings: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    acceptances: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
 
 RESULTS = pytest.StashKey[Results]()
@@ -101,8 +103,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         group,
         "--draft",
         "DRAFT_RUN_DIR",
-        "",
-        "draft: a DFlashDraftModel directory (write --draft=DIR); without one an untrained draft",
+        UNTRAINED,
+        "draft: a DFlashDraftModel or run directory (write --draft=DIR), or untrained",
         metavar="DIR",
     )
     _option(
@@ -319,6 +321,11 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         for info in results.trainings:
             for line in report.training_lines(info):
                 terminalreporter.write_line(line)
+    if results.acceptances:
+        terminalreporter.section("DFlash: what the target accepts of the draft")
+        for info in results.acceptances:
+            for line in report.category_table(info):
+                terminalreporter.write_line(line)
     if results.cases:
         terminalreporter.section("DFlash: speed-up over greedy decoding")
         for line in report.speedup_table(results.cases):
@@ -344,3 +351,9 @@ def record_step(pytestconfig: pytest.Config) -> Any:
 def record_training(pytestconfig: pytest.Config) -> Any:
     """Keeps what training costs for the summary."""
     return pytestconfig.stash[RESULTS].trainings.append
+
+
+@pytest.fixture
+def record_acceptance(pytestconfig: pytest.Config) -> Any:
+    """Keeps the acceptance of each category of prompts for the summary."""
+    return pytestconfig.stash[RESULTS].acceptances.append

@@ -19,7 +19,7 @@ from dflash.models.llama import Llama
 from dflash.prompts import PromptError, exact_length_prompts, load_prompts
 from dflash.tokenizer import TokenizerError
 from dflash.weights.huggingface import WeightsError, snapshot_hash
-from dflash.weights.load import draft_hash, target_directory
+from dflash.weights.load import UNTRAINED, draft_hash, target_directory
 from dflash.weights.smollm2 import SnapshotError
 
 
@@ -40,10 +40,11 @@ class Case:
 
 def _cases(config: pytest.Config) -> list[Case]:
     """mode x block size x budget: the draft itself, and scripted acceptances, which show the machine's ceiling."""
-    own = "draft" if config.option.draft else "untrained"
+    trained = config.option.draft != UNTRAINED
+    own = "draft" if trained else UNTRAINED
     cases = []
     for block in config.option.block_sizes:
-        scripts = [(f"a{a}", a) for a in ([block - 1] if config.option.draft else [(block - 1) // 2, block - 1])]
+        scripts = [(f"a{a}", a) for a in ([block - 1] if trained else [(block - 1) // 2, block - 1])]
         plans = [("block", [(own, None), *scripts]), ("seq", [(own, None), scripts[-1]])]
         for budget in config.option.max_new_tokens:
             for mode, proposers in plans:
@@ -83,7 +84,7 @@ def target(device: jax.Device, pytestconfig: pytest.Config) -> Llama:
 @pytest.fixture(scope="session")
 def draft(target: Llama, pytestconfig: pytest.Config) -> Draft:
     options = pytestconfig.option
-    if options.draft:
+    if options.draft != UNTRAINED:
         return _or_usage_error(lambda: load_draft(options.draft, target))
     largest = max(options.block_sizes)
     return _or_usage_error(lambda: init_draft(target, num_layers=options.draft_layers, block_size=largest))
@@ -144,14 +145,15 @@ def workload(target: Llama, draft: Draft, pytestconfig: pytest.Config) -> Worklo
 def facts(device: jax.Device, workload: Workload, pytestconfig: pytest.Config) -> dict[str, Any]:
     """What identifies a run in its results: device, versions, hashes."""
     options = pytestconfig.option
+    trained = options.draft != UNTRAINED
     return {
         **device_facts(device),
         "jax": jax.__version__,
         "kernels": native.status(),
         "target": options.target,
         "target_sha256": snapshot_hash(target_directory(options.target)),
-        "draft": options.draft or f"untrained, {options.draft_layers} layers, seed 0",
-        "draft_sha256": draft_hash(options.draft) if options.draft else None,
+        "draft": options.draft if trained else f"{UNTRAINED}, {options.draft_layers} layers, seed 0",
+        "draft_sha256": draft_hash(options.draft) if trained else None,
         "run_name": options.run_name or None,
         **workload.facts,
     }

@@ -92,6 +92,24 @@ def acceptance_table(summary: dict[str, Any]) -> list[str]:
     return [*facts, *_table(["ctx_pos_start", "n", "accept_len", "p50", "token acc"], rows)]
 
 
+def category_table(info: dict[str, Any]) -> list[str]:
+    """Live acceptance for each category of prompts, and over all blocks of all of them."""
+    rows = [
+        [
+            name,
+            str(c["num_prompts"]),
+            str(c["num_drafts"]),
+            _number(c["acceptance_length"]),
+            " ".join(_number(rate) for rate in c["accept_rate_per_pos"] or []),
+        ]
+        for name, c in [
+            *info["by_category"].items(),
+            ("all", info | {"num_prompts": sum(c["num_prompts"] for c in info["by_category"].values())}),
+        ]
+    ]
+    return _table(["prompts", "number", "blocks", "acceptance_length", "accepted up to slot 1, 2, ..."], rows)
+
+
 def training_lines(info: dict[str, Any]) -> list[str]:
     """A training step beside the machine's rate of matrix products, and what reading and writing a cache take."""
     return [

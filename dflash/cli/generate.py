@@ -11,7 +11,7 @@ from dflash import metrics
 from dflash.decoding.decode import DecodeResult, RequestError, check_request, read_state, stream
 from dflash.device import open_default_device
 from dflash.tokenizer import Tokenizer, load_tokenizer
-from dflash.weights.load import init_draft, load_draft, load_target
+from dflash.weights.load import UNTRAINED, init_draft, load_draft, load_target
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,7 +67,7 @@ def generate(args: Annotated[Generate, tyro.conf.arg(name="")]) -> None:
     tokenizer = load_tokenizer(args.target)
     draft = None
     if args.draft:
-        draft = init_draft(target) if args.draft == "untrained" else load_draft(args.draft, target)
+        draft = init_draft(target) if args.draft == UNTRAINED else load_draft(args.draft, target)
     system = [{"role": "system", "content": args.system}] if args.system else []
     request = check_request(
         target,

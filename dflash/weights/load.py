@@ -15,6 +15,9 @@ from dflash.weights import easydel, huggingface, smollm2
 from dflash.weights.runs import is_root, is_run
 from dflash.weights.zarr import INDEX
 
+# In place of a directory: a draft with random weights.
+UNTRAINED = "untrained"
+
 
 def target_directory(name_or_dir: str | Path) -> Path:
     """The snapshot directory of a target; `smollm2-135m` is made on first use."""

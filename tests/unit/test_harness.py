@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dflash import init_draft, load_target, write_draft
-from dflash.tiny import write_tiny_target
+from dflash.tiny import write_tiny_target, write_tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
 SECRET = "hf_marker0"
@@ -430,6 +430,28 @@ def test_a_saved_draft_named_by_the_environment(run, folder, draft_folder, tmp_p
         assert len(info["draft_sha256"]) == len(info["target_sha256"]) == 64
         assert (info["block_size"], info["status"]) == (3, "ok")
     assert {b["extra_info"]["max_new_tokens"] for b in benchmarks.values()} == {6, 9}
+
+
+def test_acceptance_of_each_category(run, tmp_path):
+    """Of prompts with categories; a draft is named, since an untrained one is not worth the time."""
+    folder = write_tiny_tokenizer(write_tiny_target(tmp_path / "target", num_hidden_layers=5, vocab_size=260))
+    write_draft(init_draft(load_target(folder), num_layers=1, block_size=4), tmp_path / "draft")
+    rows = [{"prompt": f"What is {i}?", "category": ["sums", "words"][i % 2], "id": str(i)} for i in range(7)]
+    prompts = tmp_path / "asked.jsonl"
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    json_file = tmp_path / "x.json"
+    arguments = small(folder, f"--benchmark-json={json_file}", f"--draft={tmp_path / 'draft'}", f"--prompts={prompts}")
+    result = run("bench/test_acceptance.py", *arguments)
+    assert result.status == 0, result.text
+    result.says("DFlash: what the target accepts of the draft", "sums", "words")
+    (benchmark,) = read(json_file).values()
+    info = benchmark["extra_info"]
+    assert (info["lossless"], info["block_size"], info["max_new_tokens"]) == (True, 4, 8)
+    assert {name: c["num_prompts"] for name, c in info["by_category"].items()} == {"sums": 2, "words": 2}
+    assert sum(c["num_drafts"] for c in info["by_category"].values()) == info["num_drafts"]
+    result = run("bench/test_acceptance.py", *arguments, "--min-acceptance-length=4.5")
+    assert result.status == 1
+    result.says("< 4.50 over all categories")
 
 
 def test_without_a_baseline_there_is_no_speedup(run, folder, tmp_path):

@@ -1,6 +1,6 @@
 """Tables for people: columns line up, nothing is invented where there is no number."""
 
-from dflash.report import speedup_table, step_table
+from dflash.report import category_table, speedup_table, step_table
 
 CASE = {
     "case": "block-b8-n64-a7",
@@ -69,4 +69,16 @@ def test_step_table():
         "T_verify(2)  31.5   1.05      20.0     1.57",
         "T_verify(8)  42.0   1.40      21.0     2.00",
         "T_draft(8)   15.0   0.50                                             1.90",
+    ]
+
+
+def test_acceptance_has_a_line_for_each_category_and_one_for_all():
+    code = {"num_prompts": 2, "num_drafts": 10, "acceptance_length": 2.5, "accept_rate_per_pos": [0.9, 0.6]}
+    chat = {"num_prompts": 1, "num_drafts": 0, "acceptance_length": None, "accept_rate_per_pos": None}
+    overall = {"num_drafts": 10, "acceptance_length": 2.5, "accept_rate_per_pos": [0.9, 0.6]}
+    lines = category_table({**overall, "by_category": {"code": code, "chat": chat}})
+    assert [line.split() for line in lines[2:]] == [
+        ["code", "2", "10", "2.50", "0.90", "0.60"],
+        ["chat", "1", "0", "n/a"],
+        ["all", "3", "10", "2.50", "0.90", "0.60"],
     ]

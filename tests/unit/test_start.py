@@ -1,4 +1,4 @@
-"""A draft that starts as layers of its target: the same functions, and refused where a layer can't be one of a draft."""
+"""A draft that starts as layers of its target: the same functions; refused where a layer can't be one of a draft."""
 
 import jax
 import jax.numpy as jnp
