@@ -13,6 +13,9 @@ import pytest
 
 from dflash import report
 from dflash.device import KINDS, DeviceError, looks_like_tpu_host, open_device
+from dflash.metrics import finite
+from dflash.provenance import compile_cache, provenance
+from dflash.report.run import ReportError
 from dflash.weights import smollm2 as smollm2_snapshot
 from dflash.weights.load import UNTRAINED
 
@@ -27,6 +30,8 @@ class Results:
     steps: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     trainings: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     acceptances: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    compile_cache: str = "unknown"
+    saved: bool = False
 
 
 RESULTS = pytest.StashKey[Results]()
@@ -159,6 +164,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "0 leaves greedy out: no speed-up, no proof",
         choices=("0", "1", "false", "true"),
     )
+    _option(
+        group,
+        "--report",
+        "DFLASH_REPORT",
+        "",
+        "write report.html and report.md into this directory; the runs kept there are its history",
+        metavar="DIR",
+    )
     _option(group, "--run-name", "RUN_NAME", "", "name kept in the results", metavar="NAME")
     _option(
         group,
@@ -186,7 +199,8 @@ def _tpu_selected(config: pytest.Config) -> bool:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[RESULTS] = Results()
+    config.stash[RESULTS] = Results(compile_cache=compile_cache())
+    _place_report(config)
     _refuse_workers(config)
     # Named before anything opens a backend.
     if config.option.run_on == "cpu":
@@ -197,6 +211,28 @@ def pytest_configure(config: pytest.Config) -> None:
         jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS") or "cpu")
 
 
+def _place_report(config: pytest.Config) -> None:
+    """A report is made of the benchmark file, so there must be one: beside the report, unless the user says where."""
+    if not config.option.report or config.option.collectonly or hasattr(config, "workerinput"):
+        return
+    directory = Path(config.option.report)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise pytest.UsageError(f"--report names a directory to write into; {directory}: {error.strerror}") from None
+    if getattr(config.option, "benchmark_json", None) is None:
+        config.option.benchmark_json = directory / "latest.json"
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
+    """What the file says of where it comes from; and null for NaN, which is no JSON."""
+    results, command = config.stash[RESULTS], ["pytest", *config.invocation_params.args]
+    output_json["dflash"] = provenance(output_json["benchmarks"], list(map(str, command)), results.compile_cache)
+    output_json.update(finite(output_json))
+    results.saved = True
+
+
 def _refuse_workers(config: pytest.Config) -> None:
     """pytest-benchmark writes no file under xdist and says nothing; and a TPU belongs to one process."""
     workers = getattr(config.option, "numprocesses", None)
@@ -204,7 +240,9 @@ def _refuse_workers(config: pytest.Config) -> None:
     if not workers or hasattr(config, "workerinput"):
         return
     if json_file is not None:
-        raise pytest.UsageError(f"--benchmark-json writes nothing when tests run in {workers} workers: add -n 0")
+        raise pytest.UsageError(
+            f"--benchmark-json and --report write nothing when tests run in {workers} workers: add -n 0"
+        )
     if _tpu_selected(config) and config.option.run_on == "tpu":
         raise pytest.UsageError(_ONE_PROCESS)
 
@@ -296,7 +334,7 @@ def pytest_runtest_makereport(
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """With DFLASH_REQUIRE_EXTRAS a comparison that could not be made fails: green must mean that it was made."""
     outcome = yield
-    marked = item.get_closest_marker("oracle") or item.get_closest_marker("model")
+    marked = any(item.get_closest_marker(name) for name in ("oracle", "model", "browser"))
     if outcome.skipped and marked and _extras_required() and not hasattr(outcome, "wasxfail"):
         outcome.outcome = "failed"
         outcome.longrepr = f"{item.nodeid} was skipped, and DFLASH_REQUIRE_EXTRAS is set: {outcome.longrepr}"
@@ -333,6 +371,18 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         json_file = getattr(config.option, "benchmark_json", None)
         if json_file is not None:
             terminalreporter.write_line(f"every figure: {json_file}")
+    if results.saved and config.option.report:
+        terminalreporter.write_line(_write_report(config))
+
+
+def _write_report(config: pytest.Config) -> str:
+    """Writes the report; the line that says where it is, or why there is none."""
+    from dflash.report.page import report_folder  # matplotlib takes a second that other runs need not wait
+
+    try:
+        return f"report: {report_folder(Path(config.option.report), Path(config.option.benchmark_json))}"
+    except ReportError as error:
+        return f"no report: {error}"
 
 
 @pytest.fixture

@@ -8,11 +8,13 @@ from dflash.cli.build_cache import build_cache
 from dflash.cli.evaluate import evaluate
 from dflash.cli.export import export
 from dflash.cli.generate import generate
+from dflash.cli.report import export_results, report
 from dflash.cli.train import train
 from dflash.config import ConfigError
 from dflash.decoding.decode import RequestError
 from dflash.device import DeviceError
 from dflash.prompts import PromptError
+from dflash.report.run import ReportError
 from dflash.teacher_cache.arrays import CacheError
 from dflash.tokenizer import TokenizerError
 from dflash.training.run import TrainingError
@@ -24,6 +26,7 @@ USER_ERRORS = (
     ConfigError,
     DeviceError,
     PromptError,
+    ReportError,
     RequestError,
     SnapshotError,
     TokenizerError,
@@ -39,6 +42,8 @@ def main() -> int:
     app.command(name="build-cache")(build_cache)
     app.command(name="train")(train)
     app.command(name="evaluate")(evaluate)
+    app.command(name="report")(report)
+    app.command(name="export-results")(export_results)
     app.command(name="export")(export)
     try:
         app.cli(prog="dflash", description="DFlash: lossless speculative decoding, measured.")

