@@ -84,7 +84,9 @@ class Noise:
 
     @property
     def too_noisy(self) -> str | None:
-        """Why these rounds measure nothing, or None."""
+        """Why these rounds measure nothing, or None; None also for rounds too few to tell."""
+        if self.rounds < LEAST_ROUNDS:
+            return None
         if abs(self.drift) > TOO_NOISY:
             return f"it drifted by {self.drift:+.0%} from the first half of the rounds to the second (at most {TOO_NOISY:.0%})"
         if self.spread > TOO_NOISY:

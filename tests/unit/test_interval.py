@@ -198,5 +198,6 @@ def test_rounds_that_contradict_each_other():
     assert Noise(spread=0.1, drift=-0.1, outliers=5, rounds=20).too_noisy is None
 
 
-def test_noise_of_one_round():
+def test_rounds_too_few_to_be_called_noisy():
+    assert noise(np.array([6.0, 3.0]), np.array([2.0, 2.0])).too_noisy is None
     assert noise(np.array([6.0]), np.array([2.0])) == Noise(spread=0.0, drift=0.0, outliers=0, rounds=1)
