@@ -100,3 +100,21 @@ def residual(measured: float, predicted: float) -> float:
 def is_explained(measured: float, predicted: float) -> bool:
     """Whether the terms account for the measured speed-up."""
     return abs(residual(measured, predicted)) <= EXPLAINED_WITHIN
+
+
+def advice_line(info: Mapping[str, Any]) -> str | None:
+    """A case's advice in one line, or None where it has none."""
+    told, shares = info.get("advice"), info.get("time_shares")
+    if not told or not shares:
+        return None
+    best = told["best_block_size"]
+    choice = (
+        f"best block size {best} ({told['best_predicted_speedup_x']:.2f} x predicted)"
+        if best > 1
+        else "no block size is predicted to be faster than greedy decoding"
+    )
+    return (
+        f"{info['case']}: {choice}; with {info['block_size']} it breaks even at acceptance_length "
+        f"{info['break_even_acceptance_length']:.2f}, and has {info['acceptance_length']:.2f}; time: "
+        + ", ".join(f"{name} {percent:.0f}%" for name, percent in shares.items())
+    )

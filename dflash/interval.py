@@ -88,7 +88,7 @@ class Noise:
         if self.rounds < LEAST_ROUNDS:
             return None
         if abs(self.drift) > TOO_NOISY:
-            return f"it drifted by {self.drift:+.0%} from the first half of the rounds to the second (at most {TOO_NOISY:.0%})"
+            return f"it drifted by {self.drift:+.0%} between the halves of its rounds (at most {TOO_NOISY:.0%})"
         if self.spread > TOO_NOISY:
             return f"its rounds differ by {self.spread:.0%} (at most {TOO_NOISY:.0%})"
         if 4 * self.outliers > self.rounds:

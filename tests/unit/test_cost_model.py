@@ -68,7 +68,9 @@ def test_time_shares():
     assert shares == pytest.approx({"verify": 70, "draft": 30, "loop": 0})
 
 
-@pytest.mark.parametrize(("measured", "explained"), [(2.21, False), (2.19, True), (2.0, True), (1.81, True), (1.79, False)])
+@pytest.mark.parametrize(
+    ("measured", "explained"), [(2.21, False), (2.19, True), (2.0, True), (1.81, True), (1.79, False)]
+)
 def test_explained_within_a_tenth(measured, explained):
     assert is_explained(measured, 2.0) is explained
     assert residual(measured, 2.0) == pytest.approx((measured - 2) / 2)

@@ -52,9 +52,7 @@ def test_noise_fails_what_is_asked_of_the_speed_up_and_only_that():
 
 def test_a_quick_run_passes_no_floor():
     assert failures(QUICK, Floors(predicted_share=0.9)) == []
-    assert failures(QUICK, Floors(speedup_x=0.1)) == [
-        "speedup_x is without an interval: it needs at least 3 rounds"
-    ]
+    assert failures(QUICK, Floors(speedup_x=0.1)) == ["speedup_x is without an interval: it needs at least 3 rounds"]
 
 
 def test_remarks():

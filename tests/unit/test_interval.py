@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
+from dflash.baselines import TOLERANCE
 from dflash.interval import Noise, noise, ratio_interval, rounds_to_add
-TOLERANCE = 0.01
 
 DRAWS = 1000
 
@@ -175,7 +175,7 @@ def test_drift_of_the_speed_up():
     candidate[10:] *= 1.2
     seen = noise(baseline, candidate)
     assert seen.drift == pytest.approx(1 / 1.2 - 1, abs=0.05)
-    assert seen.too_noisy == "it drifted by -18% from the first half of the rounds to the second (at most 10%)"
+    assert seen.too_noisy == "it drifted by -18% between the halves of its rounds (at most 10%)"
 
 
 def test_outliers():

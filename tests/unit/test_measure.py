@@ -1,7 +1,6 @@
 """The clock: functions called in turn, and what a step reads. No time is asserted."""
 
 import jax
-import numpy as np
 import pytest
 
 from dflash import init_draft, load_target, metrics
