@@ -113,8 +113,15 @@ def advice_line(info: Mapping[str, Any]) -> str | None:
         if best > 1
         else "no block size is predicted to be faster than greedy decoding"
     )
+    experts = ""
+    if info.get("experts_awake_verify") is not None:
+        experts = (
+            f"; experts awake {info['experts_awake_verify']:.1f} of {info['experts']}, "
+            f"{info['experts_awake_verify_expected']:.1f} expected"
+        )
     return (
         f"{info['case']}: {choice}; with {info['block_size']} it breaks even at acceptance_length "
         f"{info['break_even_acceptance_length']:.2f}, and has {info['acceptance_length']:.2f}; time: "
         + ", ".join(f"{name} {percent:.0f}%" for name, percent in shares.items())
+        + experts
     )

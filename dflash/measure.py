@@ -22,6 +22,7 @@ from dflash.interval import ratio_interval
 from dflash.kv_cache import KVCache
 from dflash.metrics import expected_awake
 from dflash.models.draft import Draft
+from dflash.models.gpt_oss import GptOss
 from dflash.models.layers import precision
 from dflash.models.llama import Llama
 
@@ -77,6 +78,27 @@ def step_bytes(target: Llama, tokens: int) -> float:
             size *= expected_awake(experts.count, experts.per_token, tokens) / experts.count
         total += size
     return total
+
+
+def experts_awake(target: GptOss, rows: Sequence[Sequence[int]], block_size: int) -> float:
+    """Experts that a step over `block_size` tokens of each row wakes, mean over layers and places; counted, not timed.
+
+    `rows` are token ids of text that the target reads or writes, cut to the shortest. Tokens that a draft proposes and
+    the target refuses are not among them: they wake others.
+    """
+    length = min(map(len, rows))
+    if length < block_size:
+        raise ValueError(f"each row must have {block_size} tokens at least, got {length}")
+    chosen = np.asarray(target.chosen_experts(jnp.array([r[:length] for r in rows], jnp.int32)))  # [L, B, T, k]
+    steps = chosen[:, :, : length - length % block_size].reshape(
+        len(chosen), len(rows), -1, block_size, chosen.shape[3]
+    )
+    assert target.config.experts is not None
+    awake = np.zeros((len(chosen), steps.shape[2], target.config.experts.count), bool)
+    layer, step = np.ogrid[: awake.shape[0], : awake.shape[1]]
+    for expert in steps.transpose(1, 3, 4, 0, 2).reshape(-1, *awake.shape[:2]):
+        awake[layer, step, expert] = True
+    return float(awake.sum(axis=2).mean())
 
 
 @dataclasses.dataclass(kw_only=True)

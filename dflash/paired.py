@@ -19,7 +19,9 @@ from dflash.decoding.loop import Decoder, State
 from dflash.decoding.script import ScriptedDraft
 from dflash.gate import status
 from dflash.interval import noise, ratio_interval, rounds_to_add
+from dflash.measure import experts_awake
 from dflash.models.draft import Draft
+from dflash.models.gpt_oss import GptOss
 from dflash.models.llama import Llama
 
 Rows = list[list[int]]
@@ -225,6 +227,7 @@ class PairedRun:
                     "too_noisy": disturbed.too_noisy,
                     "block_ratio": longest / self._block_steps() / ratio,
                 }
+        info |= self._experts()
         if steps is not None:
             info |= self._prediction(steps, longest)
             info |= self._explanation(steps, info)
@@ -245,6 +248,20 @@ class PairedRun:
             looked_at = sum(1 + max(block) for _, rows, _ in self._outcome for block in zip_longest(*rows, fillvalue=0))
             ratio = looked_at / blocks + steps.draft_s[self.block_size] / steps.step_s
         return {"predicted_speedup_x": longest / blocks / ratio, "predicted_block_ratio": ratio}
+
+    def _experts(self) -> dict[str, Any]:
+        """Experts awake in a step of one token a row and in a verify step, expected and counted, of a routed target."""
+        routed = self.target.config.experts
+        if routed is None or not isinstance(self.target, GptOss):
+            return {}
+        prompts, outcome = self._requests[0].prompts, self._outcome[0][0]
+        rows = [[*prompt, *tokens] for prompt, tokens in zip(prompts, outcome, strict=True)]
+        sizes = {"experts_awake_step": 1, "experts_awake_verify": self.block_size}
+        told: dict[str, Any] = {"experts": routed.count}
+        for name, size in sizes.items():
+            told[f"{name}_expected"] = metrics.expected_awake(routed.count, routed.per_token, size * len(rows))
+            told[name] = experts_awake(self.target, rows, size) if min(map(len, rows)) >= size else None
+        return told
 
     def _explanation(self, steps: StepTimes, info: dict[str, Any]) -> dict[str, Any]:
         """The terms of the cost model beside what was measured: where time goes, and which block size to use."""

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dflash.cost_model import StepTimes, advice, is_explained, residual, sizes_to_time, time_shares
+from dflash.cost_model import StepTimes, advice, advice_line, is_explained, residual, sizes_to_time, time_shares
 
 # T_1 10 ms; a block of 8 costs 1.4 + 0.5 one-token steps, one of 2 costs 1.1 + 0.2.
 TIMES = StepTimes(
@@ -74,3 +74,24 @@ def test_time_shares():
 def test_explained_within_a_tenth(measured, explained):
     assert is_explained(measured, 2.0) is explained
     assert residual(measured, 2.0) == pytest.approx((measured - 2) / 2)
+
+
+def test_advice_in_one_line():
+    info = {
+        "case": "block-b8-n64-draft",
+        "block_size": 8,
+        "acceptance_length": 3.6,
+        "break_even_acceptance_length": 1.9,
+        "advice": advice(TIMES, [0.9, 0.8, 0.7, 0.1, 0.1, 0.0, 0.0]),
+        "time_shares": time_shares(1.4, 0.5, 2.0),
+    }
+    line = (
+        "block-b8-n64-draft: best block size 4 (2.27 x predicted); with 8 it breaks even at acceptance_length 1.90, and "
+        "has 3.60; time: verify 70%, draft 25%, loop 5%"
+    )
+    assert advice_line(info) == line
+    routed = {"experts": 32, "experts_awake_verify": 19.04, "experts_awake_verify_expected": 21}
+    assert advice_line(info | routed) == line + "; experts awake 19.0 of 32, 21.0 expected"
+    useless = advice_line(info | {"advice": advice(TIMES, [0.0] * 7)})
+    assert "no block size is predicted to be faster than greedy decoding" in useless
+    assert advice_line(info | {"advice": None}) is None

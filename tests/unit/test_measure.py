@@ -1,10 +1,11 @@
 """The clock: functions called in turn, and what a step reads. No time is asserted."""
 
 import jax
+import numpy as np
 import pytest
 
 from dflash import init_draft, load_target, metrics
-from dflash.measure import draft_step, in_turn, read_bandwidth, step_bytes, time_steps, verify_step
+from dflash.measure import draft_step, experts_awake, in_turn, read_bandwidth, step_bytes, time_steps, verify_step
 from dflash.tiny import write_tiny_target
 
 
@@ -80,6 +81,39 @@ def test_step_bytes_of_experts(tmp_path):
         assert step_bytes(routed, tokens) == pytest.approx(by_hand(tokens))
 
 
+@pytest.fixture(scope="module")
+def routed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("routed") / "target"
+    return load_target(write_tiny_target(folder, "gpt_oss", num_hidden_layers=2, layer_types=["full_attention"] * 2))
+
+
+def test_experts_awake(routed):
+    """Counted by hand from what each token chose."""
+    rows = [[5, 17, 3, 88, 9, 41, 7], [120, 2, 90, 14, 61, 33]]
+    chosen = np.asarray(routed.chosen_experts(np.array([r[:6] for r in rows])))
+    experts, k = routed.config.experts.count, routed.config.experts.per_token
+    assert chosen.shape == (2, 2, 6, k)
+    assert chosen.min() >= 0
+    assert chosen.max() < experts
+    for size in (1, 2, 4):
+        counts = [
+            len({int(e) for row in layer for token in row[start : start + size] for e in token})
+            for layer in chosen
+            for start in range(0, 6 - size + 1, size)
+        ]
+        assert experts_awake(routed, rows, size) == pytest.approx(np.mean(counts))
+    assert experts_awake(routed, rows[:1], 1) == k
+    with pytest.raises(ValueError, match="each row must have 8 tokens at least, got 6"):
+        experts_awake(routed, rows, 8)
+
+
+def test_watching_experts_changes_nothing(routed):
+    tokens = np.array([[5, 17, 3]], np.int32)
+    before, _ = routed.forward(tokens)
+    routed.chosen_experts(tokens)
+    np.testing.assert_array_equal(before, routed.forward(tokens)[0])
+
+
 def test_steps_stay_in_place_and_compile_nothing(target, draft, caplog):
     batch = 2
     steps = [
@@ -110,4 +144,6 @@ def test_time_steps(target, draft):
     assert sorted(times.draft_s) == [4]
     assert min(*times.verify_s.values(), *times.draft_s.values()) > 0
     assert (times.context, times.batch) == (20, 1)
-    assert times.block_ratio(4) == (times.verify_s[4] + times.draft_s[4]) / times.step_s
+    # Two rounds have no interval.
+    assert times.verify_ratio_ci95 == {3: (0, np.inf), 4: (0, np.inf)}
+    assert times.block_ratio(4) == pytest.approx((times.verify_s[4] + times.draft_s[4]) / times.step_s)

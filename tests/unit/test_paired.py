@@ -9,6 +9,7 @@ from dflash import RequestError, init_draft, load_target
 from dflash.cost_model import StepTimes
 from dflash.decoding.decode import decode
 from dflash.gate import Floors, failures
+from dflash.metrics import expected_awake
 from dflash.paired import PairedRun, first_divergence
 from dflash.report import speedup_table
 from dflash.tiny import write_tiny_target
@@ -185,6 +186,19 @@ def test_a_speed_up_is_held_against_its_terms(target, draft):
     assert info["advice"]["best_block_size"] == BLOCK
     assert [row["block_size"] for row in info["advice"]["by_block_size"]] == [2, 3, 4]
     assert info["verify_ratio_ci95"] == [1.19, 1.21]
+
+
+def test_a_routed_target_says_how_many_experts_were_awake(tmp_path):
+    routed = load_target(
+        write_tiny_target(tmp_path / "routed", "gpt_oss", num_hidden_layers=1, layer_types=["full_attention"])
+    )
+    draft = init_draft(routed, num_layers=1, block_size=BLOCK, target_layer_ids=(0,))
+    info = paired(routed, draft, GROUPS[:1], rounds=1).info(1)
+    experts = routed.config.experts
+    assert info["experts"] == experts.count
+    assert experts.per_token <= info["experts_awake_step"] <= 2 * experts.per_token
+    assert info["experts_awake_step"] < info["experts_awake_verify"] <= experts.count
+    assert info["experts_awake_verify_expected"] == expected_awake(experts.count, experts.per_token, 2 * BLOCK)
 
 
 def test_rounds_are_added_while_the_interval_is_wide(target, draft, monkeypatch):
