@@ -72,7 +72,8 @@ def _block_cost(info: dict[str, Any]) -> str:
 def failures(info: dict[str, Any], floors: Floors) -> list[str]:
     """One sentence for each floor that a case is under, naming the term that moved. Empty when it passes.
 
-    The speed-up is judged by the upper end of its interval: a noisy run may pass, an honest one is never failed.
+    The speed-up is judged by the upper end of its interval, that of the clock's noise where it is known: what other
+    prompts would give is not asked here.
     """
     why = doubt(info)
     # Noise fails a speed-up that something was asked of; wrong tokens, or none, fail whatever was asked.
@@ -88,7 +89,7 @@ def failures(info: dict[str, Any], floors: Floors) -> list[str]:
         )
     if why:
         return said
-    low, high = info["speedup_x_ci95"]
+    low, high = info.get("speedup_x_timing_ci95") or info["speedup_x_ci95"]
     interval = f"speedup_x {info['speedup_x']:.2f} ({low:.2f} to {high:.2f})"
     if floors.speedup_x is not None and high < floors.speedup_x:
         needed = floors.speedup_x * acceptance / info["speedup_x"]

@@ -143,6 +143,12 @@ def test_the_upper_end_is_judged():
     assert len(failures(noisy, Floors(speedup_x=2.95, predicted_share=0.95))) == 2
 
 
+def test_other_prompts_are_not_asked():
+    slow = OK | {"speedup_x": 2.0, "speedup_x_ci95": [1.0, 4.0], "speedup_x_timing_ci95": [1.9, 2.1]}
+    (said,) = failures(slow, Floors(speedup_x=2.8))
+    assert said.startswith("speedup_x 2.00 (1.90 to 2.10) < 2.80")
+
+
 def test_without_a_prediction_the_loop_is_not_judged():
     plain = {k: v for k, v in OK.items() if not k.startswith("predicted")}
     assert failures(plain, Floors(predicted_share=0.9)) == []
