@@ -11,8 +11,10 @@ from typing import Any
 import jax
 import pytest
 
-from dflash import report
+from dflash import baselines, report
+from dflash.cost_model import advice_line
 from dflash.device import KINDS, DeviceError, looks_like_tpu_host, open_device
+from dflash.gate import remark
 from dflash.metrics import finite
 from dflash.provenance import compile_cache, provenance
 from dflash.report.run import ReportError
@@ -32,6 +34,7 @@ class Results:
     acceptances: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     compile_cache: str = "unknown"
     saved: bool = False
+    gate: list[str] = dataclasses.field(default_factory=list)
 
 
 RESULTS = pytest.StashKey[Results]()
@@ -73,6 +76,26 @@ def _floor(text: str) -> float | None:
         value = math.nan
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return value
+
+
+def _fraction(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to below 1, got {text!r}")
+    return value
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected seconds, 0 or more, got {text!r}")
     return value
 
 
@@ -152,9 +175,27 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--rounds",
         "DFLASH_ROUNDS",
         "5",
-        "timed rounds of each case, after one of warm-up",
+        "timed rounds of each case at least, after one of warm-up; under 3 give no interval",
         type=_count,
         metavar="N",
+    )
+    _option(
+        group,
+        "--precision",
+        "DFLASH_PRECISION",
+        "0.05",
+        "add rounds until the interval is narrower than this fraction of the speed-up",
+        type=_fraction,
+        metavar="X",
+    )
+    _option(
+        group,
+        "--time-limit",
+        "DFLASH_TIME_LIMIT",
+        "20",
+        "seconds that added rounds of a case may take; 0 adds none",
+        type=_seconds,
+        metavar="S",
     )
     _option(
         group,
@@ -189,6 +230,27 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "",
         "fail a draft's cases under this",
         type=_floor,
+        metavar="X",
+    )
+    _option(
+        group,
+        "--baselines",
+        "DFLASH_BASELINES",
+        str(ROOT / "bench" / "baselines"),
+        "directory of baselines, a file per device kind, that cases are held to",
+        metavar="DIR",
+    )
+    group.addoption("--update-baselines", action="store_true", help="write this run's cases as baselines instead")
+    group.addoption(
+        "--require-baseline", action="store_true", help="fail unless every case has a baseline and passes it"
+    )
+    _option(
+        group,
+        "--tolerance",
+        "DFLASH_TOLERANCE",
+        str(baselines.TOLERANCE),
+        "fraction that --update-baselines puts between a figure and its floor, at least",
+        type=_fraction,
         metavar="X",
     )
 
@@ -347,6 +409,24 @@ def pytest_report_header(config: pytest.Config) -> str:
     )
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Holds what was measured to the baselines: a regression is exit code 1, though every test passed."""
+    config, options = session.config, session.config.option
+    if options.collectonly or hasattr(config, "workerinput"):
+        return
+    results = config.stash[RESULTS]
+    results.gate, failed = baselines.close_run(
+        results.cases,
+        Path(options.baselines),
+        update=options.update_baselines,
+        require=options.require_baseline,
+        tolerance=options.tolerance,
+    )
+    if failed and session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     results = config.stash[RESULTS]
     if results.steps:
@@ -368,9 +448,18 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.section("DFlash: speed-up over greedy decoding")
         for line in report.speedup_table(results.cases):
             terminalreporter.write_line(line)
+        for info in results.cases:
+            if (said := remark(info)) is not None:
+                terminalreporter.write_line(f"{info['case']}: {said}")
+            if info.get("scripted") is None and (told := advice_line(info)) is not None:
+                terminalreporter.write_line(told)
         json_file = getattr(config.option, "benchmark_json", None)
         if json_file is not None:
             terminalreporter.write_line(f"every figure: {json_file}")
+    if results.gate:
+        terminalreporter.section("DFlash: baselines")
+        for line in results.gate:
+            terminalreporter.write_line(line)
     if results.saved and config.option.report:
         terminalreporter.write_line(_write_report(config))
 

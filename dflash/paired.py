@@ -4,20 +4,24 @@ A round decodes every group of prompts (a batch each) greedily, then with the dr
 to the last token; the first draft call is inside. The tokens of both are compared in every round.
 """
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from typing import Any
 
 import numpy as np
 
-from dflash import metrics
+from dflash import cost_model, metrics
+from dflash.cost_model import StepTimes
 from dflash.decoding.decode import Request, RequestError, check_request, compiled_decoder, prefill, read_state
 from dflash.decoding.loop import Decoder, State
 from dflash.decoding.script import ScriptedDraft
 from dflash.gate import status
-from dflash.measure import StepTimes, ratio_interval
+from dflash.interval import noise, ratio_interval, rounds_to_add
+from dflash.measure import experts_awake
 from dflash.models.draft import Draft
+from dflash.models.gpt_oss import GptOss
 from dflash.models.llama import Llama
 
 Rows = list[list[int]]
@@ -36,6 +40,11 @@ def first_divergence(expected: Sequence[Rows], got: Sequence[Rows]) -> dict[str,
 def _longest(produced: Sequence[Rows]) -> int:
     """One-token steps of every group together: a batch takes as many as its longest row."""
     return sum(max(map(sum, rows)) for rows in produced)
+
+
+def _known(low: float, high: float) -> list[float] | None:
+    """An interval as it is reported: None where too few rounds gave one."""
+    return [low, high] if math.isfinite(high) else None
 
 
 class PairedRun:
@@ -126,6 +135,29 @@ class PairedRun:
         if self.with_baseline and self.divergence is None:
             self.divergence = first_divergence(self._expected, [tokens for tokens, _, _ in self._outcome])
 
+    def add_rounds(
+        self, rounds: int, *, precision: float, time_limit_s: float, keep: Callable[[float], None] = lambda _: None
+    ) -> int:
+        """Rounds until the interval of the last of them is narrower than `precision` of the speed-up, or time is up.
+
+        `rounds` were taken. `keep` gets the seconds of each new dflash_round. Returns how many there are then.
+        """
+        deadline = time.monotonic() + time_limit_s
+        while self.with_baseline and self._outcome and self._block_steps() and time.monotonic() < deadline:
+            baseline_s, dflash_s = np.array(self.baseline_s[-rounds:]), np.array(self.dflash_s[-rounds:])
+            more = rounds_to_add(baseline_s, dflash_s, precision)
+            if not more:
+                break
+            for _ in range(more):
+                self.baseline_round()
+                start = time.perf_counter()
+                self.dflash_round()
+                keep(time.perf_counter() - start)
+                rounds += 1
+                if time.monotonic() >= deadline:
+                    break
+        return rounds
+
     @staticmethod
     def _decode(decoder: Decoder, states: Sequence[State]) -> tuple[list[State], list[float]]:
         done, seconds = [], []
@@ -163,6 +195,11 @@ class PairedRun:
             "baseline_tpot_ms": None,
             "speedup_x": None,
             "speedup_x_ci95": None,
+            "speedup_x_timing_ci95": None,
+            "spread": None,
+            "drift": None,
+            "outliers": None,
+            "too_noisy": None,
             "block_ratio": None,
             "lossless": None,
             "first_divergence": self.divergence,
@@ -178,14 +215,22 @@ class PairedRun:
                 "lossless": self.divergence is None,
             }
             if longest:
-                ratio, low, high = ratio_interval(baseline_s, dflash_s)
+                ratio, *by_prompt = ratio_interval(baseline_s, dflash_s)
+                disturbed = noise(baseline_s, dflash_s)
                 info |= {
                     "speedup_x": ratio,
-                    "speedup_x_ci95": [low, high],
+                    "speedup_x_ci95": _known(*by_prompt),
+                    "speedup_x_timing_ci95": _known(*ratio_interval(baseline_s, dflash_s, by_prompt=False)[1:]),
+                    "spread": disturbed.spread,
+                    "drift": disturbed.drift,
+                    "outliers": disturbed.outliers,
+                    "too_noisy": disturbed.too_noisy,
                     "block_ratio": longest / self._block_steps() / ratio,
                 }
+        info |= self._experts()
         if steps is not None:
             info |= self._prediction(steps, longest)
+            info |= self._explanation(steps, info)
         return metrics.finite(info | {"status": status(info)})
 
     def _block_steps(self) -> int:
@@ -203,3 +248,40 @@ class PairedRun:
             looked_at = sum(1 + max(block) for _, rows, _ in self._outcome for block in zip_longest(*rows, fillvalue=0))
             ratio = looked_at / blocks + steps.draft_s[self.block_size] / steps.step_s
         return {"predicted_speedup_x": longest / blocks / ratio, "predicted_block_ratio": ratio}
+
+    def _experts(self) -> dict[str, Any]:
+        """Experts awake in a step of one token a row and in a verify step, expected and counted, of a routed target."""
+        routed = self.target.config.experts
+        if routed is None or not isinstance(self.target, GptOss):
+            return {}
+        prompts, outcome = self._requests[0].prompts, self._outcome[0][0]
+        rows = [[*prompt, *tokens] for prompt, tokens in zip(prompts, outcome, strict=True)]
+        sizes = {"experts_awake_step": 1, "experts_awake_verify": self.block_size}
+        told: dict[str, Any] = {"experts": routed.count}
+        for name, size in sizes.items():
+            told[f"{name}_expected"] = metrics.expected_awake(routed.count, routed.per_token, size * len(rows))
+            told[name] = experts_awake(self.target, rows, size) if min(map(len, rows)) >= size else None
+        return told
+
+    def _explanation(self, steps: StepTimes, info: dict[str, Any]) -> dict[str, Any]:
+        """The terms of the cost model beside what was measured: where time goes, and which block size to use."""
+        size = self.block_size
+        verify, draft, predicted = steps.verify_ratio(size), steps.draft_ratio(size), info["predicted_speedup_x"]
+        told: dict[str, Any] = {
+            "verify_ratio": verify,
+            "verify_ratio_ci95": _known(*steps.verify_ratio_ci95.get(size, (0.0, math.inf))),
+            "draft_ratio": draft,
+            "break_even_acceptance_length": info["predicted_block_ratio"],
+            "residual": None,
+            "time_shares": None,
+            "advice": None,
+        }
+        if predicted and info["speedup_x"]:
+            told["residual"] = cost_model.residual(info["speedup_x"], predicted)
+            # What is not the draft is the target's, however often a block asks it.
+            told["time_shares"] = cost_model.time_shares(
+                info["predicted_block_ratio"] - draft, draft, info["block_ratio"]
+            )
+        if self.mode == "cached_block_verify" and info["accept_rate_per_pos"] and min(steps.draft_s) == 2:
+            told["advice"] = cost_model.advice(steps, info["accept_rate_per_pos"])
+        return told
