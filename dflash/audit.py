@@ -8,10 +8,11 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from dflash.decoding.decode import Request, RequestError, build_decoder, check_request, prefill, read_state
-from dflash.decoding.loop import State
+from dflash.decoding.loop import Decoder, State
 from dflash.decoding.script import ScriptedDraft
 from dflash.kv_cache import KVCache
 from dflash.models.draft import Draft
@@ -79,52 +80,45 @@ def audit_divergence(
     prompt: Sequence[int],
     expected: Sequence[int],
     got: Sequence[int],
-    *,
-    budget: int,
-    stops: Sequence[int],
+    faults: Sequence[str] = (),
 ) -> Divergence | None:
-    """Why `got` differs from greedy's `expected`; None when it does not.
+    """Why `got` differs from greedy's `expected`; None when it does not. `faults` are known of the row already.
 
-    A near tie needs more than a small margin where they part: every token of both rows must be the target's own choice
-    behind that row's tokens, or nearly tied with it. A fault that parts them at a tie by luck is seen behind it.
+    A near tie needs bfloat16, and more than a small margin where they part: every token of both rows must be the
+    target's own choice behind that row's tokens, or nearly tied with it, and their caches must be sound (`faults`).
+    A defect that parts two rows at a tie by luck is so seen behind it.
     """
     if list(expected) == list(got):
         return None
     shorter = min(len(expected), len(got))
     place = next((k for k in range(shorter) if expected[k] != got[k]), shorter)
-    at = {"prompt": row, "token": place}
-    if place == shorter:
-        pair = (t[place] if place < len(t) else None for t in (expected, got))
-        at |= dict(zip(("greedy_token", "dflash_token"), pair, strict=True))
-        return Divergence(**at, margin=None, noise=None, verdict=DEFECT, why="one ends where the other goes on")
-    faults = []
+    found = list(faults)
     for name, tokens in (("greedy", expected), ("DFlash", got)):
         said = dishonest_token(Reference(target, [*prompt, *tokens]), prompt, tokens)
-        faults += [f"{name}: {s}" for s in (said, _ends_wrong(tokens, budget, stops)) if s]
-    shared = Reference(target, [*prompt, *expected[:place]])
-    ends = [shared.judge(len(prompt) + place - 1, [tokens[place]]) for tokens in (expected, got)]
-    margin, noise = abs(float(ends[0].margin[0] - ends[1].margin[0])), float(ends[0].noise[0])
-    if not margin <= noise:
-        faults.insert(0, "the margin is above the noise")
+        if said:
+            found.append(f"{name}, {said}")
+    if target.dtype == jnp.float32:
+        found.insert(0, "float32 tokens must be equal")
+    pair = [int(tokens[place]) if place < len(tokens) else None for tokens in (expected, got)]
+    margin = noise = None
+    if place == shorter:
+        found.insert(0, "one ends where the other goes on")
+    else:
+        shared = Reference(target, [*prompt, *expected[:place]])
+        judged = [shared.judge(len(prompt) + place - 1, [t]) for t in pair if t is not None]
+        margin, noise = abs(float(judged[0].margin[0] - judged[1].margin[0])), float(judged[0].noise[0])
+        if not margin <= noise:
+            found.insert(0, "the margin is above the noise")
     return Divergence(
-        **at,
-        greedy_token=int(expected[place]),
-        dflash_token=int(got[place]),
+        prompt=row,
+        token=place,
+        greedy_token=pair[0],
+        dflash_token=pair[1],
         margin=margin,
         noise=noise,
-        verdict=DEFECT if faults else NEAR_TIE,
-        why="; ".join(faults),
+        verdict=DEFECT if found else NEAR_TIE,
+        why="; ".join(dict.fromkeys(found)),
     )
-
-
-def audit_rows(target: Llama, request: Request, expected: Rows, got: Rows) -> list[Divergence]:
-    """One entry for each row of a request whose tokens are not greedy's."""
-    rows = zip(request.prompts, expected, got, request.budgets, request.stops, strict=True)
-    found = [
-        audit_divergence(target, i, prompt, greedy, tokens, budget=budget, stops=stops)
-        for i, (prompt, greedy, tokens, budget, stops) in enumerate(rows)
-    ]
-    return [d for d in found if d is not None]
 
 
 def _cache_fault(cache: KVCache, row: int, layers: list[Any], moves: list[Any]) -> str:
@@ -154,7 +148,7 @@ def _cache_fault(cache: KVCache, row: int, layers: list[Any], moves: list[Any]) 
     return ""
 
 
-def audit_state(reference: Reference, state: State, row: int, committed: int) -> list[str]:
+def _state_faults(reference: Reference, state: State, row: int, committed: int) -> list[str]:
     """What is wrong with the caches that a decode left, in words. `reference` has read the row's `committed` tokens.
 
     The draft's cache shows in no token, only in what is accepted: so it is compared here.
@@ -165,12 +159,50 @@ def audit_state(reference: Reference, state: State, row: int, committed: int) ->
         caches.append(("draft", state.draft_cache, reference.draft_keys_values, reference.draft_moves))
     for name, cache, layers, moves in caches:
         if int(cache.lengths[row]) != committed:
-            said = f"it holds {int(cache.lengths[row])} tokens and {committed} were committed"
+            said = f"holds {int(cache.lengths[row])} tokens, and {committed} were committed"
         else:
             said = _cache_fault(cache, row, layers, moves)
         if said:
-            faults.append(f"{name} cache, {said}")
+            faults.append(f"{name} cache: {said}")
     return faults
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Decoded:
+    """A request, the state that decoding left on the device, and each row's tokens."""
+
+    request: Request
+    state: State
+    rows: Rows
+
+    @classmethod
+    def by(cls, decoder: Decoder, request: Request) -> "Decoded":
+        """Decodes the request."""
+        state = decoder.steps(prefill(decoder, request))
+        return cls(request=request, state=state, rows=read_state(state)[0])
+
+    def faults(self, target: Llama) -> list[list[str]]:
+        """What is wrong with each row's tokens, its end and its caches, in words; empty lists for a sound decode."""
+        found = []
+        for i, (prompt, tokens) in enumerate(zip(self.request.prompts, self.rows, strict=True)):
+            committed = [*prompt, *tokens[:-1]]
+            reference = Reference(target, committed, self.request.draft)
+            said = [
+                dishonest_token(reference, prompt, tokens),
+                _ends_wrong(tokens, self.request.budgets[i], self.request.stops[i]),
+                *_state_faults(reference, self.state, i, len(committed)),
+            ]
+            found.append([s for s in said if s])
+        return found
+
+
+def audit_rows(
+    target: Llama, prompts: Rows, expected: Rows, got: Rows, faults: Sequence[Sequence[str]]
+) -> list[Divergence]:
+    """One entry for each row whose tokens are not greedy's; `faults` of each row are known already."""
+    rows = enumerate(zip(prompts, expected, got, faults, strict=True))
+    found = [audit_divergence(target, i, *row) for i, row in rows]
+    return [d for d in found if d is not None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -225,7 +257,7 @@ def audit(
     and accepted whole. Raises RequestError for a request that can't be run.
     """
 
-    def run(network: Any, mode: str, budget: int) -> tuple[Request, State, list[list[int]]]:
+    def run(network: Any, mode: str, budget: int) -> Decoded:
         request = check_request(
             target,
             network,
@@ -237,43 +269,33 @@ def audit(
             temperature=0.0,
             allow_larger_block=False,
         )
-        decoder = build_decoder(target, request)
-        state = decoder.steps(prefill(decoder, request))
-        return request, state, read_state(state)[0]
+        return Decoded.by(build_decoder(target, request), request)
 
     size = block_size or draft.config.block_size
     if max_new_tokens < size:
         raise RequestError(f"max_new_tokens must be at least a block ({size}) in an audit, got {max_new_tokens}")
     # A script needs to know what follows the budget, as far as the last block may look.
-    longer, greedy_state, outputs = run(None, "greedy", max_new_tokens + size - 1)
-    faults, judged = [], 0
-
-    def judge(case: str, request: Request, state: State, rows: Rows) -> None:
-        nonlocal judged
-        for i, (prompt, tokens) in enumerate(zip(request.prompts, rows, strict=True)):
-            committed = [*prompt, *tokens[:-1]]
-            reference = Reference(target, committed, request.draft)
-            said = [dishonest_token(reference, prompt, tokens), _ends_wrong(tokens, request.budgets[i], [])]
-            said += audit_state(reference, state, i, len(committed))
-            faults.extend(f"{case}, prompt {i}: {s}" for s in said if s)
-            judged += len(tokens)
-
-    judge("greedy", longer, greedy_state, outputs)
-    greedy = [row[:max_new_tokens] for row in outputs]
+    longer = run(None, "greedy", max_new_tokens + size - 1)
+    sound, faults, judged = longer.faults(target), [], 0
+    greedy = [row[:max_new_tokens] for row in longer.rows]
     proposers: dict[str, Any] = {"own": draft}
     for accepted in (size // 2, size - 1):
-        proposers[f"a{accepted}"] = ScriptedDraft(draft=draft, outputs=outputs, accept_len=accepted)
+        proposers[f"a{accepted}"] = ScriptedDraft(draft=draft, outputs=longer.rows, accept_len=accepted)
     divergences = {}
     for mode in ("cached_block_verify", "cached_sequential_verify"):
         for name, proposer in proposers.items():
-            case = f"{mode}, proposals {name}"
-            request, state, rows = run(proposer, mode, max_new_tokens)
-            divergences[case] = audit_rows(target, request, greedy, rows)
-            judge(case, request, state, rows)
+            case = f"{mode}-{name}"
+            decoded = run(proposer, mode, max_new_tokens)
+            found = decoded.faults(target)
+            both = [[*a, *b] for a, b in zip(sound, found, strict=True)]
+            rows = audit_rows(target, longer.request.prompts, greedy, decoded.rows, both)
+            divergences |= {case: rows} if rows else {}
+            faults += [f"{case}, prompt {i}: {s}" for i, said in enumerate(found) for s in said]
+            judged += sum(map(len, decoded.rows))
     return Audit(
         dtype=str(target.dtype),
         parity=compare_steps(target, prompts, greedy, size),
         tokens=judged,
-        divergences={case: rows for case, rows in divergences.items() if rows},
-        faults=faults,
+        divergences=divergences,
+        faults=[f"greedy, prompt {i}: {s}" for i, said in enumerate(sound) for s in said] + faults,
     )

@@ -1,9 +1,9 @@
 """What a target says of a whole sequence without cache or loop, and how far honest rounding may move it.
 
 The audit trusts nothing that decoding runs on: here all tokens are read at once, with positions and masks written out.
-The noise is measured, not assumed: the sequence is read again a few times with every layer's output moved at random by
-up to one unit in the last place (Monte Carlo arithmetic, Parker 1997). All later roundings then fall anew, more of
-them than when a matrix product changes its shape. A fault of the decoders can't enter this noise.
+The noise is measured, not assumed: the sequence is read again a few times with every entry of every layer's output
+moved at random by about one unit in the last place (Monte Carlo arithmetic, Parker 1997). All later roundings then fall
+anew, more of them than when a matrix product changes its shape. A fault of the decoders can't enter this noise.
 """
 
 import dataclasses
@@ -22,12 +22,12 @@ from dflash.models.draft import Draft
 from dflash.models.layers import rope_tables
 from dflash.models.llama import Llama
 
-DRAWS = 4
+DRAWS = 8
 # Two logits, or the two decoders that are compared, may each move by as much as was measured.
 SAFETY = 2.0
 # Logits are rounded to the dtype: below this many units of the largest, nothing is told apart.
 FLOOR_ULPS = 2.0
-_PAD = 64
+_PAD = 128
 
 
 @jax.tree_util.register_dataclass
@@ -163,22 +163,24 @@ class Reference:
         self.target, self._graph, self._weights = target, graphs[0], weights[0]
         length = len(tokens)
         padded = jnp.asarray([*tokens, *([0] * (-length % _PAD))], jnp.int32)
-        eps = float(jnp.finfo(target.dtype).eps)
-        keys = jax.random.split(jax.random.key(seed), DRAWS + 1)
+        # Sums are kept in float32 in either dtype; their error grows with the root of the number of terms.
+        sums = float(np.sqrt(target.config.hidden_size) * np.finfo(np.float32).eps)
+        size = jnp.float32(float(jnp.finfo(target.dtype).eps) + sums)
+        keys = jax.random.split(jax.random.key(seed, impl="rbg"), DRAWS + 1)
         read = partial(_read, graphs, weights, padded)
         self._x, *kept = read(jnp.float32(0), keys[0])
         self.keys_values, self.draft_keys_values = (self._numbers(layers, length) for layers in kept)
         self.moves, self.draft_moves = ([(np.zeros(length), np.zeros(length)) for _ in layers] for layers in kept)
         self._drawn = []
         for key in keys[1:]:
-            x, *layers = read(jnp.float32(eps), key)
+            x, *layers = read(size, key)
             self._drawn.append(x)
             self.moves = self._largest(self.moves, self.keys_values, self._numbers(layers[0], length))
             self.draft_moves = self._largest(self.draft_moves, self.draft_keys_values, self._numbers(layers[1], length))
 
     @staticmethod
     def _numbers(layers: Layers, length: int) -> list[tuple[np.ndarray, ...]]:
-        return [tuple(np.asarray(x[:length]).astype(np.float32) for x in pair) for pair in layers]
+        return [tuple(np.asarray(x)[:length].astype(np.float32) for x in pair) for pair in layers]
 
     @staticmethod
     def _largest(moves: list[Any], plain: list[Any], drawn: list[Any]) -> list[Any]:
