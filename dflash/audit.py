@@ -205,9 +205,33 @@ def audit_rows(
     return [d for d in found if d is not None]
 
 
+def audit_again(
+    target: Llama,
+    greedy: tuple[Decoder, Sequence[Request]],
+    dflash: tuple[Decoder, Sequence[Request]],
+    expected: Sequence[Rows],
+    got: Sequence[Rows],
+) -> list[Divergence]:
+    """Judges the rows that differ, over groups of rows: a group is decoded again, both ways, and its caches looked at.
+
+    Prompts are counted over the groups.
+    """
+    found: list[Divergence] = []
+    first = 0
+    groups = zip(greedy[1], dflash[1], expected, got, strict=True)
+    for greedy_request, request, greedy_rows, rows in groups:
+        if greedy_rows != rows:
+            sound = Decoded.by(greedy[0], greedy_request).faults(target)
+            faults = [[*a, *b] for a, b in zip(sound, Decoded.by(dflash[0], request).faults(target), strict=True)]
+            some = audit_rows(target, request.prompts, greedy_rows, rows, faults)
+            found += [dataclasses.replace(d, prompt=first + d.prompt) for d in some]
+        first += len(rows)
+    return found
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Audit:
-    """What an audit found. `faults` are defects beside divergences, in words; `tokens` counts those that were judged."""
+    """What an audit found. `faults` are defects beside divergences, in words; `tokens` counts what was judged."""
 
     dtype: str
     parity: Parity
@@ -281,7 +305,7 @@ def audit(
     proposers: dict[str, Any] = {"own": draft}
     for accepted in (size // 2, size - 1):
         proposers[f"a{accepted}"] = ScriptedDraft(draft=draft, outputs=longer.rows, accept_len=accepted)
-    divergences = {}
+    divergences: dict[str, list[Divergence]] = {}
     for mode in ("cached_block_verify", "cached_sequential_verify"):
         for name, proposer in proposers.items():
             case = f"{mode}-{name}"

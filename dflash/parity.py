@@ -116,7 +116,8 @@ def compare_steps(
             flips += int(flipped.sum())
             defects += int((flipped & ~(honest[0] & honest[1])).sum())
     if not count:
-        raise ValueError(f"an answer must have at least {block_size} tokens to hold a block, got {max(map(len, answers))}")
+        longest = max(map(len, answers))
+        raise ValueError(f"an answer must have at least {block_size} tokens to hold a block, got {longest}")
     layers = [_spread(d) for d in of_layers]
     return Parity(
         block_size=block_size,

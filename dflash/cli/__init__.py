@@ -4,6 +4,7 @@ import sys
 
 import tyro
 
+from dflash.cli.audit import audit
 from dflash.cli.build_cache import build_cache
 from dflash.cli.evaluate import evaluate
 from dflash.cli.generate import generate
@@ -32,12 +33,13 @@ USER_ERRORS = (
 
 
 def main() -> int:
-    """Exit code 0, or 2 with one sentence for a user's mistake."""
+    """Exit code 0, 1 for a defect that an audit found, or 2 with one sentence for a user's mistake."""
     app = tyro.extras.SubcommandApp()
     app.command(name="generate")(generate)
     app.command(name="build-cache")(build_cache)
     app.command(name="train")(train)
     app.command(name="evaluate")(evaluate)
+    app.command(name="audit")(audit)
     try:
         app.cli(prog="dflash", description="DFlash: lossless speculative decoding, measured.")
     except USER_ERRORS as error:
