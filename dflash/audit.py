@@ -281,8 +281,8 @@ def audit(
     and accepted whole. Raises RequestError for a request that can't be run.
     """
 
-    def run(network: Any, mode: str, budget: int) -> Decoded:
-        request = check_request(
+    def request(network: Any, mode: str, budget: int) -> Request:
+        return check_request(
             target,
             network,
             prompts,
@@ -293,9 +293,12 @@ def audit(
             temperature=0.0,
             allow_larger_block=False,
         )
-        return Decoded.by(build_decoder(target, request), request)
 
-    size = block_size or draft.config.block_size
+    def run(*wanted: Any) -> Decoded:
+        asked = request(*wanted)
+        return Decoded.by(build_decoder(target, asked), asked)
+
+    size = request(draft, "cached_block_verify", max_new_tokens).block_size
     if max_new_tokens < size:
         raise RequestError(f"max_new_tokens must be at least a block ({size}) in an audit, got {max_new_tokens}")
     # A script needs to know what follows the budget, as far as the last block may look.
