@@ -1,5 +1,6 @@
 """`python -m dflash audit`: a verdict in words or JSON, and exit code 1 for a defect."""
 
+import dataclasses
 import json
 import sys
 
@@ -30,7 +31,9 @@ EARLY = Divergence(
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     directory = tmp_path_factory.mktemp("audit") / "target"
-    return write_tiny_tokenizer(write_tiny_target(directory, vocab_size=260, max_position_embeddings=512))
+    return write_tiny_tokenizer(
+        write_tiny_target(directory, vocab_size=260, num_hidden_layers=5, max_position_embeddings=512)
+    )
 
 
 @pytest.fixture
@@ -51,9 +54,10 @@ def run(folder, monkeypatch, capsys):
 def canned(monkeypatch):
     """The command finds what it is given."""
 
-    def find(divergences, faults):
-        found = Audit(dtype="bfloat16", parity=PARITY, tokens=384, divergences=divergences, faults=faults)
-        monkeypatch.setattr("dflash.cli.audit.run_audit", lambda *_, **__: found)
+    def find(divergences, faults, parity=PARITY):
+        found = Audit(dtype="bfloat16", parity=parity, tokens=384, divergences=divergences, faults=faults)
+        # In dflash.cli the name is the command's.
+        monkeypatch.setattr(sys.modules["dflash.cli.audit"], "run_audit", lambda *_, **__: found)
 
     return find
 
@@ -87,11 +91,8 @@ def test_defects_fail(run, canned):
     assert out.splitlines()[-1] == "DEFECT: greedy, prompt 0: target cache: layer 0"
 
 
-def test_flips_that_are_no_near_tie_fail(run, canned, monkeypatch):
-    monkeypatch.setitem(
-        globals(), "PARITY", Parity(**{f: getattr(PARITY, f) for f in Parity.__slots__} | {"defects": 1})
-    )
-    canned({}, [])
+def test_flips_that_are_no_near_tie_fail(run, canned):
+    canned({}, [], dataclasses.replace(PARITY, defects=1))
     code, out, _ = run()
     assert code == 1
     assert out.splitlines()[-1] == "DEFECT: 1 of 100 teacher-forced positions flip and are no near tie"
