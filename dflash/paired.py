@@ -184,8 +184,8 @@ class PairedRun:
             "block_ratio": None,
             "lossless": None,
             "first_divergence": place,
-            "divergences": [dataclasses.asdict(d) for d in divergences],
-            "near_ties": len(divergences) - len(defects),
+            "divergences": None,
+            "near_ties": None,
         }
         if self.with_baseline:
             baseline_s = np.array(self.baseline_s[-rounds:])
@@ -196,6 +196,8 @@ class PairedRun:
                 "baseline_tok_s_total": metrics.throughput(greedily, greedy_s),
                 "baseline_tpot_ms": 1000 * greedy_s / longest_greedy if longest_greedy else None,
                 "lossless": self.divergence is None or (bool(divergences) and not defects),
+                "divergences": [dataclasses.asdict(d) for d in divergences],
+                "near_ties": len(divergences) - len(defects),
             }
             if longest:
                 ratio, low, high = ratio_interval(baseline_s, dflash_s)
