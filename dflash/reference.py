@@ -27,6 +27,8 @@ DRAWS = 8
 SAFETY = 2.0
 # Logits are rounded to the dtype: below this many units of the largest, nothing is told apart.
 FLOOR_ULPS = 2.0
+# A tie is between the first two, or a few: what a router's tie makes of a routed target is in no draw exactly.
+CONTENDERS = 4
 _PAD = 128
 
 
@@ -144,9 +146,9 @@ class Judged:
 
     @property
     def honest(self) -> np.ndarray:
-        """Whether each choice is the most likely token or nearly tied with it: within the noise, and first or second
-        in some draw."""
-        return (self.margin == 0) | ((self.margin <= self.noise) & (self.rank <= 1))
+        """Whether each choice is the most likely token or nearly tied with it: within the noise, and a contender in
+        some draw."""
+        return (self.margin == 0) | ((self.margin <= self.noise) & (self.rank < CONTENDERS))
 
 
 class Reference:
