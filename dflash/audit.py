@@ -106,7 +106,8 @@ def audit_divergence(
     else:
         shared = Reference(target, [*prompt, *expected[:place]])
         judged = [shared.judge(len(prompt) + place - 1, [t]) for t in pair if t is not None]
-        margin, noise = abs(float(judged[0].margin[0] - judged[1].margin[0])), float(judged[0].noise[0])
+        # Of the later one, which knows the draws that the first may have asked for.
+        margin, noise = abs(float(judged[0].margin[0] - judged[1].margin[0])), float(judged[1].noise[0])
         if not margin <= noise:
             found.insert(0, "the margin is above the noise")
     return Divergence(

@@ -23,13 +23,14 @@ from dflash.models.layers import rope_tables
 from dflash.models.llama import Llama
 
 DRAWS = 8
+# Before a choice is called dishonest: a router that is nearly tied may need some draws to show its other side.
+MOST_DRAWS = 64
 # Two logits, or the two decoders that are compared, may each move by as much as was measured.
 SAFETY = 2.0
 # Logits are rounded to the dtype: below this many units of the largest, nothing is told apart.
 FLOOR_ULPS = 2.0
-# A tie is between the first two, or a few: what a router's tie makes of a routed target is in no draw exactly.
-CONTENDERS = 4
 _PAD = 128
+_PLACES = 64
 
 
 @jax.tree_util.register_dataclass
@@ -146,9 +147,9 @@ class Judged:
 
     @property
     def honest(self) -> np.ndarray:
-        """Whether each choice is the most likely token or nearly tied with it: within the noise, and a contender in
-        some draw."""
-        return (self.margin == 0) | ((self.margin <= self.noise) & (self.rank < CONTENDERS))
+        """Whether each choice is the most likely token or nearly tied with it: within the noise, and first or second
+        in some draw."""
+        return (self.margin == 0) | ((self.margin <= self.noise) & (self.rank <= 1))
 
 
 class Reference:
@@ -168,14 +169,15 @@ class Reference:
         # Sums are kept in float32 in either dtype; their error grows with the root of the number of terms.
         sums = float(np.sqrt(target.config.hidden_size) * np.finfo(np.float32).eps)
         size = jnp.float32(float(jnp.finfo(target.dtype).eps) + sums)
-        keys = jax.random.split(jax.random.key(seed, impl="rbg"), DRAWS + 1)
+        keys = jax.random.split(jax.random.key(seed, impl="rbg"), MOST_DRAWS + 1)
         read = partial(_read, graphs, weights, padded)
         self._x, *kept = read(jnp.float32(0), keys[0])
+        self._draw = [partial(read, size, key) for key in keys[1:]]
         self.keys_values, self.draft_keys_values = (self._numbers(layers, length) for layers in kept)
         self.moves, self.draft_moves = ([(np.zeros(length), np.zeros(length)) for _ in layers] for layers in kept)
         self._drawn = []
-        for key in keys[1:]:
-            x, *layers = read(size, key)
+        for draw in self._draw[:DRAWS]:
+            x, *layers = draw()
             self._drawn.append(x)
             self.moves = self._largest(self.moves, self.keys_values, self._numbers(layers[0], length))
             self.draft_moves = self._largest(self.draft_moves, self.draft_keys_values, self._numbers(layers[1], length))
@@ -192,17 +194,24 @@ class Reference:
         ]
 
     def judge(self, start: int, choices: Sequence[int]) -> Judged:
-        """`choices[k]` as the token after place start + k of the sequence."""
+        """`choices[k]` as the token after place start + k of the sequence. Reads on where one seems dishonest."""
+        judged = self._judge_by(self._drawn, start, choices)
+        if not judged.honest.all() and len(self._drawn) < MOST_DRAWS:
+            self._drawn += [draw()[0] for draw in self._draw[len(self._drawn) :]]
+            judged = self._judge_by(self._drawn, start, choices)
+        return judged
+
+    def _judge_by(self, drawn: list[Array], start: int, choices: Sequence[int]) -> Judged:
         parts = []
-        for first in range(0, len(choices), _PAD):
-            # The head is read for a few places at a time: all logits of a long answer may not fit.
-            some = np.asarray(choices[first : first + _PAD], np.int32)
-            padded = np.pad(some, (0, _PAD - len(some)))
-            places = np.minimum(start + first + np.arange(_PAD), self._x.shape[1] - 1)
-            out = _judge(
-                self._graph, self._weights, self._x[:, places], [x[:, places] for x in self._drawn], jnp.asarray(padded)
-            )
-            parts.append([np.asarray(a)[: len(some)] for a in out])
+        for first in range(0, len(choices), _PLACES):
+            # The head is read for a few places and draws at a time: all logits of a long answer may not fit.
+            some = np.asarray(choices[first : first + _PLACES], np.int32)
+            padded = jnp.asarray(np.pad(some, (0, _PLACES - len(some))))
+            places = np.minimum(start + first + np.arange(_PLACES), self._x.shape[1] - 1)
+            few = [[x[:, places] for x in drawn[i : i + DRAWS]] for i in range(0, len(drawn), DRAWS)]
+            out = [_judge(self._graph, self._weights, self._x[:, places], xs, padded) for xs in few]
+            best, margin, noise, rank, top = (np.stack(a)[:, : len(some)] for a in zip(*out, strict=True))
+            parts.append((best[0], margin[0], noise.max(axis=0), rank.min(axis=0), top[0]))
         best, margin, noise, rank, top = (np.concatenate(p) for p in zip(*parts, strict=True))
         floor = FLOOR_ULPS * ulp(top, self.target.dtype)
         return Judged(best=best, margin=margin, noise=np.maximum(SAFETY * noise, floor), rank=rank)

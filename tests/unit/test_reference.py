@@ -69,7 +69,7 @@ def test_the_noise_is_the_seeds(directory):
 
 def test_honest():
     margin = np.array([0.0, 0.1, 0.1, 0.3, np.nan])
-    judged = Judged(best=np.zeros(5), margin=margin, noise=np.full(5, 0.2), rank=np.array([0, 3, 4, 1, 0]))
+    judged = Judged(best=np.zeros(5), margin=margin, noise=np.full(5, 0.2), rank=np.array([0, 1, 2, 1, 0]))
     assert judged.honest.tolist() == [True, True, False, False, False]
 
 
