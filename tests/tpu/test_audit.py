@@ -43,5 +43,5 @@ def test_bfloat16_is_lossless_up_to_near_ties(family, tmp_path, check):
 @pytest.mark.model
 def test_smollm2_is_lossless_up_to_near_ties(check):
     target = load_target("smollm2-135m", "bfloat16")
-    prompts = load_prompts("builtin").take(2).encode(load_tokenizer("smollm2-135m"))
+    prompts = load_prompts("builtin").take(1).encode(load_tokenizer("smollm2-135m"))
     check(audit(target, init_draft(target, num_layers=1, block_size=8), prompts, max_new_tokens=48))
