@@ -1,18 +1,22 @@
 """One benchmark case: greedy decoding and DFlash decoding of the same prompts, in turn, round by round.
 
 A round decodes every group of prompts (a batch each) greedily, then with the draft. Both clocks run from after prefill
-to the last token; the first draft call is inside. The tokens of both are compared in every round.
+to the last token; the first draft call is inside. The tokens of both are compared in every round; in bfloat16 those
+that differ are audited (docs/lossless.md).
 """
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from dflash import cost_model, metrics
+from dflash.audit import NEAR_TIE, Divergence, audit_again
 from dflash.cost_model import StepTimes
 from dflash.decoding.decode import Request, RequestError, check_request, compiled_decoder, prefill, read_state
 from dflash.decoding.loop import Decoder, State
@@ -110,6 +114,7 @@ class PairedRun:
         self.dflash_s: list[list[float]] = []
         self.prefill_s: list[float] = []
         self.divergence: dict[str, int] | None = None
+        self._differing: list[tuple[list[Rows], list[Rows]]] = []
         self._expected: list[Rows] = []
         self._produced_greedily: list[Rows] = []
         self._outcome: list[tuple[Rows, Rows, Rows]] = []
@@ -132,8 +137,18 @@ class PairedRun:
         self.dflash_s.append(seconds)
         self._ready = []
         self._outcome = [read_state(s) for s in states]
-        if self.with_baseline and self.divergence is None:
-            self.divergence = first_divergence(self._expected, [tokens for tokens, _, _ in self._outcome])
+        tokens = [rows for rows, _, _ in self._outcome]
+        if self.with_baseline and tokens != self._expected:
+            self.divergence = self.divergence or first_divergence(self._expected, tokens)
+            if (self._expected, tokens) not in self._differing:
+                self._differing.append((self._expected, tokens))
+
+    def _audit(self) -> list[Divergence]:
+        """The verdict on each row that differed in some round. In float32 none is needed: it must not differ."""
+        if self.target.dtype != jnp.bfloat16:
+            return []
+        pair = ((self.greedy, self._greedy_requests), (self.dflash, self._requests))
+        return [d for rows in self._differing for d in audit_again(self.target, *pair, *rows)]
 
     def add_rounds(
         self, rounds: int, *, precision: float, time_limit_s: float, keep: Callable[[float], None] = lambda _: None
@@ -175,6 +190,9 @@ class PairedRun:
         longest = _longest([rows for _, _, rows in self._outcome])
         total_s = float(np.median(dflash_s.sum(axis=1)))
         lengths = [len(p) for r in self._requests for p in r.prompts]
+        divergences = self._audit()
+        defects = [d for d in divergences if d.verdict != NEAR_TIE]
+        place = {"prompt": defects[0].prompt, "token": defects[0].token} if defects else self.divergence
         info: dict[str, Any] = {
             "mode": self.mode,
             "block_size": self.block_size,
@@ -202,7 +220,9 @@ class PairedRun:
             "too_noisy": None,
             "block_ratio": None,
             "lossless": None,
-            "first_divergence": self.divergence,
+            "first_divergence": place,
+            "divergences": None,
+            "near_ties": None,
         }
         if self.with_baseline:
             baseline_s = np.array(self.baseline_s[-rounds:])
@@ -212,7 +232,9 @@ class PairedRun:
             info |= {
                 "baseline_tok_s_total": metrics.throughput(greedily, greedy_s),
                 "baseline_tpot_ms": 1000 * greedy_s / longest_greedy if longest_greedy else None,
-                "lossless": self.divergence is None,
+                "lossless": self.divergence is None or (bool(divergences) and not defects),
+                "divergences": [dataclasses.asdict(d) for d in divergences],
+                "near_ties": len(divergences) - len(defects),
             }
             if longest:
                 ratio, *by_prompt = ratio_interval(baseline_s, dflash_s)

@@ -4,6 +4,7 @@ import sys
 
 import tyro
 
+from dflash.cli.audit import audit
 from dflash.cli.build_cache import build_cache
 from dflash.cli.evaluate import evaluate
 from dflash.cli.export import export
@@ -36,7 +37,7 @@ USER_ERRORS = (
 
 
 def main() -> int:
-    """Exit code 0, or 2 with one sentence for a user's mistake."""
+    """Exit code 0, 1 for a defect that an audit found, or 2 with one sentence for a user's mistake."""
     app = tyro.extras.SubcommandApp()
     app.command(name="generate")(generate)
     app.command(name="build-cache")(build_cache)
@@ -45,6 +46,7 @@ def main() -> int:
     app.command(name="report")(report)
     app.command(name="export-results")(export_results)
     app.command(name="export")(export)
+    app.command(name="audit")(audit)
     try:
         app.cli(prog="dflash", description="DFlash: lossless speculative decoding, measured.")
     except USER_ERRORS as error:

@@ -20,6 +20,11 @@ def number(value: float | None, digits: int = 2) -> str:
     return "n/a" if value is None else f"{value:.{digits}f}"
 
 
+def _lossless(case: dict[str, Any]) -> str:
+    ties = case.get("near_ties")
+    return f", lossless up to {ties} near ties" if ties else ", lossless"
+
+
 def speedup_table(cases: Sequence[dict[str, Any]]) -> list[str]:
     """One line a case: what was accepted, how fast both were, the speed-up and its interval, what the terms predict."""
     header = ["case", "accepted", "of", "tok/s", "greedy", "speed-up", "95% interval", "predicted", "verdict"]
@@ -36,7 +41,7 @@ def speedup_table(cases: Sequence[dict[str, Any]]) -> list[str]:
                 number(c["speedup_x"]) + ("x" if c["speedup_x"] is not None else ""),
                 "n/a" if interval is None else f"{interval[0]:.2f} to {interval[1]:.2f}",
                 number(c.get("predicted_speedup_x")),
-                c["status"] + (", lossless" if c["lossless"] else ""),
+                c["status"] + (_lossless(c) if c["lossless"] else ""),
             ]
         )
     return _table(header, rows)
@@ -115,4 +120,32 @@ def training_lines(info: dict[str, Any]) -> list[str]:
         f"({100 * info['matmul_fraction']:.0f}%)",
         f"a batch is read in {1000 * info['read_s']:.0f} ms; the cache is written at {info['cache_write_gb_s']:.2f} "
         f"GB/s, one large file at {info['disk_write_gb_s']:.2f}",
+    ]
+
+
+def audit_lines(figures: dict[str, Any]) -> list[str]:
+    """An audit: the verdict, what one-token steps and blocks round differently, and every divergence and defect."""
+    parity = figures["parity"]
+    size, layer = parity["block_size"], parity["first_layer"]
+    begins = "no layer differs" if layer is None else f"layer {layer} is the first whose output differs"
+    equal = "bitwise equal" if parity["bitwise_equal"] else "not bitwise equal"
+    rows = [("logits", parity["logits"]), *((f"layer {i}", d) for i, d in enumerate(parity["layers"]))]
+    sentences = [
+        f"{case}, prompt {d['prompt']}, token {d['token']}: greedy {d['greedy_token']}, DFlash {d['dflash_token']}, "
+        f"margin {d['margin']:.3g}, noise {d['noise']:.3g}: near tie"
+        for case, divergences in figures["divergences"].items()
+        for d in divergences
+        if d["verdict"] == "near tie"
+    ]
+    return [
+        f"{figures['verdict']}: {figures['tokens']} tokens of {figures['dtype']} decoding judged on "
+        f"{figures['device_kind']}, {figures['near_ties']} near ties, {len(figures['defects'])} defects",
+        f"one-token steps against blocks of {size} at {parity['positions']} positions: {equal}; {begins}; "
+        f"{parity['flips']} argmax flips ({100 * parity['flip_rate']:.2f}%)",
+        *_table(
+            ["difference", "p99 ulps", "largest"],
+            [[name, number(d["ulps_p99"]), number(d["ulps_max"])] for name, d in rows],
+        ),
+        *sentences,
+        *(f"DEFECT: {said}" for said in figures["defects"]),
     ]

@@ -289,6 +289,41 @@ def test_altered_tokens_are_invalid_for_good(target, draft):
     assert failures(info, Floors())[0].endswith("differ first at prompt 1, token 6")
 
 
+def close_call(target, prompt, tokens):
+    """The place where the target was least sure, and its second choice there."""
+    logits = np.asarray(target.forward([[*prompt, *tokens]])[0])[0, len(prompt) - 1 : -1]
+    ranked = np.sort(logits, axis=1)
+    place = int(np.argmin(ranked[:, -1] - ranked[:, -2]))
+    return place, int(np.argsort(logits[place])[-2])
+
+
+def test_bfloat16_tokens_that_differ_are_audited(tmp_path):
+    """A token that the target nearly chose leaves the case lossless, one that it did not makes it invalid."""
+    target = load_target(write_tiny_target(tmp_path / "target", num_hidden_layers=1), "bfloat16")
+    run = paired(target, init_draft(target, num_layers=1, block_size=BLOCK, target_layer_ids=(0,)), rounds=1)
+    info = run.info(1)
+    assert (info["lossless"], info["divergences"], info["near_ties"]) == (True, [], 0)
+    prompt, greedy = GROUPS[1][0], run._expected[1][0]
+    place, second = close_call(target, prompt, greedy)
+    rest = decode(target, None, [[*prompt, *greedy[:place], second]], mode="greedy", max_new_tokens=BUDGET).tokens[0]
+
+    def differ(token):
+        altered = [rows[:] for rows in run._expected]
+        altered[1][0] = [*greedy[:place], token, *rest][:BUDGET]
+        run._differing, run.divergence = [(run._expected, altered)], first_divergence(run._expected, altered)
+        return run.info(1)
+
+    info = differ(second)
+    assert (info["status"], info["lossless"], info["near_ties"]) == ("ok", True, 1)
+    assert info["first_divergence"] == {"prompt": 2, "token": place}
+    assert (info["divergences"][0]["greedy_token"], info["divergences"][0]["dflash_token"]) == (greedy[place], second)
+    assert failures(info, Floors()) == []
+    assert "ok, lossless up to 1 near ties" in speedup_table([info | {"case": "it"}])[2]
+    info = differ((second + 1) % 199)
+    assert (info["status"], info["lossless"], info["near_ties"]) == ("invalid", False, 0)
+    assert failures(info, Floors())[0].endswith(f"differ first at prompt 2, token {place}")
+
+
 def test_no_block_was_needed(target, draft):
     info = paired(target, draft, max_new_tokens=1, rounds=1).info(1, STEPS)
     assert (info["status"], info["lossless"]) == ("invalid", True)
