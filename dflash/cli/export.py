@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from dflash.device import open_default_device
-from dflash.weights.easydel import resolve_run
+from dflash.training.curves import read_metrics
+from dflash.weights.easydel import read_run, resolve_run
 from dflash.weights.huggingface import write_draft
-from dflash.weights.load import read_any_draft
 from dflash.weights.runs import step_of
 from dflash.weights.zarr import read_object
 
@@ -35,19 +35,18 @@ def training_record(run: Path) -> dict[str, Any]:
     step = step_of(run)
     provenance = read_object(run, "config.json")["dflash"]["provenance"]
     record = {"step": step, "provenance": {k: v for k, v in provenance.items() if k not in _PATHS}}
-    settings, metrics = run.parent / "run_config.json", run.parent / "metrics.jsonl"
+    settings = run.parent / "run_config.json"
     if settings.is_file():
         record["train"] = json.loads(settings.read_text(encoding="utf-8"))["train"]
-    if metrics.is_file():
-        lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-        record["metrics"] = next((line for line in reversed(lines) if line["step"] <= step), None)
-    return record
+    # A run that was renamed says nothing of its step.
+    metrics = [] if step is None else read_metrics(run.parent / "metrics.jsonl")
+    lines = [line for line in metrics if line["step"] <= step]
+    return record | ({"metrics": lines[-1]} if lines else {})
 
 
 def export(args: Annotated[Export, tyro.conf.arg(name="")]) -> None:
     """Write a run's draft as a DFlashDraftModel directory, with the record of its training."""
     open_default_device()
     run = resolve_run(args.run_dir)
-    draft = read_any_draft(run, args.dtype)
-    write_draft(draft, args.out_dir, training_record(run))
+    write_draft(read_run(run, args.dtype), args.out_dir, training_record(run))
     print(f"draft: {args.out_dir}")

@@ -17,7 +17,7 @@ from dflash.training.objective import Objective
 from dflash.training.run import Run, RunConfig
 from dflash.training.start import check_init_layers, start_from_layers
 from dflash.training.trainer import TrainConfig, Trainer
-from dflash.weights.huggingface import Borrowed, read_borrowed, read_layer, snapshot_hash
+from dflash.weights.huggingface import Borrowed, read_borrowed, read_layers, snapshot_hash
 from dflash.weights.load import draft_hash, new_draft, read_any_draft, target_directory
 
 HELD_OUT_BATCHES = 4
@@ -122,7 +122,7 @@ def _start(args: Train, borrowed: Borrowed, target_layer_ids: tuple[int, ...]) -
     draft.norm.weight[...] = jnp.asarray(borrowed.norm, jnp.float32)
     if args.init_layers:
         check_init_layers(args.init_layers, borrowed.config, args.draft_layers)
-        start_from_layers(draft, [read_layer(target_directory(args.target), i) for i in args.init_layers])
+        start_from_layers(draft, read_layers(target_directory(args.target), args.init_layers))
     return draft
 
 

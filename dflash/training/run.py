@@ -19,7 +19,7 @@ from dflash.config import ConfigError
 from dflash.measure import matmul_rate
 from dflash.teacher_cache.arrays import write_atomically
 from dflash.training.batches import Batch, TrainingBatches, ahead
-from dflash.training.curves import write_curves
+from dflash.training.curves import read_metrics, write_curves
 from dflash.training.objective import SUMS, means
 from dflash.training.trainer import Trainer, learning_rate, step_flops
 from dflash.weights.easydel import latest_run, read_optimizer_state, read_run, run_config, write_run
@@ -90,9 +90,8 @@ class Run:
             self.step = int(latest.name.removeprefix("run-"))
             self.trainer.restore(draft, read_optimizer_state(latest, self.trainer.state[1]))
         self._metrics = self.config.root / "metrics.jsonl"
-        lines = self._metrics.read_text(encoding="utf-8").splitlines() if self._metrics.is_file() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= self.step]
-        write_atomically(self._metrics, "".join(f"{line}\n" for line in kept))
+        kept = [line for line in read_metrics(self._metrics) if line["step"] <= self.step]
+        write_atomically(self._metrics, "".join(json.dumps(line) + "\n" for line in kept))
 
     def _save(self) -> Path:
         return write_run(

@@ -29,7 +29,7 @@ def check_init_layers(layers: Sequence[int], target: TargetConfig, num_layers: i
 
 
 def start_from_layers(draft: Draft, layers: Sequence[Mapping[str, np.ndarray]]) -> None:
-    """Draft layer i becomes layers[i] (`read_layer`), fc the mean of the features; in place.
+    """Draft layer i becomes layers[i] (`read_layers`), fc the mean of the features; in place.
 
     What a target has no counterpart of stays as it is: the norm of the context, and q/k norms unless it has some.
     """

@@ -334,14 +334,14 @@ def read_borrowed(directory: Path) -> Borrowed:
     )
 
 
-def read_layer(directory: Path, layer: int) -> dict[str, np.ndarray]:
-    """The weights of one layer of a target by the names that `Llama.layers[layer]` has for them; MXFP4 is not read.
+def read_layers(directory: Path, layers: Sequence[int]) -> list[dict[str, np.ndarray]]:
+    """The weights of some layers of a target by the names that `Llama.layers[i]` has for them; MXFP4 is not read.
 
     Raises ConfigError or WeightsError, as `read_target` does.
     """
-    prefix = f"layers.{layer}."
-    _, values = _read_some(directory, (prefix,))
-    return {path.removeprefix(prefix): value for path, value in values.items()}
+    prefixes = [f"layers.{i}." for i in layers]
+    _, values = _read_some(directory, tuple(prefixes))
+    return [{path.removeprefix(p): v for path, v in values.items() if path.startswith(p)} for p in prefixes]
 
 
 def read_draft(directory: Path, dtype: str = "float32", mesh: Mesh | None = None) -> Draft:

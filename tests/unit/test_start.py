@@ -10,7 +10,7 @@ from dflash.kv_cache import attention_mask
 from dflash.models.layers import rope_tables
 from dflash.tiny import write_tiny_target
 from dflash.training.start import check_init_layers, start_from_layers
-from dflash.weights.huggingface import read_layer
+from dflash.weights.huggingface import read_layers
 from dflash.weights.load import load_target, new_draft
 
 LAYERS = (2, 0)
@@ -23,7 +23,7 @@ def pair(request, tmp_path):
     target = load_target(folder)
     draft = new_draft(target.config, num_layers=2, block_size=4, target_layer_ids=(0, 1, 3))
     check_init_layers(LAYERS, target.config, 2)
-    start_from_layers(draft, [read_layer(folder, i) for i in LAYERS])
+    start_from_layers(draft, read_layers(folder, LAYERS))
     return target, draft
 
 
