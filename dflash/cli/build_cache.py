@@ -9,7 +9,7 @@ import tyro
 from dflash.config import build_target_layer_ids
 from dflash.device import open_default_device
 from dflash.teacher_cache.build import Source, WindowConfig, build_sequences, build_windows
-from dflash.teacher_cache.conversations import ConversationConfig
+from dflash.teacher_cache.conversations import ConversationConfig, load_openings
 from dflash.tokenizer import load_tokenizer
 from dflash.weights.huggingface import snapshot_hash
 from dflash.weights.load import load_target, target_directory
@@ -35,6 +35,9 @@ class BuildCache:
     prompts: str = "self"
     """self (the target writes the user's turn too), builtin[:category], humaneval, FILE.jsonl of prompts or
     conversations, or hf:NAME."""
+    openings: str = "builtin"
+    """How the turns that the target writes begin: builtin (the beginnings of usual requests), none, or a JSONL file of
+    strings."""
     num_conversations: int = 1024
     """How many conversations to make."""
     answers: Literal["target", "given"] = "target"
@@ -91,6 +94,7 @@ def build_cache(args: Annotated[BuildCache, tyro.conf.arg(name="")]) -> None:
     ids = args.target_layer_ids or build_target_layer_ids(target.config.num_layers, args.num_context_features)
     conversations = ConversationConfig(
         source=args.prompts,
+        openings=load_openings(args.openings),
         count=args.num_conversations,
         answers=args.answers,
         temperature=args.temperature,

@@ -6,8 +6,10 @@ given it writes the user's turn too. The split is by prompt, never by row: rows 
 
 import dataclasses
 import hashlib
+import importlib.resources
 import json
 import os
+import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -38,12 +40,14 @@ class Conversation:
 class ConversationConfig:
     """What conversations are made of.
 
-    source: `self` (the target writes the user's turn), or what `load_prompts` reads. answers: `target`, or `given` for
-    conversations that end with the assistant's turn. Lengths in tokens; temperature 0 answers greedily, which is what
-    decoding will do.
+    source: `self` (the target writes the user's turn), or what `load_prompts` reads. openings: how the turns that the
+    target writes begin, one after another; without any, a target drifts into the small talk it was tuned on. answers:
+    `target`, or `given` for conversations that end with the assistant's turn. Lengths in tokens; temperature 0 answers
+    greedily, which is what decoding will do.
     """
 
     source: str = "self"
+    openings: tuple[str, ...] = ("",)
     count: int = 1024
     answers: str = "target"
     temperature: float = 0.0
@@ -98,6 +102,31 @@ class _Overlap:
         return any(run in self._seen for run in self._runs(text))
 
 
+def load_openings(source: str) -> tuple[str, ...]:
+    """How user turns begin: `builtin`, `none` or a path to a JSONL file of strings. PromptError for anything else."""
+    if source == "none":
+        return ("",)
+    path = Path(source).expanduser()
+    if source == "builtin":
+        data = (importlib.resources.files("dflash") / "data" / "openings.jsonl").read_bytes()
+    elif path.is_file():
+        data = path.read_bytes()
+    else:
+        raise PromptError(f"openings come from builtin, none or a JSONL file of strings; there is no file at {source}")
+    openings = []
+    for number, line in enumerate(data.splitlines(), 1):
+        try:
+            opening = json.loads(line)
+        except ValueError:
+            opening = None
+        if not isinstance(opening, str):
+            raise PromptError(f"{source}, line {number}: an opening is a JSON string; got {line[:60]!r}")
+        openings.append(opening)
+    if not openings:
+        raise PromptError(f"{source} holds no opening: give at least one line, or `none`")
+    return tuple(openings)
+
+
 def check_sources(config: ConversationConfig) -> None:
     """Raises PromptError for a source that can't be read, before anything is written."""
     for source in (*config.exclude, *(() if config.source == "self" else (config.source,))):
@@ -116,10 +145,13 @@ class _Users:
                 "give prompts (source) instead of letting the target write them"
             )
         self.stops = {end[0], *tokenizer.stop_token_ids}
+        # In an order of its own, so that a batch holds every kind.
+        self.openings = random.Random(config.seed).sample(config.openings, len(config.openings))
+        self.fronts = [[*self.front, *tokenizer.encode(opening)] for opening in self.openings]
         self.sampler = Sampler(
             target,
             batch=config.batch_size,
-            max_prompt_len=len(self.front),
+            max_prompt_len=max(len(front) for front in self.fronts),
             max_new_tokens=config.max_user_turn,
             stop_token_ids=tuple(sorted(self.stops)),
             temperature=config.prompt_temperature,
@@ -130,9 +162,14 @@ class _Users:
     def batch(self, number: int) -> list[Prompt]:
         size = self.config.batch_size
         indices = range(number * size, (number + 1) * size)
-        rows = self.sampler.run([self.front] * size, indices=indices)
+        kinds = [i % len(self.openings) for i in indices]
+        rows = self.sampler.run([self.fronts[kind] for kind in kinds], indices=indices)
         # A turn that the budget cut is half a question.
-        texts = [self.tokenizer.decode(row[:-1]).strip() for row in rows if row[-1] in self.stops]
+        texts = [
+            (self.openings[kind] + self.tokenizer.decode(row[:-1])).strip()
+            for kind, row in zip(kinds, rows, strict=True)
+            if row[-1] in self.stops
+        ]
         return [
             Prompt(id=str(i), category="self", messages=({"role": "user", "content": t},))
             for i, t in enumerate(texts)

@@ -147,6 +147,7 @@ def test_windows_train_from_a_draft_and_evaluate(run, made):
         (("build-cache", "new", "--position-offsets", 131072, *FEW), "within 131072 positions; got [131072]"),
         (("build-cache", "new", "--target-layer-ids", 1, 9, *FEW), "different layers, 0..3, got [1, 9]"),
         (("build-cache", "new", "--prompts", "x.jsonl", *FEW), "there is none at x.jsonl"),
+        (("build-cache", "new", "--openings", "x.jsonl", *FEW), "there is no file at x.jsonl"),
         (("train", "cache", "new", "--steps", 0), "steps must be at least 1, got 0"),
         (("train", "cache", "new", "--batch-size", 3, "--accumulation", 2), "batch_size must divide"),
         (("evaluate", "cache", "nowhere"), "nowhere"),

@@ -10,6 +10,7 @@ from dflash.prompts import PromptError, load_prompts
 from dflash.teacher_cache.conversations import (
     ConversationConfig,
     is_held_out,
+    load_openings,
     read_conversations,
     split_record,
     write_conversations,
@@ -68,6 +69,42 @@ def test_the_target_writes_both_sides(make, tokenizer):
         assert [c.prompt[0], c.prompt[-1]] == [*front, end]
         assert 1 <= len(c.answer) <= 12
         assert len(c.answer) == 12 or c.answer[-1] in tokenizer.stop_token_ids
+
+
+def test_turns_begin_as_told(make, tokenizer):
+    front = tokenizer.encode_chat([{"role": "user", "content": "x"}])
+    front = front[: front.index(*tokenizer.encode("x"))]
+    openings = ("Why", "Write a list of")
+    prompts = [list(c.prompt[len(front) :]) for c in make(dataclasses.replace(SELF, openings=openings))]
+    begins = [tokenizer.encode(opening) for opening in openings]
+    counts = [sum(p[: len(b)] == b for p in prompts) for b in begins]
+    assert sum(counts) == len(prompts)
+    assert min(counts) >= 5
+    assert all(len(p) > min(map(len, begins)) for p in prompts)
+
+
+def test_openings_come_from_the_box_or_a_file(tmp_path):
+    assert load_openings("none") == ("",)
+    assert len(load_openings("builtin")) > 200
+    path = tmp_path / "o.jsonl"
+    path.write_text('"Say:\\n\\n"\n"Why"\n')
+    assert load_openings(str(path)) == ("Say:\n\n", "Why")
+
+
+@pytest.mark.parametrize(("text", "line"), [('"a"\n5\n', "line 2"), ('"a"\n\n', "line 2"), ("Why\n", "line 1")])
+def test_an_opening_is_a_json_string(text, line, tmp_path):
+    path = tmp_path / "o.jsonl"
+    path.write_text(text)
+    with pytest.raises(PromptError, match=f"{line}: an opening is a JSON string"):
+        load_openings(str(path))
+
+
+def test_openings_that_are_not_there_are_named(tmp_path):
+    with pytest.raises(PromptError, match=r"builtin, none or a JSONL file of strings; there is no file at lost"):
+        load_openings("lost")
+    (tmp_path / "empty").touch()
+    with pytest.raises(PromptError, match="holds no opening"):
+        load_openings(str(tmp_path / "empty"))
 
 
 def test_answers_are_the_targets_own_greedy_ones(make, target, tokenizer, tmp_path):
