@@ -17,6 +17,7 @@ from dflash.gate import Floors, failures
 from dflash.models.draft import Draft
 from dflash.models.llama import Llama
 from dflash.paired import PairedRun
+from dflash.report.summary import Results
 
 # Raise it when a case of the same name measures something else than before: baselines of the old one count no more.
 WORKLOAD_VERSION = 1
@@ -42,7 +43,7 @@ def test_decode(
     workload: Any,
     facts: dict[str, Any],
     steps_of: Callable[[int, int], StepTimes],
-    record_case: Callable[[dict[str, Any]], None],
+    results: Results,
     pytestconfig: pytest.Config,
 ) -> None:
     options = pytestconfig.option
@@ -67,7 +68,7 @@ def test_decode(
     info |= {"case": case.id, "proposer": case.proposer, "scripted": case.scripted}
     info |= {"workload_version": WORKLOAD_VERSION}
     benchmark.extra_info.update(info)
-    record_case(info)
+    results.cases.append(info)
     if info["status"] == "no-baseline":
         return
     said = failures(info, _floors(pytestconfig, case))

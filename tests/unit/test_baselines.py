@@ -250,7 +250,7 @@ def session(pytester, tmp_path):
     def run(cases, *options, before=""):
         body = f"from math import nan\nimport pytest\nCASES = {cases!r}\n"
         body += f"@pytest.mark.parametrize('i', range({max(1, len(cases))}))\n{before}\n"
-        body += "def test_case(record_case, i):\n    CASES and record_case(CASES[i])\n"
+        body += "def test_case(results, i):\n    CASES and results.cases.append(CASES[i])\n"
         (pytester.path / "tests").mkdir(exist_ok=True)
         (pytester.path / "tests" / "test_canned.py").write_text(body)
         result = pytester.runpytest_inprocess("-p", "no:cacheprovider", f"--baselines={tmp_path / 'held'}", *options)
