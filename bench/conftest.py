@@ -150,7 +150,7 @@ def facts(device: jax.Device, workload: Workload, pytestconfig: pytest.Config) -
     return {
         **device_facts(device),
         "mesh": {"dp": 1, "tp": 1},  # decoding runs on one device
-        "seeds": {"prompts": 0, "bootstrap": 0} | ({} if options.draft else {"draft": 0}),
+        "seeds": {"prompts": 0, "bootstrap": 0} | ({} if trained else {"draft": 0}),
         "jax": jax.__version__,
         "kernels": native.status(),
         "target": options.target,
