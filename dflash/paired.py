@@ -41,9 +41,9 @@ def first_divergence(expected: Sequence[Rows], got: Sequence[Rows]) -> dict[str,
     return None
 
 
-def _longest(produced: Sequence[Rows]) -> int:
-    """One-token steps of every group together: a batch takes as many as its longest row."""
-    return sum(max(map(sum, rows)) for rows in produced)
+def _steps(produced: Sequence[Rows]) -> np.ndarray:
+    """One-token steps of every group, int64 [groups]: a batch takes as many as its longest row."""
+    return np.array([max(map(sum, rows)) for rows in produced])
 
 
 def _known(low: float, high: float) -> list[float] | None:
@@ -187,7 +187,8 @@ class PairedRun:
         accepted = [row for _, rows, _ in self._outcome for row in rows]
         produced = [row for _, _, rows in self._outcome for row in rows]
         dflash_s = np.array(self.dflash_s[-rounds:])
-        longest = _longest([rows for _, _, rows in self._outcome])
+        dflash_steps = _steps([rows for _, _, rows in self._outcome])
+        longest = int(dflash_steps.sum())
         total_s = float(np.median(dflash_s.sum(axis=1)))
         lengths = [len(p) for r in self._requests for p in r.prompts]
         divergences = self._audit()
@@ -228,7 +229,8 @@ class PairedRun:
             baseline_s = np.array(self.baseline_s[-rounds:])
             greedy_s = float(np.median(baseline_s.sum(axis=1)))
             greedily = [row for rows in self._produced_greedily for row in rows]
-            longest_greedy = _longest(self._produced_greedily)
+            greedy_steps = _steps(self._produced_greedily)
+            longest_greedy = int(greedy_steps.sum())
             info |= {
                 "baseline_tok_s_total": metrics.throughput(greedily, greedy_s),
                 "baseline_tpot_ms": 1000 * greedy_s / longest_greedy if longest_greedy else None,
@@ -237,6 +239,8 @@ class PairedRun:
                 "near_ties": len(divergences) - len(defects),
             }
             if longest:
+                # After a near tie the texts differ, and may in length: what is compared is the time of a token.
+                dflash_s = dflash_s * (greedy_steps / np.maximum(dflash_steps, 1))
                 ratio, *by_prompt = ratio_interval(baseline_s, dflash_s)
                 disturbed = noise(baseline_s, dflash_s)
                 info |= {

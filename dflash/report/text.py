@@ -22,7 +22,7 @@ def number(value: float | None, digits: int = 2) -> str:
 
 def _lossless(case: dict[str, Any]) -> str:
     ties = case.get("near_ties")
-    return f", lossless up to {ties} near ties" if ties else ", lossless"
+    return f", lossless up to {ties} near tie{'s' * (ties > 1)}" if ties else ", lossless"
 
 
 def speedup_table(cases: Sequence[dict[str, Any]]) -> list[str]:
