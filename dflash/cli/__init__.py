@@ -6,6 +6,7 @@ import tyro
 
 from dflash.cli.audit import audit
 from dflash.cli.build_cache import build_cache
+from dflash.cli.doctor import doctor
 from dflash.cli.evaluate import evaluate
 from dflash.cli.export import export
 from dflash.cli.generate import generate
@@ -37,7 +38,7 @@ USER_ERRORS = (
 
 
 def main() -> int:
-    """Exit code 0, 1 for a defect that an audit found, or 2 with one sentence for a user's mistake."""
+    """Exit code 0; 1 for a defect that an audit found or a host to mend; 2, with one sentence, for a user's mistake."""
     app = tyro.extras.SubcommandApp()
     app.command(name="generate")(generate)
     app.command(name="build-cache")(build_cache)
@@ -47,6 +48,7 @@ def main() -> int:
     app.command(name="export-results")(export_results)
     app.command(name="export")(export)
     app.command(name="audit")(audit)
+    app.command(name="doctor")(doctor)
     try:
         app.cli(prog="dflash", description="DFlash: lossless speculative decoding, measured.")
     except USER_ERRORS as error:
