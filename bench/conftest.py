@@ -11,9 +11,10 @@ import pytest
 
 from dflash import init_draft, load_draft, load_target, load_tokenizer, native
 from dflash.config import ConfigError
+from dflash.cost_model import StepTimes, sizes_to_time
 from dflash.decoding.decode import RequestError, check_request
 from dflash.device import device_facts
-from dflash.measure import StepTimes, time_steps
+from dflash.measure import time_steps
 from dflash.models.draft import Draft
 from dflash.models.llama import Llama
 from dflash.prompts import PromptError, exact_length_prompts, load_prompts
@@ -148,6 +149,8 @@ def facts(device: jax.Device, workload: Workload, pytestconfig: pytest.Config) -
     trained = options.draft != UNTRAINED
     return {
         **device_facts(device),
+        "mesh": {"dp": 1, "tp": 1},  # decoding runs on one device
+        "seeds": {"prompts": 0, "bootstrap": 0} | ({} if trained else {"draft": 0}),
         "jax": jax.__version__,
         "kernels": native.status(),
         "target": options.target,
@@ -161,11 +164,11 @@ def facts(device: jax.Device, workload: Workload, pytestconfig: pytest.Config) -
 
 @pytest.fixture(scope="session")
 def steps_of(target: Llama, draft: Draft, workload: Workload) -> Callable[[int, int], StepTimes]:
-    """The cost model's terms for a block size, half-way through a decode of that budget; timed once each."""
+    """The cost model's terms up to a block size, half-way through a decode of that budget; timed once each."""
 
     @functools.cache
     def steps(block_size: int, max_new_tokens: int) -> StepTimes:
         context = workload.mean_len + max_new_tokens // 2
-        return time_steps(target, draft, [block_size], batch=len(workload.groups[0]), context=context)
+        return time_steps(target, draft, sizes_to_time(block_size), batch=len(workload.groups[0]), context=context)
 
     return steps

@@ -4,7 +4,6 @@
 prompts says little of a user's own.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ from dflash import decode, metrics
 from dflash.models.draft import Draft
 from dflash.models.llama import Llama
 from dflash.prompts import Prompt, load_prompts
+from dflash.report.summary import Results
 from dflash.tokenizer import load_tokenizer
 from dflash.weights.load import UNTRAINED
 
@@ -33,7 +33,7 @@ def test_acceptance_by_category(
     target: Llama,
     draft: Draft,
     facts: dict[str, Any],
-    record_acceptance: Callable[[dict[str, Any]], None],
+    results: Results,
     pytestconfig: pytest.Config,
 ) -> None:
     options = pytestconfig.option
@@ -64,7 +64,7 @@ def test_acceptance_by_category(
     info = facts | overall | {"case": "acceptance", "block_size": block_size, "max_new_tokens": budget}
     info = metrics.finite(info | {"lossless": tokens == expected, "by_category": by_category})
     benchmark.extra_info.update(info)
-    record_acceptance(info)
+    results.acceptances.append(info)
     different = [p.id for p, a, b in zip(prompts, tokens, expected, strict=True) if a != b]
     assert not different, f"the tokens must be the target's own, and differ for the prompts {', '.join(different)}"
     least = options.min_acceptance_length

@@ -1,8 +1,9 @@
 """How much faster is decoding with the draft than greedy decoding, and are the tokens the same?
 
 One test a case: mode x block size x token budget x proposer. Each round decodes all prompts greedily, then with the
-draft; pytest-benchmark's seconds are those of DFlash, and `extra_info` carries the rest (dflash/metrics.py). A case
-whose tokens differ fails: a speed-up without proven equality is worth nothing.
+draft, and rounds are added until the interval is narrow (--precision, --time-limit). pytest-benchmark's seconds are
+those of DFlash, and `extra_info` carries the rest (dflash/metrics.py). A case whose tokens differ fails: a speed-up
+without proven equality is worth nothing.
 """
 
 from collections.abc import Callable
@@ -11,11 +12,15 @@ from typing import Any
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from dflash.cost_model import StepTimes
 from dflash.gate import Floors, failures
-from dflash.measure import StepTimes
 from dflash.models.draft import Draft
 from dflash.models.llama import Llama
 from dflash.paired import PairedRun
+from dflash.report.summary import Results
+
+# Raise it when a case of the same name measures something else than before: baselines of the old one count no more.
+WORKLOAD_VERSION = 1
 
 
 def _floors(config: pytest.Config, case: Any) -> Floors:
@@ -38,7 +43,7 @@ def test_decode(
     workload: Any,
     facts: dict[str, Any],
     steps_of: Callable[[int, int], StepTimes],
-    record_case: Callable[[dict[str, Any]], None],
+    results: Results,
     pytestconfig: pytest.Config,
 ) -> None:
     options = pytestconfig.option
@@ -55,9 +60,15 @@ def test_decode(
     )
     steps = steps_of(case.block_size, case.max_new_tokens)
     benchmark.pedantic(run.dflash_round, setup=run.baseline_round, rounds=options.rounds, warmup_rounds=1)
-    info = run.info(options.rounds, steps) | facts | {"case": case.id, "proposer": case.proposer}
+    rounds = options.rounds
+    if benchmark.stats:
+        limits = {"precision": options.precision, "time_limit_s": options.time_limit}
+        rounds = run.add_rounds(rounds, keep=benchmark.stats.update, **limits)
+    info = run.info(rounds, steps) | facts
+    info |= {"case": case.id, "proposer": case.proposer, "scripted": case.scripted}
+    info |= {"workload_version": WORKLOAD_VERSION}
     benchmark.extra_info.update(info)
-    record_case(info)
+    results.cases.append(info)
     if info["status"] == "no-baseline":
         return
     said = failures(info, _floors(pytestconfig, case))

@@ -3,7 +3,6 @@
 The floor is the bytes of weights that a step must read over the bandwidth measured in the same run.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,6 +13,7 @@ from dflash.measure import draft_step, in_turn, read_bandwidth, step_bytes, veri
 from dflash.metrics import finite
 from dflash.models.draft import Draft
 from dflash.models.llama import Llama
+from dflash.report.summary import Results
 
 SIZES = (2, 4, 8, 16, 32)
 
@@ -25,7 +25,7 @@ def test_step(
     draft: Draft,
     workload: Any,
     facts: dict[str, Any],
-    record_step: Callable[[dict[str, Any]], None],
+    results: Results,
     device: jax.Device,
     pytestconfig: pytest.Config,
 ) -> None:
@@ -68,4 +68,4 @@ def test_step(
     }
     benchmark.extra_info.update(finite(info))
     if info["step_ms"] is not None:
-        record_step(info)
+        results.steps.append(info)

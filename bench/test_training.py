@@ -4,7 +4,6 @@ Features are random here, since no time depends on them; embedding and head are 
 """
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from dflash.measure import matmul_rate
 from dflash.metrics import finite
+from dflash.report.summary import Results
 from dflash.teacher_cache.arrays import ArrayWriter
 from dflash.teacher_cache.sequences import SequenceCache, open_sequences, sequence_specs
 from dflash.training.batches import TrainingBatches
@@ -61,7 +61,7 @@ def _streaming_rate(path: Path, megabytes: int = 512) -> float:
 def test_training_step(
     benchmark: BenchmarkFixture,
     device: jax.Device,
-    record_training: Callable[[dict[str, Any]], None],
+    results: Results,
     tmp_path: Path,
     pytestconfig: pytest.Config,
 ) -> None:
@@ -116,5 +116,5 @@ def test_training_step(
         "disk_write_gb_s": streamed / 1e9,
     }
     benchmark.extra_info.update(finite(info))
-    record_training(info)
+    results.trainings.append(info)
     assert info["read_s"] < step_s, f"reading a batch takes {info['read_s']:.2f} s, a step {step_s:.2f} s"

@@ -3,6 +3,9 @@
 import dataclasses
 from typing import Any
 
+from dflash.cost_model import EXPLAINED_WITHIN, is_explained
+from dflash.interval import LEAST_ROUNDS
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Floors:
@@ -14,12 +17,50 @@ class Floors:
 
 
 def status(info: dict[str, Any]) -> str:
-    """ok, or why the case's speed-up does not count: invalid (tokens differ, or nothing measured), no-baseline."""
+    """ok, or what is to be said of the case's speed-up before it is believed.
+
+    no-baseline   greedy decoding did not run beside it
+    invalid       tokens differ, nothing was measured, or the rounds are too noisy (`too_noisy` says how)
+    quick         too few rounds to know their noise
+    unexplained   measured, and further from what its steps predict than the cost model is good for (`residual`)
+    """
     if info["lossless"] is None:
         return "no-baseline"
-    if not info["lossless"] or info["speedup_x"] is None:
+    if not info["lossless"] or info["speedup_x"] is None or info.get("too_noisy"):
         return "invalid"
+    if info["speedup_x_ci95"] is None:
+        return "quick"
+    predicted = info.get("predicted_speedup_x")
+    if predicted and not is_explained(info["speedup_x"], predicted):
+        return "unexplained"
     return "ok"
+
+
+def doubt(info: dict[str, Any]) -> str | None:
+    """Why a case's speed-up can be held against nothing, in one clause; None where it can."""
+    if info["status"] == "no-baseline":
+        return "no-baseline: greedy decoding must run beside it, to compare with and to prove the tokens"
+    if info["lossless"] is False:
+        place = info["first_divergence"]
+        where = f"prompt {place['prompt']}, token {place['token']}"
+        return f"invalid: the tokens must be the target's own, and differ first at {where}"
+    if info["speedup_x"] is None:
+        return "invalid: no block was needed, so nothing was measured; raise max_new_tokens"
+    if info["status"] == "invalid":
+        return f"invalid: {info['too_noisy']}; take more rounds on a quieter machine"
+    if info["status"] == "quick":
+        return f"without an interval: it needs at least {LEAST_ROUNDS} rounds"
+    return None
+
+
+def remark(info: dict[str, Any]) -> str | None:
+    """What must be said of a case beside its figures; None for one that is ok."""
+    if info["status"] == "unexplained":
+        return (
+            f"unexplained: {info['residual']:+.0%} off the {info['predicted_speedup_x']:.2f} that its steps predict "
+            f"(within {EXPLAINED_WITHIN:.0%} is explained)"
+        )
+    return doubt(info)
 
 
 def _block_cost(info: dict[str, Any]) -> str:
@@ -31,16 +72,14 @@ def _block_cost(info: dict[str, Any]) -> str:
 def failures(info: dict[str, Any], floors: Floors) -> list[str]:
     """One sentence for each floor that a case is under, naming the term that moved. Empty when it passes.
 
-    The speed-up is judged by the upper end of its interval: a noisy run may pass, an honest one is never failed.
+    The speed-up is judged by the upper end of its interval, that of the clock's noise where it is known: what other
+    prompts would give is not asked here.
     """
-    if info["status"] == "no-baseline":
-        return ["speedup_x is no-baseline: greedy decoding must run beside it, to compare with and to prove the tokens"]
-    if info["lossless"] is False:
-        place = info["first_divergence"]
-        where = f"prompt {place['prompt']}, token {place['token']}"
-        return [f"speedup_x is invalid: the tokens must be the target's own, and differ first at {where}"]
-    if info["status"] != "ok":
-        return ["speedup_x is invalid: no block was needed, so nothing was measured; raise max_new_tokens"]
+    why = doubt(info)
+    # Noise fails a speed-up that something was asked of; wrong tokens, or none, fail whatever was asked.
+    unmeasured = info["status"] == "no-baseline" or info["lossless"] is False or info["speedup_x"] is None
+    if unmeasured or (why and floors.speedup_x is not None):
+        return [f"speedup_x is {why}"]
     said = []
     acceptance = info["acceptance_length"]
     if floors.acceptance_length is not None and acceptance < floors.acceptance_length:
@@ -48,7 +87,9 @@ def failures(info: dict[str, Any], floors: Floors) -> list[str]:
             f"acceptance_length {acceptance:.2f} < {floors.acceptance_length:.2f}: the draft is accepted less "
             f"({_block_cost(info)})"
         )
-    low, high = info["speedup_x_ci95"]
+    if why:
+        return said
+    low, high = info.get("speedup_x_timing_ci95") or info["speedup_x_ci95"]
     interval = f"speedup_x {info['speedup_x']:.2f} ({low:.2f} to {high:.2f})"
     if floors.speedup_x is not None and high < floors.speedup_x:
         needed = floors.speedup_x * acceptance / info["speedup_x"]

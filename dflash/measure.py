@@ -1,4 +1,4 @@
-"""The clock: steps timed in turn, speed-ups from interleaved rounds, and the floor that the memory sets.
+"""The clock: steps timed in turn, and the floor that the memory sets.
 
 Everything that is compared is timed in one process, in turn, with the device synchronised and nothing compiling: on a
 machine that drifts, only ratios of neighbours mean anything.
@@ -16,10 +16,13 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from dflash.cost_model import StepTimes
 from dflash.device import weight_bytes
+from dflash.interval import ratio_interval
 from dflash.kv_cache import KVCache
 from dflash.metrics import expected_awake
 from dflash.models.draft import Draft
+from dflash.models.gpt_oss import GptOss
 from dflash.models.layers import precision
 from dflash.models.llama import Llama
 
@@ -39,25 +42,6 @@ def in_turn(timed: Mapping[str, Timed], *, rounds: int, warmup: int = 2) -> dict
             timed[name]()
             seconds[name].append(time.perf_counter() - start)
     return {n: np.array(s[warmup:]) for n, s in seconds.items()}
-
-
-def ratio_interval(
-    baseline: np.ndarray, candidate: np.ndarray, *, draws: int = 2000, seed: int = 0
-) -> tuple[float, float, float]:
-    """Ratio of median seconds baseline / candidate with its 95% bootstrap interval: (ratio, low, high).
-
-    Both float64 [rounds] or [rounds, prompts], measured in turn: rounds are drawn in pairs, prompts too, and what a
-    round of several prompts took is their sum. Raises ValueError when the shapes differ: nothing is paired then.
-    """
-    if np.shape(baseline) != np.shape(candidate):
-        raise ValueError(f"both must have the same rounds, got {np.shape(baseline)} and {np.shape(candidate)}")
-    a, b = (np.asarray(x, np.float64).reshape(len(x), -1) for x in (baseline, candidate))
-    rng = np.random.default_rng(seed)
-    rounds = rng.integers(0, len(a), (draws, len(a), 1))
-    prompts = rng.integers(0, a.shape[1], (draws, 1, a.shape[1]))
-    drawn = [np.median(x[rounds, prompts].sum(axis=2), axis=1) for x in (a, b)]
-    low, high = np.percentile(drawn[0] / drawn[1], [2.5, 97.5])
-    return float(np.median(a.sum(axis=1)) / np.median(b.sum(axis=1))), float(low), float(high)
 
 
 def read_bandwidth(megabytes: int = 512, rounds: int = 7) -> float:
@@ -94,6 +78,27 @@ def step_bytes(target: Llama, tokens: int) -> float:
             size *= expected_awake(experts.count, experts.per_token, tokens) / experts.count
         total += size
     return total
+
+
+def experts_awake(target: GptOss, rows: Sequence[Sequence[int]], block_size: int) -> float:
+    """Experts that a step over `block_size` tokens of each row wakes, mean over layers and places; counted, not timed.
+
+    `rows` are token ids of text that the target reads or writes, cut to the shortest. Tokens that a draft proposes and
+    the target refuses are not among them: they wake others.
+    """
+    length = min(map(len, rows))
+    if length < block_size:
+        raise ValueError(f"each row must have {block_size} tokens at least, got {length}")
+    chosen = np.asarray(target.chosen_experts(jnp.array([r[:length] for r in rows], jnp.int32)))  # [L, B, T, k]
+    steps = chosen[:, :, : length - length % block_size].reshape(
+        len(chosen), len(rows), -1, block_size, chosen.shape[3]
+    )
+    assert target.config.experts is not None
+    awake = np.zeros((len(chosen), steps.shape[2], target.config.experts.count), bool)
+    layer, step = np.ogrid[: awake.shape[0], : awake.shape[1]]
+    for expert in steps.transpose(1, 3, 4, 0, 2).reshape(-1, *awake.shape[:2]):
+        awake[layer, step, expert] = True
+    return float(awake.sum(axis=2).mean())
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -153,21 +158,6 @@ def draft_step(target: Llama, draft: Draft, *, block_size: int, batch: int, cont
     return _Step(program=program, weights=weights, caches=cache, inputs=(block, features))
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class StepTimes:
-    """The three terms of the cost model, median seconds, measured in turn."""
-
-    step_s: float
-    verify_s: dict[int, float]
-    draft_s: dict[int, float]
-    context: int
-    batch: int
-
-    def block_ratio(self, block_size: int) -> float:
-        """(T_verify(S) + T_draft(S)) / T_1: what a block costs in one-token steps; a speed-up of 1 needs that many."""
-        return (self.verify_s[block_size] + self.draft_s[block_size]) / self.step_s
-
-
 def time_steps(
     target: Llama,
     draft: Draft,
@@ -178,7 +168,10 @@ def time_steps(
     context: int = 256,
     rounds: int = 15,
 ) -> StepTimes:
-    """T_1, T_verify(S) for block and verify sizes, T_draft(S) for block sizes, at `context` committed tokens."""
+    """T_1, T_verify(S) for block and verify sizes, T_draft(S) for block sizes, at `context` committed tokens.
+
+    The interval of T_verify(S) / T_1 is there for each.
+    """
     ids = draft.config.target_layer_ids
     verify = partial(verify_step, target, batch=batch, context=context)
     timed: dict[str, Timed] = {"step": verify(tokens=1)}
@@ -186,11 +179,14 @@ def time_steps(
         timed[f"verify {size}"] = verify(tokens=size, layer_ids=ids)
     for size in block_sizes:
         timed[f"draft {size}"] = draft_step(target, draft, block_size=size, batch=batch, context=context)
-    medians = {name: float(np.median(s)) for name, s in in_turn(timed, rounds=rounds).items()}
+    seconds = in_turn(timed, rounds=rounds)
+    medians = {name: float(np.median(s)) for name, s in seconds.items()}
+    verified = [n for n in medians if n.startswith("verify")]
     return StepTimes(
         step_s=medians["step"],
-        verify_s={int(n.split()[1]): s for n, s in medians.items() if n.startswith("verify")},
+        verify_s={int(n.split()[1]): medians[n] for n in verified},
         draft_s={int(n.split()[1]): s for n, s in medians.items() if n.startswith("draft")},
         context=context,
         batch=batch,
+        verify_ratio_ci95={int(n.split()[1]): ratio_interval(seconds[n], seconds["step"])[1:] for n in verified},
     )

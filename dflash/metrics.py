@@ -11,6 +11,11 @@ tok_s_total         tokens emitted after each row's first / decode seconds, all 
 tpot_ms             decode milliseconds / tokens emitted after the first, of one row
 ttft_ms             milliseconds from prompt to first token
 speedup_x           tok_s_total / baseline_tok_s_total, of the same tokens
+verify_ratio        T_verify(S) / T_1, the steps timed alone; draft_ratio T_draft(S) / T_1
+block_ratio         what a block cost in the loop, in one-token steps; predicted_block_ratio by its steps alone
+experts_awake_step  experts that a step of one token a row wakes, mean over layers; _verify: a verify step; _expected:
+                    the same if routing were even
+residual            speedup_x / predicted_speedup_x - 1
 
 Means are pooled over blocks (every block weighs the same), not means of per-request means.
 """
@@ -26,6 +31,9 @@ HIGHER_IS_BETTER = {
     "tok_s_total": True,
     "baseline_tok_s_total": True,
     "speedup_x": True,
+    "verify_ratio": False,
+    "draft_ratio": False,
+    "block_ratio": False,
     "ttft_ms": False,
     "tpot_ms": False,
     "baseline_tpot_ms": False,

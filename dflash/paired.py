@@ -1,23 +1,31 @@
 """One benchmark case: greedy decoding and DFlash decoding of the same prompts, in turn, round by round.
 
 A round decodes every group of prompts (a batch each) greedily, then with the draft. Both clocks run from after prefill
-to the last token; the first draft call is inside. The tokens of both are compared in every round.
+to the last token; the first draft call is inside. The tokens of both are compared in every round; in bfloat16 those
+that differ are audited (docs/lossless.md).
 """
 
+import dataclasses
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
-from dflash import metrics
+from dflash import cost_model, metrics
+from dflash.audit import NEAR_TIE, Divergence, audit_again
+from dflash.cost_model import StepTimes
 from dflash.decoding.decode import Request, RequestError, check_request, compiled_decoder, prefill, read_state
 from dflash.decoding.loop import Decoder, State
 from dflash.decoding.script import ScriptedDraft
 from dflash.gate import status
-from dflash.measure import StepTimes, ratio_interval
+from dflash.interval import noise, ratio_interval, rounds_to_add
+from dflash.measure import experts_awake
 from dflash.models.draft import Draft
+from dflash.models.gpt_oss import GptOss
 from dflash.models.llama import Llama
 
 Rows = list[list[int]]
@@ -33,9 +41,14 @@ def first_divergence(expected: Sequence[Rows], got: Sequence[Rows]) -> dict[str,
     return None
 
 
-def _longest(produced: Sequence[Rows]) -> int:
-    """One-token steps of every group together: a batch takes as many as its longest row."""
-    return sum(max(map(sum, rows)) for rows in produced)
+def _steps(produced: Sequence[Rows]) -> np.ndarray:
+    """One-token steps of every group, int64 [groups]: a batch takes as many as its longest row."""
+    return np.array([max(map(sum, rows)) for rows in produced])
+
+
+def _known(low: float, high: float) -> list[float] | None:
+    """An interval as it is reported: None where too few rounds gave one."""
+    return [low, high] if math.isfinite(high) else None
 
 
 class PairedRun:
@@ -101,6 +114,7 @@ class PairedRun:
         self.dflash_s: list[list[float]] = []
         self.prefill_s: list[float] = []
         self.divergence: dict[str, int] | None = None
+        self._differing: list[tuple[list[Rows], list[Rows]]] = []
         self._expected: list[Rows] = []
         self._produced_greedily: list[Rows] = []
         self._outcome: list[tuple[Rows, Rows, Rows]] = []
@@ -123,8 +137,41 @@ class PairedRun:
         self.dflash_s.append(seconds)
         self._ready = []
         self._outcome = [read_state(s) for s in states]
-        if self.with_baseline and self.divergence is None:
-            self.divergence = first_divergence(self._expected, [tokens for tokens, _, _ in self._outcome])
+        tokens = [rows for rows, _, _ in self._outcome]
+        if self.with_baseline and tokens != self._expected:
+            self.divergence = self.divergence or first_divergence(self._expected, tokens)
+            if (self._expected, tokens) not in self._differing:
+                self._differing.append((self._expected, tokens))
+
+    def _audit(self) -> list[Divergence]:
+        """The verdict on each row that differed in some round. In float32 none is needed: it must not differ."""
+        if self.target.dtype != jnp.bfloat16:
+            return []
+        pair = ((self.greedy, self._greedy_requests), (self.dflash, self._requests))
+        return [d for rows in self._differing for d in audit_again(self.target, *pair, *rows)]
+
+    def add_rounds(
+        self, rounds: int, *, precision: float, time_limit_s: float, keep: Callable[[float], None] = lambda _: None
+    ) -> int:
+        """Rounds until the interval of the last of them is narrower than `precision` of the speed-up, or time is up.
+
+        `rounds` were taken. `keep` gets the seconds of each new dflash_round. Returns how many there are then.
+        """
+        deadline = time.monotonic() + time_limit_s
+        while self.with_baseline and self._outcome and self._block_steps() and time.monotonic() < deadline:
+            baseline_s, dflash_s = np.array(self.baseline_s[-rounds:]), np.array(self.dflash_s[-rounds:])
+            more = rounds_to_add(baseline_s, dflash_s, precision)
+            if not more:
+                break
+            for _ in range(more):
+                self.baseline_round()
+                start = time.perf_counter()
+                self.dflash_round()
+                keep(time.perf_counter() - start)
+                rounds += 1
+                if time.monotonic() >= deadline:
+                    break
+        return rounds
 
     @staticmethod
     def _decode(decoder: Decoder, states: Sequence[State]) -> tuple[list[State], list[float]]:
@@ -140,9 +187,13 @@ class PairedRun:
         accepted = [row for _, rows, _ in self._outcome for row in rows]
         produced = [row for _, _, rows in self._outcome for row in rows]
         dflash_s = np.array(self.dflash_s[-rounds:])
-        longest = _longest([rows for _, _, rows in self._outcome])
+        dflash_steps = _steps([rows for _, _, rows in self._outcome])
+        longest = int(dflash_steps.sum())
         total_s = float(np.median(dflash_s.sum(axis=1)))
         lengths = [len(p) for r in self._requests for p in r.prompts]
+        divergences = self._audit()
+        defects = [d for d in divergences if d.verdict != NEAR_TIE]
+        place = {"prompt": defects[0].prompt, "token": defects[0].token} if defects else self.divergence
         info: dict[str, Any] = {
             "mode": self.mode,
             "block_size": self.block_size,
@@ -163,29 +214,49 @@ class PairedRun:
             "baseline_tpot_ms": None,
             "speedup_x": None,
             "speedup_x_ci95": None,
+            "speedup_x_timing_ci95": None,
+            "spread": None,
+            "drift": None,
+            "outliers": None,
+            "too_noisy": None,
             "block_ratio": None,
             "lossless": None,
-            "first_divergence": self.divergence,
+            "first_divergence": place,
+            "divergences": None,
+            "near_ties": None,
         }
         if self.with_baseline:
             baseline_s = np.array(self.baseline_s[-rounds:])
             greedy_s = float(np.median(baseline_s.sum(axis=1)))
             greedily = [row for rows in self._produced_greedily for row in rows]
-            longest_greedy = _longest(self._produced_greedily)
+            greedy_steps = _steps(self._produced_greedily)
+            longest_greedy = int(greedy_steps.sum())
             info |= {
                 "baseline_tok_s_total": metrics.throughput(greedily, greedy_s),
                 "baseline_tpot_ms": 1000 * greedy_s / longest_greedy if longest_greedy else None,
-                "lossless": self.divergence is None,
+                "lossless": self.divergence is None or (bool(divergences) and not defects),
+                "divergences": [dataclasses.asdict(d) for d in divergences],
+                "near_ties": len(divergences) - len(defects),
             }
             if longest:
-                ratio, low, high = ratio_interval(baseline_s, dflash_s)
+                # After a near tie the texts differ, and may in length: what is compared is the time of a token.
+                dflash_s = dflash_s * (greedy_steps / np.maximum(dflash_steps, 1))
+                ratio, *by_prompt = ratio_interval(baseline_s, dflash_s)
+                disturbed = noise(baseline_s, dflash_s)
                 info |= {
                     "speedup_x": ratio,
-                    "speedup_x_ci95": [low, high],
+                    "speedup_x_ci95": _known(*by_prompt),
+                    "speedup_x_timing_ci95": _known(*ratio_interval(baseline_s, dflash_s, by_prompt=False)[1:]),
+                    "spread": disturbed.spread,
+                    "drift": disturbed.drift,
+                    "outliers": disturbed.outliers,
+                    "too_noisy": disturbed.too_noisy,
                     "block_ratio": longest / self._block_steps() / ratio,
                 }
+        info |= self._experts()
         if steps is not None:
             info |= self._prediction(steps, longest)
+            info |= self._explanation(steps, info)
         return metrics.finite(info | {"status": status(info)})
 
     def _block_steps(self) -> int:
@@ -203,3 +274,40 @@ class PairedRun:
             looked_at = sum(1 + max(block) for _, rows, _ in self._outcome for block in zip_longest(*rows, fillvalue=0))
             ratio = looked_at / blocks + steps.draft_s[self.block_size] / steps.step_s
         return {"predicted_speedup_x": longest / blocks / ratio, "predicted_block_ratio": ratio}
+
+    def _experts(self) -> dict[str, Any]:
+        """Experts awake in a step of one token a row and in a verify step, expected and counted, of a routed target."""
+        routed = self.target.config.experts
+        if routed is None or not isinstance(self.target, GptOss):
+            return {}
+        prompts, outcome = self._requests[0].prompts, self._outcome[0][0]
+        rows = [[*prompt, *tokens] for prompt, tokens in zip(prompts, outcome, strict=True)]
+        sizes = {"experts_awake_step": 1, "experts_awake_verify": self.block_size}
+        told: dict[str, Any] = {"experts": routed.count}
+        for name, size in sizes.items():
+            told[f"{name}_expected"] = metrics.expected_awake(routed.count, routed.per_token, size * len(rows))
+            told[name] = experts_awake(self.target, rows, size) if min(map(len, rows)) >= size else None
+        return told
+
+    def _explanation(self, steps: StepTimes, info: dict[str, Any]) -> dict[str, Any]:
+        """The terms of the cost model beside what was measured: where time goes, and which block size to use."""
+        size = self.block_size
+        verify, draft, predicted = steps.verify_ratio(size), steps.draft_ratio(size), info["predicted_speedup_x"]
+        told: dict[str, Any] = {
+            "verify_ratio": verify,
+            "verify_ratio_ci95": _known(*steps.verify_ratio_ci95.get(size, (0.0, math.inf))),
+            "draft_ratio": draft,
+            "break_even_acceptance_length": info["predicted_block_ratio"],
+            "residual": None,
+            "time_shares": None,
+            "advice": None,
+        }
+        if predicted and info["speedup_x"]:
+            told["residual"] = cost_model.residual(info["speedup_x"], predicted)
+            # What is not the draft is the target's, however often a block asks it.
+            told["time_shares"] = cost_model.time_shares(
+                info["predicted_block_ratio"] - draft, draft, info["block_ratio"]
+            )
+        if self.mode == "cached_block_verify" and info["accept_rate_per_pos"] and min(steps.draft_s) == 2:
+            told["advice"] = cost_model.advice(steps, info["accept_rate_per_pos"])
+        return told

@@ -4,15 +4,19 @@ import sys
 
 import tyro
 
+from dflash.cli.audit import audit
 from dflash.cli.build_cache import build_cache
+from dflash.cli.doctor import doctor
 from dflash.cli.evaluate import evaluate
 from dflash.cli.export import export
 from dflash.cli.generate import generate
+from dflash.cli.report import export_results, report
 from dflash.cli.train import train
 from dflash.config import ConfigError
 from dflash.decoding.decode import RequestError
 from dflash.device import DeviceError
 from dflash.prompts import PromptError
+from dflash.report.run import ReportError
 from dflash.teacher_cache.arrays import CacheError
 from dflash.tokenizer import TokenizerError
 from dflash.training.run import TrainingError
@@ -24,6 +28,7 @@ USER_ERRORS = (
     ConfigError,
     DeviceError,
     PromptError,
+    ReportError,
     RequestError,
     SnapshotError,
     TokenizerError,
@@ -33,13 +38,17 @@ USER_ERRORS = (
 
 
 def main() -> int:
-    """Exit code 0, or 2 with one sentence for a user's mistake."""
+    """Exit code 0; 1 for a defect that an audit found or a host to mend; 2, with one sentence, for a user's mistake."""
     app = tyro.extras.SubcommandApp()
     app.command(name="generate")(generate)
     app.command(name="build-cache")(build_cache)
     app.command(name="train")(train)
     app.command(name="evaluate")(evaluate)
+    app.command(name="report")(report)
+    app.command(name="export-results")(export_results)
     app.command(name="export")(export)
+    app.command(name="audit")(audit)
+    app.command(name="doctor")(doctor)
     try:
         app.cli(prog="dflash", description="DFlash: lossless speculative decoding, measured.")
     except USER_ERRORS as error:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,14 +11,15 @@ import tyro
 
 from dflash import metrics
 from dflash.config import ConfigError, check_draft
-from dflash.device import open_default_device
+from dflash.device import device_facts, open_default_device
 from dflash.evaluate import Evaluator, summarise, walk
+from dflash.provenance import compile_cache, provenance
 from dflash.report import acceptance_table
 from dflash.teacher_cache import open_cache
 from dflash.teacher_cache.arrays import write_atomically
 from dflash.teacher_cache.sequences import SequenceCache
 from dflash.weights.huggingface import read_borrowed, snapshot_hash
-from dflash.weights.load import read_any_draft, target_directory
+from dflash.weights.load import draft_hash, read_any_draft, target_directory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,7 +48,8 @@ class Evaluate:
 
 def evaluate(args: Annotated[Evaluate, tyro.conf.arg(name="")]) -> None:
     """Score a draft at the anchors of a teacher cache, on held-out prompts unless told otherwise."""
-    open_default_device()
+    facts = device_facts(open_default_device())
+    compiled = compile_cache()
     cache = open_cache(args.cache_dir)
     directory = target_directory(args.target)
     if cache.snapshot_sha256 not in (None, snapshot_hash(directory)):
@@ -78,8 +81,11 @@ def evaluate(args: Annotated[Evaluate, tyro.conf.arg(name="")]) -> None:
     for line in acceptance_table(summary):
         print(line)
     if args.out_json is not None:
+        facts |= {"target": args.target, "target_sha256": snapshot_hash(directory), "cache_sha256": cache.sha256}
+        facts |= {"draft": args.draft, "draft_sha256": draft_hash(args.draft), "seeds": {"rows": args.seed}}
         out = {
             "summary": summary,
+            "dflash": provenance([{"extra_info": facts}], ["dflash", *sys.argv[1:]], compiled),
             "sample_idxs": blocks.row.tolist(),
             "anchors": blocks.anchor.tolist(),
             "accept_len": blocks.accept_len.tolist(),

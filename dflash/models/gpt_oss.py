@@ -1,5 +1,9 @@
 """GPT-OSS targets: the Llama decoder with attention sinks, alternating windows, biases and routed experts."""
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -27,11 +31,16 @@ class Experts(nnx.Module):
         self.down = nnx.Param(0.02 * rngs.normal((E, I, H), dtype))
         self.down_bias = nnx.Param(jnp.zeros((E, H), dtype))
 
+    def route(self, x: Array) -> tuple[Array, Array]:
+        """x [H, N] -> the top-k router logits of each token and the experts they are of, [N, k] both."""
+        logits, chosen = jax.lax.top_k(self.router(x).T, self.settings.per_token)
+        return logits, chosen
+
     def __call__(self, x: Array) -> Array:
         """x [H, N] -> [H, N]. Tokens are sorted by expert, so that each awake expert is read once."""
         s = self.settings
         N = x.shape[1]
-        top, chosen = jax.lax.top_k(self.router(x).T, s.per_token)
+        top, chosen = self.route(x)
         weights = jax.nn.softmax(top, axis=-1)
         order = jnp.argsort(chosen.reshape(-1), stable=True)
         expert = chosen.reshape(-1)[order]
@@ -54,3 +63,25 @@ class GptOss(Llama):
 
     def make_mlp(self, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Module:
         return Experts(self.config, dtype=dtype, rngs=rngs)
+
+    def chosen_experts(self, tokens: Array) -> Array:
+        """The experts that each token of int32 [B, T] wakes in each layer, int32 [L, B, T, k]. Without a cache."""
+        graph, weights = nnx.split(self)
+        return _chosen_experts(graph, weights, tokens)
+
+
+@partial(jax.jit, static_argnames="graph")
+def _chosen_experts(graph: Any, weights: Any, tokens: Array) -> Array:
+    copy, seen = nnx.merge(graph, weights), []
+
+    def watched(experts: Experts) -> Callable[[Array], Array]:
+        def run(x: Array) -> Array:
+            seen.append(experts.route(x)[1])
+            return experts(x)
+
+        return run
+
+    for layer in copy.layers:
+        layer.mlp = nnx.static(watched(layer.mlp))
+    copy.hidden(tokens)
+    return jnp.stack(seen).reshape(len(seen), *tokens.shape, -1)

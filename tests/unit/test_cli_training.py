@@ -82,6 +82,9 @@ def test_sequences_train_evaluate_and_generate(run, made):
     assert result["summary"].keys() >= {*KEYS, "live_acceptance_length"}
     assert result["summary"]["rows"] == "held_out"
     assert len(result["accept_len"]) == len(result["token_acc"]) == len(result["ctx_pos_start"])
+    told = result["dflash"]
+    assert told["read"].keys() == {"target", "target_sha256", "draft", "draft_sha256", "cache_sha256"}
+    assert (told["seeds"], told["command"][:3]) == ({"rows": 0}, ["dflash", "evaluate", "cache"])
     code, out, _ = run("evaluate", "cache", "runs/run-2", "--rows", "train")
     assert code == 0
     assert "TRAINING rows" in out

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dflash.gate import Floors, failures, status
+from dflash.gate import Floors, doubt, failures, remark, status
 
 OK = {
     "status": "ok",
@@ -17,11 +17,51 @@ OK = {
 }
 
 
-def test_status():
-    assert status({"lossless": True, "speedup_x": 2.0}) == "ok"
-    assert status({"lossless": False, "speedup_x": 2.0}) == "invalid"
-    assert status({"lossless": True, "speedup_x": None}) == "invalid"
-    assert status({"lossless": None, "speedup_x": None}) == "no-baseline"
+NOISY = OK | {"status": "invalid", "too_noisy": "its rounds differ by 30% (at most 10%)"}
+QUICK = OK | {"status": "quick", "speedup_x_ci95": None}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, "ok"),
+        ({"lossless": False}, "invalid"),
+        ({"speedup_x": None, "speedup_x_ci95": None}, "invalid"),
+        ({"lossless": None, "speedup_x": None, "speedup_x_ci95": None}, "no-baseline"),
+        ({"too_noisy": "its rounds differ"}, "invalid"),
+        ({"speedup_x_ci95": None}, "quick"),
+        ({"predicted_speedup_x": 3.4}, "unexplained"),
+        ({"predicted_speedup_x": 2.7}, "unexplained"),
+        ({"predicted_speedup_x": None}, "ok"),
+        ({"predicted_speedup_x": 9.0, "too_noisy": "its rounds differ"}, "invalid"),
+        ({"lossless": False, "too_noisy": "its rounds differ"}, "invalid"),
+    ],
+)
+def test_status(changes, expected):
+    assert status(OK | changes) == expected
+
+
+def test_noise_fails_what_is_asked_of_the_speed_up_and_only_that():
+    assert failures(NOISY, Floors(predicted_share=0.9)) == []
+    assert failures(NOISY, Floors(speedup_x=0.1)) == [
+        "speedup_x is invalid: its rounds differ by 30% (at most 10%); take more rounds on a quieter machine"
+    ]
+    (said,) = failures(NOISY, Floors(acceptance_length=7.0))
+    assert said.startswith("acceptance_length 6.00 < 7.00")
+
+
+def test_a_quick_run_passes_no_floor():
+    assert failures(QUICK, Floors(predicted_share=0.9)) == []
+    assert failures(QUICK, Floors(speedup_x=0.1)) == ["speedup_x is without an interval: it needs at least 3 rounds"]
+
+
+def test_remarks():
+    assert remark(OK) is None
+    assert doubt(OK) is None
+    far = OK | {"status": "unexplained", "residual": -0.2}
+    assert doubt(far) is None
+    assert remark(far) == "unexplained: -20% off the 3.20 that its steps predict (within 10% is explained)"
+    assert remark(NOISY) == doubt(NOISY)
 
 
 @pytest.mark.parametrize(
@@ -101,6 +141,12 @@ def test_the_upper_end_is_judged():
     noisy = OK | {"speedup_x": 2.0, "speedup_x_ci95": [1.0, 2.9]}
     assert failures(noisy, Floors(speedup_x=2.8, predicted_share=0.9)) == []
     assert len(failures(noisy, Floors(speedup_x=2.95, predicted_share=0.95))) == 2
+
+
+def test_other_prompts_are_not_asked():
+    slow = OK | {"speedup_x": 2.0, "speedup_x_ci95": [1.0, 4.0], "speedup_x_timing_ci95": [1.9, 2.1]}
+    (said,) = failures(slow, Floors(speedup_x=2.8))
+    assert said.startswith("speedup_x 2.00 (1.90 to 2.10) < 2.80")
 
 
 def test_without_a_prediction_the_loop_is_not_judged():

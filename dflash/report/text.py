@@ -15,8 +15,14 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [line(header), line(["-" * w for w in widths]), *map(line, rows)]
 
 
-def _number(value: float | None, digits: int = 2) -> str:
+def number(value: float | None, digits: int = 2) -> str:
+    """A figure for people; n/a where there is none."""
     return "n/a" if value is None else f"{value:.{digits}f}"
+
+
+def _lossless(case: dict[str, Any]) -> str:
+    ties = case.get("near_ties")
+    return f", lossless up to {ties} near tie{'s' * (ties > 1)}" if ties else ", lossless"
 
 
 def speedup_table(cases: Sequence[dict[str, Any]]) -> list[str]:
@@ -28,14 +34,14 @@ def speedup_table(cases: Sequence[dict[str, Any]]) -> list[str]:
         rows.append(
             [
                 c["case"],
-                _number(c["accept_len_mean"]),
+                number(c["accept_len_mean"]),
                 str(c["block_size"] - 1),
-                _number(c["tok_s_total"], 1),
-                _number(c["baseline_tok_s_total"], 1),
-                _number(c["speedup_x"]) + ("x" if c["speedup_x"] is not None else ""),
+                number(c["tok_s_total"], 1),
+                number(c["baseline_tok_s_total"], 1),
+                number(c["speedup_x"]) + ("x" if c["speedup_x"] is not None else ""),
                 "n/a" if interval is None else f"{interval[0]:.2f} to {interval[1]:.2f}",
-                _number(c.get("predicted_speedup_x")),
-                c["status"] + (", lossless" if c["lossless"] else ""),
+                number(c.get("predicted_speedup_x")),
+                c["status"] + (_lossless(c) if c["lossless"] else ""),
             ]
         )
     return _table(header, rows)
@@ -44,17 +50,13 @@ def speedup_table(cases: Sequence[dict[str, Any]]) -> list[str]:
 def step_table(info: dict[str, Any]) -> list[str]:
     """The terms beside the floor (bytes of weights over measured bandwidth), and what each block size needs."""
     one = info["step_ms"]
-    rows = [
-        ["T_1", _number(one, 1), "1.00", _number(info["floor_ms"]["1"], 1), _number(one / info["floor_ms"]["1"]), ""]
-    ]
+    rows = [["T_1", number(one, 1), "1.00", number(info["floor_ms"]["1"], 1), number(one / info["floor_ms"]["1"]), ""]]
     for size, ms in info["verify_ms"].items():
         floor = info["floor_ms"][size]
-        rows.append(
-            [f"T_verify({size})", _number(ms, 1), _number(ms / one), _number(floor, 1), _number(ms / floor), ""]
-        )
+        rows.append([f"T_verify({size})", number(ms, 1), number(ms / one), number(floor, 1), number(ms / floor), ""])
     for size, ms in info["draft_ms"].items():
         need = (info["verify_ms"][size] + ms) / one
-        rows.append([f"T_draft({size})", _number(ms, 1), _number(ms / one), "", "", _number(need)])
+        rows.append([f"T_draft({size})", number(ms, 1), number(ms / one), "", "", number(need)])
     header = ["step", "ms", "/ T_1", "floor ms", "/ floor", "break-even acceptance_length"]
     facts = (
         f"{info['device_kind']}, {info['dtype']}, batch {info['batch_size']}, context {info['context']}; "
@@ -83,9 +85,9 @@ def acceptance_table(summary: dict[str, Any]) -> list[str]:
         [
             start,
             str(b["n"]),
-            _number(b["accept_len_mean"]),
-            _number(b["accept_len_p50"], 0),
-            _number(b["tok_acc_mean"], 3),
+            number(b["accept_len_mean"]),
+            number(b["accept_len_p50"], 0),
+            number(b["tok_acc_mean"], 3),
         ]
         for start, b in summary["by_ctx_pos_start"].items()
     ]
@@ -99,8 +101,8 @@ def category_table(info: dict[str, Any]) -> list[str]:
             name,
             str(c["num_prompts"]),
             str(c["num_drafts"]),
-            _number(c["acceptance_length"]),
-            " ".join(_number(rate) for rate in c["accept_rate_per_pos"] or []),
+            number(c["acceptance_length"]),
+            " ".join(number(rate) for rate in c["accept_rate_per_pos"] or []),
         ]
         for name, c in [
             *info["by_category"].items(),
@@ -118,4 +120,32 @@ def training_lines(info: dict[str, Any]) -> list[str]:
         f"({100 * info['matmul_fraction']:.0f}%)",
         f"a batch is read in {1000 * info['read_s']:.0f} ms; the cache is written at {info['cache_write_gb_s']:.2f} "
         f"GB/s, one large file at {info['disk_write_gb_s']:.2f}",
+    ]
+
+
+def audit_lines(figures: dict[str, Any]) -> list[str]:
+    """An audit: the verdict, what one-token steps and blocks round differently, and every divergence and defect."""
+    parity = figures["parity"]
+    size, layer = parity["block_size"], parity["first_layer"]
+    begins = "no layer differs" if layer is None else f"layer {layer} is the first whose output differs"
+    equal = "bitwise equal" if parity["bitwise_equal"] else "not bitwise equal"
+    rows = [("logits", parity["logits"]), *((f"layer {i}", d) for i, d in enumerate(parity["layers"]))]
+    sentences = [
+        f"{case}, prompt {d['prompt']}, token {d['token']}: greedy {d['greedy_token']}, DFlash {d['dflash_token']}, "
+        f"margin {d['margin']:.3g}, noise {d['noise']:.3g}: near tie"
+        for case, divergences in figures["divergences"].items()
+        for d in divergences
+        if d["verdict"] == "near tie"
+    ]
+    return [
+        f"{figures['verdict']}: {figures['tokens']} tokens of {figures['dtype']} decoding judged on "
+        f"{figures['device_kind']}, {figures['near_ties']} near ties, {len(figures['defects'])} defects",
+        f"one-token steps against blocks of {size} at {parity['positions']} positions: {equal}; {begins}; "
+        f"{parity['flips']} argmax flips ({100 * parity['flip_rate']:.2f}%)",
+        *_table(
+            ["difference", "p99 ulps", "largest"],
+            [[name, number(d["ulps_p99"]), number(d["ulps_max"])] for name, d in rows],
+        ),
+        *sentences,
+        *(f"DEFECT: {said}" for said in figures["defects"]),
     ]

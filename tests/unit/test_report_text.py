@@ -1,6 +1,6 @@
 """Tables for people: columns line up, nothing is invented where there is no number."""
 
-from dflash.report import category_table, speedup_table, step_table
+from dflash.report.text import category_table, speedup_table, step_table
 
 CASE = {
     "case": "block-b8-n64-a7",

@@ -1,0 +1,262 @@
+"""Is this host ready? Versions, devices, who holds the chip, memory, space, token, caches; and what to do for each.
+
+Nothing here opens a device in this process: a TPU belongs to one process, and opening one that is held may hang.
+"""
+
+import dataclasses
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import huggingface_hub
+import jax
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from dflash.device import looks_like_tpu_host
+from dflash.native.build import BuildError, library
+from dflash.provenance import compile_cache, flags
+from dflash.weights.smollm2 import default_cache_dir, find_snapshot
+
+PACKAGE = "dflash-bench"
+# The built-in target in float32, read, and its caches; its snapshot and compiled programs on disk.
+LEAST_MEMORY = 2e9
+LEAST_SPACE = 2e9
+OPEN_SECONDS = 120
+SHARED_MEMORY = Path("/dev/shm")
+
+_OPEN = """
+import json, jax
+told = []
+for d in jax.devices():
+    limit = (d.memory_stats() or {}).get("bytes_limit")
+    told.append({"platform": d.platform, "kind": d.device_kind, "bytes": limit})
+print(json.dumps(told))
+"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Finding:
+    """What was looked at, what was found, and, unless it is ok, what to do. Only `mend` stands in the way of a run."""
+
+    name: str
+    verdict: Literal["ok", "note", "mend"]
+    found: str
+    advice: str = ""
+
+
+def examine(device: str = "") -> list[Finding]:
+    """Everything that was found, in the order to read it. `device` (cpu, gpu or tpu) must be there; empty: any will do.
+
+    Takes seconds, or up to OPEN_SECONDS where a device does not answer.
+    """
+    return [
+        python_version(),
+        *packages(),
+        libtpu(),
+        devices(device),
+        kernels(),
+        memory(),
+        *space(default_cache_dir(), Path.cwd()),
+        programs(),
+        settings(),
+        target(),
+        token(),
+    ]
+
+
+def python_version(version: str = platform.python_version()) -> Finding:
+    """This Python against what the package asks for."""
+    try:
+        asked = metadata.metadata(PACKAGE)["Requires-Python"]
+    except metadata.PackageNotFoundError:
+        return Finding(name="python", verdict="note", found=f"{version}; {PACKAGE} is not installed, so nothing asks")
+    if SpecifierSet(asked).contains(version):
+        return Finding(name="python", verdict="ok", found=version)
+    return Finding(name="python", verdict="mend", found=version, advice=f"make the environment with Python {asked}")
+
+
+def packages() -> list[Finding]:
+    """jax's version, and one finding for all dependencies that are missing or of another version than is asked for."""
+    try:
+        asked = metadata.requires(PACKAGE) or []
+    except metadata.PackageNotFoundError:
+        return [
+            Finding(name="packages", verdict="mend", found=f"{PACKAGE} is not installed", advice="pip install -e .")
+        ]
+    wrong = []
+    for requirement in map(Requirement, asked):
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        installed = _version(requirement.name)
+        if installed is None or not requirement.specifier.contains(installed, prereleases=True):
+            wrong.append(f"{requirement} (here {installed or 'none'})")
+    told = f"jax {jax.__version__}, jaxlib {_version('jaxlib')}"
+    if not wrong:
+        return [Finding(name="packages", verdict="ok", found=told)]
+    advice = "pip install -e . brings what is asked for: " + ", ".join(wrong)
+    return [Finding(name="packages", verdict="mend", found=told, advice=advice)]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def libtpu() -> Finding:
+    """libtpu against the version that this jax is made for."""
+    installed, here = _version("libtpu"), looks_like_tpu_host()
+    asked = [r for r in map(Requirement, metadata.requires("jax") or []) if r.name == "libtpu"]
+    if installed is None and not here:
+        return Finding(name="libtpu", verdict="ok", found="none, and no TPU seems to be here")
+    advice = 'pip install -e ".[tpu]" brings the one that this jax is made for'
+    if installed is None:
+        return Finding(name="libtpu", verdict="mend", found="none, on a host with a TPU", advice=advice)
+    if asked and not asked[0].specifier.contains(installed, prereleases=True):
+        told = f"{installed}, and jax {jax.__version__} asks for {asked[0].specifier}"
+        return Finding(name="libtpu", verdict="mend" if here else "note", found=told, advice=advice)
+    return Finding(name="libtpu", verdict="ok", found=installed)
+
+
+def devices(required: str = "", seconds: float = OPEN_SECONDS) -> Finding:
+    """What jax opens here, asked of another process."""
+    try:
+        told = subprocess.run([sys.executable, "-c", _OPEN], capture_output=True, encoding="utf-8", timeout=seconds)
+    except subprocess.TimeoutExpired:
+        found = f"jax opened none within {seconds:.0f} s"
+        return Finding(name="devices", verdict="mend", found=found, advice=_who_holds())
+    if told.returncode:
+        last = (told.stderr.strip().splitlines() or ["no word"])[-1][:200]
+        return Finding(name="devices", verdict="mend", found=f"jax can open none: {last}", advice=_who_holds())
+    opened = json.loads(told.stdout.splitlines()[-1])
+    kinds = [f"{d['platform']} {d['kind']}" + (f" ({d['bytes'] / 1e9:.0f} GB)" if d["bytes"] else "") for d in opened]
+    found = ", ".join(f"{kinds.count(k)} x {k}" for k in dict.fromkeys(kinds))
+    wanted = required or ("tpu" if looks_like_tpu_host() else "")
+    if not wanted or any(d["platform"] == wanted for d in opened):
+        return Finding(name="devices", verdict="ok", found=found)
+    advice = (
+        _who_holds() if wanted == "tpu" else f"install jax for {wanted}, and unset JAX_PLATFORMS if it leaves it out"
+    )
+    return Finding(name="devices", verdict="mend", found=f"{found}, and no {wanted}", advice=advice)
+
+
+def _who_holds() -> str:
+    """Which processes have a TPU's file open, as far as this user may see."""
+    held = holders()
+    if held:
+        who = ", ".join(f"{pid} ({name})" for pid, name in held)
+        return f"a TPU belongs to one process at a time: end process {who}, then run this again"
+    return (
+        "no process that this user may look at has a chip open: run this as root to see all; if there is none, libtpu "
+        'may be missing (pip install -e ".[tpu]") or the chip needs a restart of its host'
+    )
+
+
+def holders(processes: Path = Path("/proc")) -> list[tuple[int, str]]:
+    """Process id and program name of every process that has a TPU's device file open; empty where /proc tells nothing.
+
+    Names only: the words of a command may hold secrets.
+    """
+    found = []
+    for process in sorted(processes.glob("[0-9]*"), key=lambda p: int(p.name)):
+        try:
+            opened = [str(f.readlink()) for f in (process / "fd").iterdir()]
+            name = (process / "comm").read_text().strip()
+        except OSError:  # another user's, or gone
+            continue
+        chips = [f for f in opened if f.startswith(("/dev/accel", "/dev/vfio/"))]
+        if chips and int(process.name) != os.getpid():
+            found.append((int(process.name), name))
+    return found
+
+
+def kernels() -> Finding:
+    """Whether our CPU kernels can be compiled; they are here. A run on a CPU without them works, and is slower."""
+    try:
+        library()
+    except BuildError as error:
+        advice = "float32 on a CPU uses XLA's products, which verify a block at twice the cost"
+        return Finding(name="CPU kernels", verdict="note", found=str(error), advice=advice)
+    return Finding(name="CPU kernels", verdict="ok", found="compiled")
+
+
+def memory() -> Finding:
+    """Memory of the host."""
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    found = f"{whole / 1e9:.1f} GB"
+    if whole >= LEAST_MEMORY:
+        return Finding(name="memory", verdict="ok", found=found)
+    advice = f"the built-in target takes {LEAST_MEMORY / 1e9:.0f} GB: use a larger host"
+    return Finding(name="memory", verdict="mend", found=found, advice=advice)
+
+
+def space(caches: Path, results: Path) -> list[Finding]:
+    """Free space where models and compiled kernels go, and where results go."""
+    places = {"cache folder": (caches, "name another in DFLASH_CACHE_DIR"), "this folder": (results, "work elsewhere")}
+    return [_space(name, *place) for name, place in places.items()]
+
+
+def _space(name: str, path: Path, elsewhere: str) -> Finding:
+    there = next(p for p in (path, *path.parents) if p.exists())
+    free = shutil.disk_usage(there).free
+    found = f"{path}: {free / 1e9:.1f} GB free"
+    if not os.access(there, os.W_OK):
+        return Finding(name=name, verdict="mend", found=f"{found}, and may not be written", advice=elsewhere)
+    if free >= LEAST_SPACE:
+        return Finding(name=name, verdict="ok", found=found)
+    offered = ""
+    if SHARED_MEMORY.is_dir() and os.access(SHARED_MEMORY, os.W_OK):
+        left = shutil.disk_usage(SHARED_MEMORY).free
+        offered = f" ({SHARED_MEMORY} has {left / 1e9:.1f} GB, which is memory, and gone after a restart)"
+    advice = f"free {LEAST_SPACE / 1e9:.0f} GB, or {elsewhere}{offered}"
+    return Finding(name=name, verdict="mend", found=found, advice=advice)
+
+
+def programs() -> Finding:
+    """jax's cache of compiled programs."""
+    config: Any = jax.config  # its flags are unknown to type checkers
+    directory, state = config.jax_compilation_cache_dir, compile_cache()
+    if state == "off":
+        advice = (
+            "to compile once and not in every run, set JAX_COMPILATION_CACHE_DIR to a folder; results say which it was"
+        )
+        return Finding(name="compile cache", verdict="note", found="off", advice=advice)
+    found = f"{directory}: {state}"
+    local = "://" not in directory
+    if local and not os.access(next(p for p in (Path(directory), *Path(directory).parents) if p.exists()), os.W_OK):
+        advice = "JAX_COMPILATION_CACHE_DIR must be a folder that may be written"
+        return Finding(name="compile cache", verdict="mend", found=f"{found}, and may not be written", advice=advice)
+    return Finding(name="compile cache", verdict="ok", found=found)
+
+
+def settings() -> Finding:
+    """Settings of jax and XLA that change what is measured, by allow-list."""
+    found = ", ".join(f"{name}={value}" for name, value in flags().items())
+    if not found:
+        return Finding(name="settings", verdict="ok", found="none that changes what is computed")
+    return Finding(name="settings", verdict="note", found=found, advice="results carry them; unset what is not meant")
+
+
+def target() -> Finding:
+    """Whether the built-in target is here already."""
+    directory = find_snapshot()
+    if directory is not None:
+        return Finding(name="built-in target", verdict="ok", found=str(directory))
+    advice = "python -m dflash generate hello fetches it once (a package index must be in reach)"
+    return Finding(name="built-in target", verdict="note", found="not fetched yet", advice=advice)
+
+
+def token() -> Finding:
+    """Whether a Hugging Face token is set; it is never shown."""
+    if huggingface_hub.get_token():
+        return Finding(name="HF token", verdict="ok", found="set")
+    advice = "only gated models and data sets need one: set HF_TOKEN, or run `hf auth login`"
+    return Finding(name="HF token", verdict="note", found="none", advice=advice)

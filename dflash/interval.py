@@ -1,0 +1,121 @@
+"""How sure a speed-up is: its interval, what disturbed its rounds, and whether more of them are needed.
+
+Reads seconds of two functions measured in turn, [rounds] or [rounds, prompts]. No jax, no clock.
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+from scipy.special import stdtrit
+
+# Fewer rounds say nothing of their own noise.
+LEAST_ROUNDS = 3
+# Above this, in a fraction of the speed-up, rounds contradict each other: their median is no measurement.
+TOO_NOISY = 0.10
+# A round this many standard deviations off the others is an outlier.
+_FAR = 5.0
+
+
+def _pairs(baseline: np.ndarray, candidate: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both as float64 [rounds, prompts]. Raises ValueError when the shapes differ: nothing is paired then."""
+    if np.shape(baseline) != np.shape(candidate):
+        raise ValueError(f"both must have the same rounds, got {np.shape(baseline)} and {np.shape(candidate)}")
+    a, b = (np.asarray(x, np.float64).reshape(len(x), -1) for x in (baseline, candidate))
+    return a, b
+
+
+def _margin(drawn: tuple[np.ndarray, np.ndarray], count: int) -> float:
+    """Half a 95% interval of log(a / b), from bootstrap medians of both [draws]: Student's t times their deviation.
+
+    Percentiles of so few different medians are too narrow below ten rounds; this holds from three on.
+    """
+    return float(stdtrit(count - 1, 0.975) * np.std(np.log(drawn[0] / drawn[1])))
+
+
+def ratio_interval(
+    baseline: np.ndarray, candidate: np.ndarray, *, by_prompt: bool = True, draws: int = 2000, seed: int = 0
+) -> tuple[float, float, float]:
+    """Ratio of median seconds baseline / candidate with its 95% bootstrap interval: (ratio, low, high).
+
+    What a round of several prompts took is their sum. Rounds are drawn in pairs, which is the noise of the clock, and,
+    `by_prompt`, prompts too: the interval is then that of other prompts of this kind, and not of these alone. Fewer
+    than three rounds give (ratio, 0, inf). Raises ValueError when the shapes differ.
+    """
+    a, b = _pairs(baseline, candidate)
+    count, prompts = a.shape
+    sums = a.sum(axis=1), b.sum(axis=1)
+    ratio = float(np.median(sums[0]) / np.median(sums[1]))
+    if count < LEAST_ROUNDS:
+        return ratio, 0.0, math.inf
+    rng = np.random.default_rng(seed)
+    chosen = rng.integers(0, count, (draws, count))
+    margin = _margin((np.median(sums[0][chosen], axis=1), np.median(sums[1][chosen], axis=1)), count)
+    if by_prompt and prompts > 1:
+        # How often each prompt is drawn: [prompts, draws].
+        times = rng.multinomial(prompts, np.full(prompts, 1 / prompts), draws).T
+        margin = math.hypot(margin, _margin((np.median(a @ times, axis=0), np.median(b @ times, axis=0)), prompts))
+    return ratio, ratio * math.exp(-margin), ratio * math.exp(margin)
+
+
+def rounds_to_add(baseline: np.ndarray, candidate: np.ndarray, precision: float) -> int:
+    """0 when the interval of these prompts is narrower than `precision` of the ratio, else rounds to take before
+
+    asking again: half as many as there are, since each look is one more chance to stop at a lucky moment.
+    """
+    ratio, low, high = ratio_interval(baseline, candidate, by_prompt=False, draws=500)
+    return 0 if high - low < precision * ratio else max(1, len(baseline) // 2)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Noise:
+    """What disturbed the rounds, all as seen in the speed-up of each pair.
+
+    spread    standard deviation over rounds, a fraction of the speed-up; from the median absolute deviation
+    drift     second half of the rounds against the first, a fraction; 0.0 where chance explains it
+    outliers  rounds far from the others
+    rounds    of so many
+    """
+
+    spread: float
+    drift: float
+    outliers: int
+    rounds: int
+
+    @property
+    def too_noisy(self) -> str | None:
+        """Why these rounds measure nothing, or None; None also for rounds too few to tell."""
+        if self.rounds < LEAST_ROUNDS:
+            return None
+        if abs(self.drift) > TOO_NOISY:
+            return f"it drifted by {self.drift:+.0%} between the halves of its rounds (at most {TOO_NOISY:.0%})"
+        if self.spread > TOO_NOISY:
+            return f"its rounds differ by {self.spread:.0%} (at most {TOO_NOISY:.0%})"
+        if 4 * self.outliers > self.rounds:
+            return f"{self.outliers} of {self.rounds} rounds are outliers (at most a quarter)"
+        return None
+
+
+def _deviation(values: np.ndarray) -> float:
+    """Standard deviation that outliers do not move; values have median 0."""
+    return float(1.4826 * np.median(np.abs(values)))
+
+
+def noise(baseline: np.ndarray, candidate: np.ndarray) -> Noise:
+    """What disturbed these rounds. Raises ValueError when the shapes differ."""
+    a, b = _pairs(baseline, candidate)
+    ratios = np.log(a.sum(axis=1) / b.sum(axis=1))
+    count = len(ratios)
+    off = ratios - np.median(ratios)
+    spread = _deviation(off)
+    halves = ratios[: count // 2], ratios[(count + 1) // 2 :]
+    drift = 0.0
+    if count // 2 >= LEAST_ROUNDS:
+        drift = float(np.median(halves[1]) - np.median(halves[0]))
+        within = math.sqrt(sum(float(np.var(h, ddof=1)) for h in halves) / 2)
+        # The error of a median is 1.25 times that of a mean.
+        if abs(drift) <= stdtrit(count - 2, 0.999) * 1.25 * within * math.sqrt(2 / len(halves[0])):
+            drift = 0.0
+    # Rounds that are equal to the tick of the clock would make every other one far.
+    far = int((np.abs(off) > max(_FAR * spread, 0.01)).sum()) if count > 2 * LEAST_ROUNDS else 0
+    return Noise(spread=math.expm1(spread), drift=math.expm1(drift), outliers=far, rounds=count)

@@ -1,0 +1,231 @@
+"""The options of a benchmark run: each is read from the command line, else from the environment, else a default.
+
+The root conftest.py adds them to pytest; `--help` lists them with their environment names.
+"""
+
+import argparse
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dflash import baselines
+from dflash.device import KINDS
+from dflash.weights.load import UNTRAINED
+
+
+def _integer(text: str, least: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = least - 1
+    if value < least:
+        raise argparse.ArgumentTypeError(f"expected an integer of at least {least}, got {text!r}")
+    return value
+
+
+def _count(text: str) -> int:
+    return _integer(text, 1)
+
+
+def _length(text: str) -> int:
+    return _integer(text, 0)
+
+
+def _counts(text: str) -> list[int]:
+    return [_integer(v, 1) for v in text.split(",")]
+
+
+def _block_sizes(text: str) -> list[int]:
+    return [_integer(v, 2) for v in text.split(",")]
+
+
+def _floor(text: str) -> float | None:
+    if not text:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return value
+
+
+def _fraction(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to below 1, got {text!r}")
+    return value
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected seconds, 0 or more, got {text!r}")
+    return value
+
+
+def _option(group: pytest.OptionGroup, name: str, env: str, default: str, text: str, **more: Any) -> None:
+    """An option whose default comes from the environment; the help says which name."""
+    value = os.environ.get(env) or default
+    choices = more.get("choices")
+    if choices and value not in choices:  # argparse checks what is typed, and takes a default as it is
+        raise pytest.UsageError(f"{env} must be one of {', '.join(filter(None, choices))}, got {value!r}")
+    group.addoption(name, default=value, help=f"{text} (env {env}; now {value!r})", **more)
+
+
+def add_options(parser: pytest.Parser, root: Path) -> None:
+    """Adds every option of ours; `root` is the folder of the project, where baselines are looked for."""
+    group = parser.getgroup("dflash", "DFlash decoding and its measurement")
+    _option(group, "--run-on", "DFLASH_RUN_ON", "tpu", "device that tests/tpu and bench run on", choices=KINDS)
+    _option(
+        group,
+        "--require-device",
+        "DFLASH_REQUIRE_DEVICE",
+        "",
+        "fail, instead of skipping, without this device",
+        choices=("", *KINDS),
+    )
+    _option(
+        group,
+        "--target",
+        "TEACHER_SNAPSHOT_DIR",
+        "smollm2-135m",
+        "target: a snapshot directory (write --target=DIR), or smollm2-135m",
+        metavar="DIR",
+    )
+    _option(
+        group,
+        "--draft",
+        "DRAFT_RUN_DIR",
+        UNTRAINED,
+        "draft: a DFlashDraftModel or run directory (write --draft=DIR), or untrained",
+        metavar="DIR",
+    )
+    _option(
+        group,
+        "--teacher-cache",
+        "CACHE_DIR",
+        "",
+        "teacher cache whose held-out prompts a draft is evaluated on, offline",
+        metavar="DIR",
+    )
+    _option(
+        group, "--draft-layers", "DFLASH_DRAFT_LAYERS", "2", "layers of the untrained draft", type=_count, metavar="N"
+    )
+    _option(group, "--dtype", "DFLASH_DTYPE", "float32", "dtype of computation", choices=("float32", "bfloat16"))
+    _option(
+        group,
+        "--prompts",
+        "DFLASH_PROMPTS",
+        "builtin",
+        "prompts: builtin[:category], humaneval, FILE.jsonl, hf:NAME, or random",
+        metavar="SOURCE",
+    )
+    _option(group, "--num-prompts", "DFLASH_NUM_PROMPTS", "4", "prompts of a round", type=_count, metavar="N")
+    _option(
+        group,
+        "--prompt-len",
+        "DFLASH_PROMPT_LEN",
+        "0",
+        "exact prompt length in tokens; 0 leaves them",
+        type=_length,
+        metavar="N",
+    )
+    _option(group, "--batch-size", "DFLASH_BATCH_SIZE", "1", "prompts decoded together", type=_count, metavar="N")
+    _option(
+        group, "--block-sizes", "BLOCK_SIZES", "8", "block sizes, the anchor included", type=_block_sizes, metavar="N,N"
+    )
+    _option(group, "--max-new-tokens", "MAX_NEW_TOKENS_LIST", "64", "token budgets", type=_counts, metavar="N,N")
+    _option(
+        group,
+        "--rounds",
+        "DFLASH_ROUNDS",
+        "5",
+        "timed rounds of each case at least, after one of warm-up; under 3 give no interval",
+        type=_count,
+        metavar="N",
+    )
+    _option(
+        group,
+        "--precision",
+        "DFLASH_PRECISION",
+        "0.05",
+        "add rounds until the interval is narrower than this fraction of the speed-up",
+        type=_fraction,
+        metavar="X",
+    )
+    _option(
+        group,
+        "--time-limit",
+        "DFLASH_TIME_LIMIT",
+        "20",
+        "seconds that added rounds of a case may take; 0 adds none",
+        type=_seconds,
+        metavar="S",
+    )
+    _option(
+        group,
+        "--also-run-baseline",
+        "ALSO_RUN_BASELINE",
+        "1",
+        "0 leaves greedy out: no speed-up, no proof",
+        choices=("0", "1", "false", "true"),
+    )
+    _option(
+        group,
+        "--report",
+        "DFLASH_REPORT",
+        "",
+        "write report.html and report.md into this directory; the runs kept there are its history",
+        metavar="DIR",
+    )
+    _option(group, "--run-name", "RUN_NAME", "", "name kept in the results", metavar="NAME")
+    _option(
+        group,
+        "--min-speedup",
+        "DFLASH_MIN_SPEEDUP",
+        "",
+        "fail a draft's block cases under this",
+        type=_floor,
+        metavar="X",
+    )
+    _option(
+        group,
+        "--min-acceptance-length",
+        "DFLASH_MIN_ACCEPTANCE_LENGTH",
+        "",
+        "fail a draft's cases under this",
+        type=_floor,
+        metavar="X",
+    )
+    _option(
+        group,
+        "--baselines",
+        "DFLASH_BASELINES",
+        str(root / "bench" / "baselines"),
+        "directory of baselines, a file per device kind, that cases are held to",
+        metavar="DIR",
+    )
+    group.addoption("--update-baselines", action="store_true", help="write this run's cases as baselines instead")
+    group.addoption(
+        "--require-baseline", action="store_true", help="fail unless every case has a baseline and passes it"
+    )
+    _option(
+        group,
+        "--tolerance",
+        "DFLASH_TOLERANCE",
+        str(baselines.TOLERANCE),
+        "fraction that --update-baselines puts between a figure and its floor, at least",
+        type=_fraction,
+        metavar="X",
+    )

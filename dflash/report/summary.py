@@ -1,0 +1,43 @@
+"""What the benchmarks of a run measured, and what the terminal says of it at the end. No jax."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from dflash.cost_model import advice_line
+from dflash.gate import remark
+from dflash.report.text import category_table, speedup_table, step_table, training_lines
+
+Info = dict[str, Any]
+
+
+@dataclasses.dataclass
+class Results:
+    """Each list holds the `extra_info` of its benchmarks; `gate` is what the baselines say of the cases."""
+
+    cases: list[Info] = dataclasses.field(default_factory=list)
+    steps: list[Info] = dataclasses.field(default_factory=list)
+    trainings: list[Info] = dataclasses.field(default_factory=list)
+    acceptances: list[Info] = dataclasses.field(default_factory=list)
+    gate: list[str] = dataclasses.field(default_factory=list)
+    compile_cache: str = "unknown"
+    saved: bool = False
+
+    def sections(self) -> Iterator[tuple[str, list[str]]]:
+        """Title and lines of every section that has something to say."""
+        tables = {
+            "what a step costs": [line for info in self.steps for line in step_table(info)],
+            "what training a draft costs": [line for info in self.trainings for line in training_lines(info)],
+            "what the target accepts of the draft": [line for i in self.acceptances for line in category_table(i)],
+            "speed-up over greedy decoding": list(self._speedups()) if self.cases else [],
+            "baselines": self.gate,
+        }
+        return ((title, lines) for title, lines in tables.items() if lines)
+
+    def _speedups(self) -> Iterator[str]:
+        yield from speedup_table(self.cases)
+        for info in self.cases:
+            if (said := remark(info)) is not None:
+                yield f"{info['case']}: {said}"
+            if info.get("scripted") is None and (told := advice_line(info)) is not None:
+                yield told

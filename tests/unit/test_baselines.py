@@ -1,0 +1,329 @@
+"""Cases held to baselines: each verdict, its sentence and the run's exit code, on canned figures and a real pytest."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from dflash.baselines import (
+    BaselineError,
+    baseline_of,
+    baseline_path,
+    close_run,
+    judge,
+    read_baselines,
+    updated,
+    workload,
+    write_baselines,
+)
+
+pytest_plugins = ["pytester"]
+ROOT = Path(__file__).parents[2]
+DEVICE = "TPU v5e"
+CASE = {
+    "case": "block-b8-n256-draft",
+    "device_kind": DEVICE,
+    "platform": "tpu",
+    "workload_version": 1,
+    "target_sha256": "ab",
+    "prompts": "builtin",
+    "prompts_sha256": "cd",
+    "num_prompts": 4,
+    "prompt_len": 40,
+    "batch_size": 1,
+    "dtype": "bfloat16",
+    "mode": "cached_block_verify",
+    "block_size": 8,
+    "max_new_tokens": 256,
+    "cpu_count": 8,
+    "status": "ok",
+    "lossless": True,
+    "first_divergence": None,
+    "speedup_x": 3.1,
+    "speedup_x_ci95": [2.4, 4.0],
+    "speedup_x_timing_ci95": [3.07, 3.13],
+    "acceptance_length": 5.9,
+    "accept_rate": 0.7,
+    "verify_ratio": 1.4,
+    "verify_ratio_ci95": [1.38, 1.42],
+    "draft_ratio": 0.5,
+}
+HELD = {CASE["case"]: baseline_of(CASE)}
+
+
+def figures(speedup=3.1, **others):
+    return CASE | {"speedup_x": speedup, "speedup_x_timing_ci95": [speedup - 0.06, speedup + 0.07]} | others
+
+
+# ---- one case
+
+
+def test_a_case_passes_its_own_baseline():
+    assert (judge(CASE, HELD).verdict, judge(CASE, HELD).sentence) == ("pass", "")
+
+
+def test_floors_are_the_tolerance_or_the_interval_below_the_reference():
+    held = baseline_of(CASE, 0.005)
+    assert held["speedup_x"] == {"reference": 3.1, "floor": 3.07}
+    assert held["acceptance_length"] == {"reference": 5.9, "floor": 5.8705}
+    assert held["verify_ratio"] == {"reference": 1.4, "ceiling": 1.42}
+    assert held["draft_ratio"] == {"reference": 0.5}
+    wide = baseline_of(CASE, 0.1)
+    assert (wide["speedup_x"]["floor"], wide["verify_ratio"]["ceiling"]) == pytest.approx((2.79, 1.54))
+
+
+def test_a_slower_verify_step_is_named():
+    now = figures(2.61, speedup_x_timing_ci95=[2.55, 2.68], verify_ratio=1.596, verify_ratio_ci95=[1.57, 1.62])
+    held = {CASE["case"]: HELD[CASE["case"]] | {"speedup_x": {"reference": 3.1, "floor": 2.8}}}
+    told = judge(now, held)
+    assert told.verdict == "fail"
+    assert told.sentence == (
+        "speedup_x 2.61 (2.55 to 2.68) < 2.80, verify_ratio 1.60 (1.57 to 1.62) > 1.42 on TPU v5e; acceptance "
+        "unchanged, verify step +14%, draft step unchanged"
+    )
+
+
+def test_a_worse_draft_is_named():
+    told = judge(figures(2.7, acceptance_length=5.0, accept_rate=0.57), HELD)
+    assert told.sentence == (
+        "speedup_x 2.70 (2.64 to 2.77) < 3.07, acceptance_length 5.00 < 5.84, accept_rate 0.57 < 0.69 on TPU v5e; "
+        "acceptance -15%, verify step unchanged, draft step unchanged"
+    )
+
+
+def test_a_slower_draft_step_is_named():
+    assert judge(figures(2.7, draft_ratio=0.8), HELD).sentence.endswith(
+        "acceptance unchanged, verify step unchanged, draft step +60%"
+    )
+
+
+def test_a_slower_loop_is_named():
+    assert judge(figures(2.7), HELD).sentence.endswith("draft step unchanged, so the loop around the steps moved")
+
+
+def test_the_upper_end_is_judged():
+    assert judge(figures(2.9, speedup_x_timing_ci95=[2.7, 3.08]), HELD).verdict == "pass"
+    assert judge(figures(2.9, speedup_x_timing_ci95=[2.7, 3.06]), HELD).verdict == "fail"
+    assert judge(figures(verify_ratio=1.5, verify_ratio_ci95=[1.41, 1.59]), HELD).verdict == "pass"
+
+
+def test_other_prompts_widen_no_gate():
+    """The interval by prompt is that of prompts like these; the baseline is of these."""
+    assert judge(figures(2.7, speedup_x_ci95=[1.0, 9.0]), HELD).verdict == "fail"
+
+
+def test_an_unexplained_speed_up_is_judged_all_the_same():
+    far = {"status": "unexplained", "residual": -0.2, "predicted_speedup_x": 3.9}
+    assert judge(figures(**far), HELD).verdict == "pass"
+    assert judge(figures(2.7, **far), HELD).verdict == "fail"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"status": "invalid", "too_noisy": "its rounds differ by 30%"}, "speedup_x is invalid: its rounds differ"),
+        ({"status": "quick", "speedup_x_ci95": None}, "speedup_x is without an interval"),
+        ({"status": "no-baseline", "lossless": None}, "greedy decoding must run beside it"),
+        ({"status": "invalid", "lossless": False, "first_divergence": {"prompt": 0, "token": 3}}, "differ first at"),
+        ({"status": "invalid", "speedup_x": None}, "no block was needed"),
+        ({"acceptance_length": None, "accept_rate": math.nan}, "acceptance_length, accept_rate must be measured"),
+    ],
+    ids=["noise", "quick", "greedy", "tokens", "nothing", "nan"],
+)
+def test_what_is_in_doubt_is_invalid_however_good(changes, said):
+    told = judge(figures(9.0, **changes), HELD)
+    assert told.verdict == "invalid"
+    assert said in told.sentence
+
+
+def test_missing_baselines():
+    assert judge(CASE, None).verdict == judge(CASE, {}).verdict == "no-baseline"
+    assert judge(CASE, None).sentence == "no baseline for any case on TPU v5e: --update-baselines writes one"
+    assert "for this case" in judge(CASE, {}).sentence
+
+
+@pytest.mark.parametrize(("name", "value"), [("workload_version", 2), ("prompts_sha256", "ef"), ("batch_size", 8)])
+def test_another_workload_is_no_baseline(name, value):
+    told = judge(figures(0.1, **{name: value}), HELD)
+    assert told.verdict == "no-baseline"
+    assert f"of another workload: {name} was {CASE[name]}, is {value}" in told.sentence
+
+
+def test_another_draft_is_the_same_workload():
+    assert judge(figures(2.0) | {"draft_sha256": "other"}, HELD).verdict == "fail"
+
+
+def test_cpus_are_told_apart_by_their_number():
+    assert "cpu_count" not in workload(CASE)
+    assert workload(CASE | {"platform": "cpu"})["cpu_count"] == 8
+
+
+# ---- the file
+
+
+def test_a_file_is_read_as_it_was_written(tmp_path):
+    path = write_baselines(tmp_path / "new", DEVICE, HELD)
+    assert path == baseline_path(tmp_path / "new", DEVICE)
+    assert path.name == "TPU-v5e.json"
+    assert read_baselines(tmp_path / "new", DEVICE) == HELD
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    assert read_baselines(tmp_path / "new", "cpu") is None
+
+
+def spoilt(**changes):
+    return json.dumps({"schema_version": 1, "device_kind": DEVICE, "cases": HELD} | changes)
+
+
+def with_figure(**figure):
+    return spoilt(cases={"a": {"workload": {}, **figure}})
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "must be JSON"),
+        ("[]", "must hold `cases`"),
+        (spoilt(schema_version=2), "schema_version must be 1, got 2"),
+        (spoilt(device_kind="TPU v4"), "it is of device 'TPU v4', this run is on 'TPU v5e'"),
+        (spoilt(cases={"a": {}}), "a: needs a `workload`"),
+        (
+            with_figure(speedup_x={"reference": math.nan, "floor": 2.0}),
+            "a: speedup_x reference must be a number, got nan",
+        ),
+        (with_figure(speedup_x={"reference": 3.0, "floor": "2"}), "a: speedup_x floor must be a number, got '2'"),
+        (with_figure(speedup_x={"reference": 3.0, "ceiling": 2.0}), "a: speedup_x takes reference and floor"),
+        (with_figure(verify_ratio={"ceiling": 2.0}), "a: verify_ratio takes reference and ceiling"),
+        (with_figure(speed={"reference": 3.0}), "a: speed is none of speedup_x, "),
+    ],
+)
+def test_spoilt_files_are_refused(tmp_path, text, said):
+    baseline_path(tmp_path, DEVICE).write_text(text)
+    with pytest.raises(BaselineError) as error:
+        read_baselines(tmp_path, DEVICE)
+    assert said in str(error.value)
+    assert close_run([CASE], tmp_path) == ([str(error.value)], True)
+    # Nothing is written over what can't be read.
+    assert close_run([CASE], tmp_path, update=True)[1]
+    assert baseline_path(tmp_path, DEVICE).read_text() == text
+
+
+def test_all_faults_of_a_file_are_in_one_error(tmp_path):
+    baseline_path(tmp_path, DEVICE).write_text(spoilt(schema_version=2, cases={"a": {}, "b": {"workload": 1}}))
+    with pytest.raises(BaselineError, match="schema_version must be 1, got 2; a: needs a `workload`; b: needs"):
+        read_baselines(tmp_path, DEVICE)
+
+
+def test_what_an_update_changes():
+    new, said = updated([CASE], None)
+    assert new == HELD
+    assert said == [
+        "block-b8-n256-draft: new, speedup_x 3.10 (floor 3.07), acceptance_length 5.90 (floor 5.84), accept_rate 0.70 "
+        "(floor 0.69), verify_ratio 1.40 (ceiling 1.42), draft_ratio 0.50"
+    ]
+    slower = figures(2.7, batch_size=2, accept_rate=None)
+    newer, said = updated([slower, CASE | {"case": "other", "status": "quick"}], new | {"kept": new[CASE["case"]]})
+    assert set(newer) == {CASE["case"], "kept"}
+    assert newer[CASE["case"]]["speedup_x"]["reference"] == 2.7
+    assert "accept_rate" not in newer[CASE["case"]]
+    assert said[0].startswith("block-b8-n256-draft: another workload, speedup_x 3.10 -> 2.70 (floor 2.64), ")
+    assert said[1] == "other: not written, speedup_x is without an interval: it needs at least 3 rounds"
+
+
+def test_a_run_of_doubts_writes_nothing(tmp_path):
+    said, failed = close_run([CASE | {"status": "quick"}], tmp_path, update=True)
+    assert not failed
+    assert "not written" in said[0]
+    assert not any(tmp_path.iterdir())
+
+
+# ---- a run of pytest
+
+
+@pytest.fixture
+def session(pytester, tmp_path):
+    """Runs pytest with this project's conftest.py on canned cases, held to these baselines: result and its text."""
+    for name in ("conftest.py", "pytest.ini"):
+        (pytester.path / name).write_text((ROOT / name).read_text())
+    write_baselines(tmp_path / "held", DEVICE, HELD)
+
+    def run(cases, *options, before=""):
+        body = f"from math import nan\nimport pytest\nCASES = {cases!r}\n"
+        body += f"@pytest.mark.parametrize('i', range({max(1, len(cases))}))\n{before}\n"
+        body += "def test_case(results, i):\n    CASES and results.cases.append(CASES[i])\n"
+        (pytester.path / "tests").mkdir(exist_ok=True)
+        (pytester.path / "tests" / "test_canned.py").write_text(body)
+        result = pytester.runpytest_inprocess("-p", "no:cacheprovider", f"--baselines={tmp_path / 'held'}", *options)
+        text = result.stdout.str() + result.stderr.str()
+        assert "Traceback" not in text
+        assert "INTERNALERROR" not in text
+        return result.ret, text
+
+    return run
+
+
+# What the summary's table asks of a case.
+SHOWN = {"accept_len_mean": 4.9, "tok_s_total": 310.0, "baseline_tok_s_total": 100.0, "predicted_speedup_x": 3.1}
+
+
+def shown(**changes):
+    return CASE | SHOWN | changes
+
+
+def slow():
+    return figures(2.7) | SHOWN
+
+
+@pytest.mark.parametrize(
+    ("cases", "status", "strict", "said"),
+    [
+        ([shown()], 0, 0, "pass: 1 of 1 cases"),
+        ([shown(), slow()], 1, 1, "fail: block-b8-n256-draft: speedup_x 2.70 (2.64 to 2.77) < 3.07 on TPU v5e"),
+        ([shown(case="new")], 0, 1, "no-baseline: new: no baseline for this case on TPU v5e"),
+        (
+            [shown(case="a", device_kind="cpu"), shown(case="b", device_kind="cpu")],
+            0,
+            1,
+            "no-baseline: a, b: no baseline for any",
+        ),
+        ([shown(workload_version=2)], 0, 1, "of another workload: workload_version was 1, is 2"),
+        ([shown(acceptance_length=math.nan)], 0, 1, "invalid: block-b8-n256-draft: acceptance_length must be measured"),
+        (
+            [shown(status="invalid", too_noisy="it drifted")],
+            0,
+            1,
+            "invalid: block-b8-n256-draft: speedup_x is invalid: it d",
+        ),
+        ([], 0, 1, ""),
+    ],
+    ids=["pass", "fail", "missing", "other-device", "other-workload", "nan", "noisy", "nothing-measured"],
+)
+def test_exit_codes(session, cases, status, strict, said):
+    assert session(cases)[0] == status
+    code, text = session(cases, "--require-baseline")
+    assert (code, said in text) == (strict, True), text
+    if not cases:
+        assert "--require-baseline: no case was measured" in text
+
+
+def test_nothing_selected_and_everything_skipped(session):
+    assert session([shown()], "-k", "nowhere")[0] == 5
+    code, text = session([shown()], "-k", "nowhere", "--require-baseline")
+    assert (code, "--require-baseline: no case was measured" in text) == (1, True)
+    skip = "@pytest.mark.skip(reason='no device')"
+    assert session([shown()], before=skip)[0] == 0
+    code, text = session([shown()], "--require-baseline", before=skip)
+    assert (code, "--require-baseline: no case was measured" in text) == (1, True)
+
+
+def test_listing_asks_for_no_baseline(session):
+    assert session([slow()], "--co", "-q", "--require-baseline")[0] == 0
+
+
+def test_an_update_is_what_the_next_run_is_held_to(session, tmp_path):
+    code, text = session([slow()], "--update-baselines", "--tolerance=0.2")
+    assert code == 0
+    assert "block-b8-n256-draft: speedup_x 3.10 -> 2.70 (floor 2.16)" in text
+    assert f"written: {baseline_path(tmp_path / 'held', DEVICE)}" in text
+    assert session([slow()], "--require-baseline")[0] == 0
+    assert session([], "--update-baselines")[0] == 1
