@@ -6,7 +6,7 @@ from typing import Any
 
 from dflash.report.compare import Change, commit, compare, other_facts
 from dflash.report.run import Info, Run, is_own
-from dflash.report.text import number
+from dflash.report.text import gate_line, number
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,6 +48,8 @@ def _interval(case: Info) -> str:
 def headline(run: Run) -> Headline:
     """The fastest block case of the draft itself; without one, the fastest of the others, which is said."""
     verdict, tone = _verdict(run.decodes)
+    if run.gate:
+        verdict, tone = f"{verdict} {gate_line(run.gate)}", "bad" if run.gate["failed"] else tone
     good = [c for c in run.decodes if c["speedup_x"] is not None and c["lossless"]]
     if not good:
         words = "nothing was proven equal to greedy decoding"

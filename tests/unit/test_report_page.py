@@ -77,7 +77,8 @@ def sweep_page(tmp_path_factory):
     folder, runs = tmp_path_factory.mktemp("sweep"), []
     for day, tilt in ((2, 1.0), (1, 0.9)):
         path = folder / f"{day}.json"
-        path.write_text(json.dumps(file_of(sample_runs.sweep(tilt), f"2026-01-0{day}T00:00:00+00:00")))
+        told = {"gate": sample_runs.gate(), "audits": [sample_runs.audit()]}
+        path.write_text(json.dumps(file_of(sample_runs.sweep(tilt), f"2026-01-0{day}T00:00:00+00:00", **told)))
         runs.append(read_run(path))
     return write_report(folder, runs[0], runs[1:]).read_text()
 
@@ -149,6 +150,30 @@ def test_what_is_doubtful_is_said(run, pages):
         assert words in text
         assert words in page
     assert "on this device a block of" in text  # the advice
+
+
+def test_the_verdicts_of_the_baselines_are_said_first(run, pages):
+    lost = {"fail": "speedup_x 2.61 < 2.80", "no-baseline": "no baseline for this case"}
+    gated = run([decode()], gate=sample_runs.gate(**lost))
+    assert headline(gated).tone == "bad"
+    page, text = pages(gated)
+    assert Elements(page).ids[0] == "gate"
+    for words in ("Baselines: 1 fail, 1 no-baseline, 1 pass.", "This fails the run.", *lost.values()):
+        assert words.replace("<", "&lt;") in text
+        assert words.replace("<", "&lt;") in page
+    assert '<span class="badge bad">fail</span>' in page
+    passed = run([decode()], gate=sample_runs.gate(failed=False, **{"no-baseline": "none"}))
+    assert headline(passed).tone == "good"
+    assert "This does not fail the run." in pages(passed)[1]
+    assert "Held to the baselines" not in pages(run([decode()]))[1]
+
+
+def test_audits_are_told_with_their_defects(run, pages):
+    audits = [sample_runs.audit("one"), sample_runs.audit("two", ["own: defect at prompt 0, token 3"])]
+    page, text = pages(run([decode()], audits=audits))
+    assert "| one | 288 | from layer 1 on | 1.00, largest 2.50 | 1 of 96 | 1 | lossless up to near ties |" in text
+    assert "DEFECT in two: own: defect at prompt 0, token 3" in text
+    assert '<span class="badge bad">defect</span>' in page
 
 
 def test_the_headline_is_the_drafts_own_block_case(run):
