@@ -41,7 +41,7 @@ def audit_section(audits: Sequence[Info]) -> Section:
     section.tables = [Table(header=header, rows=rows, verdict=6)]
     section.sentences = [
         f"One-token steps beside blocks on {audits[0]['device_kind']}, at the same positions; ulps are units in the "
-        "last place. A token that differs from greedy's must be a near tie: a margin within the rounding measured there."
+        "last place. A token that differs from greedy's must be a near tie: its margin within the rounding there."
     ]
     section.sentences += [f"DEFECT in {info['case']}: {said}" for info in audits for said in info["defects"]]
     return section
