@@ -24,13 +24,13 @@ from dflash.teacher_cache.arrays import write_atomically
 
 # Runs of a folder that are drawn and compared.
 HISTORY = 30
-_TONES = dict.fromkeys(("ok, lossless", "faster", "lossless", "lossless up to near ties"), "good")
+_TONES = dict.fromkeys(("ok", "faster", "lossless", "lossless up to near ties"), "good")
 _TONES |= dict.fromkeys(("slower", "invalid", "failed", "fail", "defect"), "bad")
 
 
 def _tone(cell: str) -> str:
     """good, bad or plain: how a verdict is coloured. Its words say it too."""
-    return _TONES.get(cell.split(", p ")[0], "plain")
+    return _TONES.get(cell.split(", ")[0], "plain")
 
 
 def _cell(text: str) -> str:

@@ -146,6 +146,7 @@ def test_what_is_doubtful_is_said(run, pages):
     noisy["extra_info"] |= {"status": "invalid", "too_noisy": "the halves differ"}
     assert headline(run([unexplained, noisy])).tone == "bad"
     page, text = pages(run([unexplained, noisy]))
+    assert '<span class="badge bad">invalid, lossless</span>' in page
     for words in ("+15% off what its steps predict", "too noisy: the halves differ", "(unexplained)", "(invalid)"):
         assert words in text
         assert words in page
@@ -156,6 +157,7 @@ def test_the_verdicts_of_the_baselines_are_said_first(run, pages):
     lost = {"fail": "speedup_x 2.61 < 2.80", "no-baseline": "no baseline for this case"}
     gated = run([decode()], gate=sample_runs.gate(**lost))
     assert headline(gated).tone == "bad"
+    assert headline(gated).verdict.startswith("Baselines: 1 fail")
     page, text = pages(gated)
     assert Elements(page).ids[0] == "gate"
     for words in ("Baselines: 1 fail, 1 no-baseline, 1 pass.", "This fails the run.", *lost.values()):
@@ -183,6 +185,23 @@ def test_the_headline_is_the_drafts_own_block_case(run):
     assert "With 7 of 7 drafted tokens right" in found.words
     assert (found.tone, found.verdict[:22]) == ("good", "Lossless in 3 of 3 cas")
     assert "a scripted draft (a7)" in headline(run(cases[2:])).words
+
+
+def test_a_noisy_case_is_the_headline_only_where_there_is_no_other_and_says_so(run):
+    noisy, calm = decode(8), decode(4)
+    noisy["extra_info"] |= {"status": "invalid", "too_noisy": "the halves differ"}
+    assert "case block-b8-n64-draft. It is invalid: the halves differ." in headline(run([noisy])).words
+    found = headline(run([noisy, calm]))
+    assert "block-b4-n64-draft" in found.words
+    assert "invalid" not in found.words
+
+
+def test_many_doubtful_cases_are_counted(run):
+    cases = [decode(size) for size in (2, 4, 8, 16)]
+    for case in cases:
+        case["extra_info"]["status"] = "invalid"
+    cases[0]["extra_info"]["status"] = "unexplained"
+    assert headline(run(cases)).verdict.endswith(" Not ok: 1 unexplained, 3 invalid.")
 
 
 def test_a_case_that_differs_from_greedy_is_the_first_thing_said(run, pages):
