@@ -80,6 +80,8 @@ def _rank(case: Info) -> tuple[bool, bool, bool, float]:
 
 
 def _verdict(cases: Sequence[Info]) -> tuple[str, str]:
+    if not cases:
+        return "No case was decoded.", "bad"
     wrong = [c["case"] for c in cases if c["lossless"] is False]
     proven = sum(bool(c["lossless"]) for c in cases)
     said = f"Lossless in {proven} of {len(cases)} cases: every token equal to greedy's in every round."
@@ -88,7 +90,7 @@ def _verdict(cases: Sequence[Info]) -> tuple[str, str]:
     doubtful = [c for c in cases if c["status"] != "ok" and c["lossless"] is not False]
     if doubtful:
         said += f" Not ok: {_named_or_counted(doubtful)}."
-    if wrong or not cases or any(c["status"] == "invalid" for c in doubtful):
+    if wrong or any(c["status"] == "invalid" for c in doubtful):
         return said, "bad"
     return said, "plain" if doubtful else "good"
 

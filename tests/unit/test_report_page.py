@@ -127,6 +127,7 @@ def test_one_benchmark_alone_makes_a_page(run, pages, kind):
     page, text = pages(run([getattr(sample_runs, kind)()]))
     assert "No speed-up" in page
     assert "No speed-up" in text
+    assert "**No case was decoded.**" in text
 
 
 def test_undefined_figures_are_told_as_such(run, pages):
