@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from dflash.device import open_default_device
+from dflash.metrics import finite
 from dflash.training.curves import read_metrics
 from dflash.weights.easydel import read_run, resolve_run
 from dflash.weights.huggingface import write_draft
@@ -57,5 +58,5 @@ def export(args: Annotated[Export, tyro.conf.arg(name="")]) -> None:
     """Write a run's draft as a DFlashDraftModel directory, with the record of its training."""
     open_default_device()
     run = resolve_run(args.run_dir)
-    write_draft(read_run(run, args.dtype), args.out_dir, training_record(run))
+    write_draft(read_run(run, args.dtype), args.out_dir, finite(training_record(run)))
     print(f"draft: {args.out_dir}")

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from dflash.config import ConfigError
 from dflash.measure import matmul_rate
+from dflash.metrics import finite
 from dflash.teacher_cache.arrays import write_atomically
 from dflash.training.batches import Batch, TrainingBatches, ahead
 from dflash.training.curves import read_metrics, write_curves
@@ -174,7 +175,7 @@ class Run:
 
     def _log(self, line: dict[str, float]) -> None:
         with self._metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(finite(line), allow_nan=False) + "\n")
         if self._tensorboard is not None:
             for name, value in line.items():
                 self._tensorboard.add_scalar(name, value, int(line["step"]))

@@ -1,6 +1,7 @@
 """From a target to a draft that decodes, by the command line alone; and what it says to mistakes."""
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -119,6 +120,16 @@ def test_an_exported_draft_is_the_run_and_says_how_it_was_made(run, made, folder
     code, _, err = run("export", "runs", "exported")
     assert code == 2
     assert "exported exists" in err
+
+
+def test_what_is_undefined_in_a_run_is_null_in_its_export(run, made):
+    shutil.copytree(made / "runs", made / "undefined")
+    with (made / "undefined" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "accept_len_mean": NaN}\n')
+    assert run("export", "undefined", "of-undefined")[0] == 0
+    text = (made / "of-undefined" / "training.json").read_text()
+    assert "NaN" not in text
+    assert json.loads(text)["metrics"] == {"step": 4, "accept_len_mean": None}
 
 
 def test_short_blocks_first_then_longer_ones_from_that_draft(run, made):
