@@ -63,7 +63,8 @@ def _place_report(config: pytest.Config) -> None:
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
     """What the file says of where it comes from; and null for NaN, which is no JSON."""
     results, command = config.stash[RESULTS], ["pytest", *config.invocation_params.args]
-    output_json["dflash"] = provenance(output_json["benchmarks"], list(map(str, command)), results.compile_cache)
+    told = provenance(output_json["benchmarks"], list(map(str, command)), results.compile_cache)
+    output_json["dflash"] = told | {"gate": results.gate.figures(), "audits": results.audits}
     output_json.update(finite(output_json))
     results.saved = True
 
@@ -182,21 +183,27 @@ def pytest_report_header(config: pytest.Config) -> str:
     )
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_sessionfinish(session: pytest.Session) -> None:
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> Generator[None, Any, Any]:
+    """The verdicts are found before pytest-benchmark, in a wrapper of its own, writes the file that holds them."""
+    _hold_to_baselines(session)
+    return (yield)
+
+
+def _hold_to_baselines(session: pytest.Session) -> None:
     """Holds what was measured to the baselines: a regression is exit code 1, though every test passed."""
     config, options = session.config, session.config.option
     if options.collectonly or hasattr(config, "workerinput"):
         return
     results = config.stash[RESULTS]
-    results.gate, failed = baselines.close_run(
+    results.gate = baselines.close_run(
         results.cases,
         Path(options.baselines),
         update=options.update_baselines,
         require=options.require_baseline,
         tolerance=options.tolerance,
     )
-    if failed and session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+    if results.gate.failed and session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 

@@ -48,6 +48,23 @@ class Verdict:
     sentence: str
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Gate:
+    """What baselines say of a run: the lines for a terminal, whether the run fails, and a verdict for each case.
+
+    Without verdicts nothing was held to a baseline: no case was measured, or baselines were written.
+    """
+
+    lines: list[str] = dataclasses.field(default_factory=list)
+    failed: bool = False
+    verdicts: list[Verdict] = dataclasses.field(default_factory=list)
+
+    def figures(self) -> dict[str, Any] | None:
+        """For JSON; None where nothing was held to a baseline."""
+        cases = [dataclasses.asdict(v) for v in self.verdicts]
+        return {"failed": self.failed, "cases": cases} if cases else None
+
+
 def workload(info: Case) -> dict[str, Any]:
     """What identifies the work of a measured case; on CPUs their number too, since `cpu` is any of them."""
     names = (*_WORKLOAD, "cpu_count") if info.get("platform") == "cpu" else _WORKLOAD
@@ -242,22 +259,24 @@ def _lines(verdicts: Sequence[Verdict]) -> list[str]:
 
 def close_run(
     cases: Sequence[Case], directory: Path, *, update: bool = False, require: bool = False, tolerance: float = TOLERANCE
-) -> tuple[list[str], bool]:
-    """Holds a run's cases to the baselines of its device, or writes them: lines to say, and whether the run fails."""
+) -> Gate:
+    """Holds a run's cases to the baselines of its device, or writes them."""
     if not cases:
         flag = "--update-baselines" if update else "--require-baseline"
         empty = f"{flag}: no case was measured, so there is nothing to hold to a baseline"
-        return ([empty], True) if update or require else ([], False)
+        return Gate(lines=[empty], failed=True) if update or require else Gate()
     device = cases[0]["device_kind"]
     try:
         held = read_baselines(directory, device)
     except BaselineError as error:
-        return [str(error)], True
+        unread = [Verdict(case=case["case"], verdict="invalid", sentence=str(error)) for case in cases]
+        return Gate(lines=[str(error)], failed=True, verdicts=unread)
     if update:
         new, said = updated(cases, held, tolerance)
         if new != (held or {}):
             said.append(f"written: {write_baselines(directory, device, new)}")
-        return said, False
+        return Gate(lines=said)
     verdicts = [judge(case, held) for case in cases]
     kinds = {v.verdict for v in verdicts}
-    return _lines(verdicts), "fail" in kinds or (require and kinds != {"pass"})
+    failed = "fail" in kinds or (require and kinds != {"pass"})
+    return Gate(lines=_lines(verdicts), failed=failed, verdicts=verdicts)

@@ -7,7 +7,8 @@ what it ran on.
 import os
 import re
 import subprocess
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -136,3 +137,8 @@ def provenance(benchmarks: Sequence[dict[str, Any]], command: Sequence[str], cac
         "command": redact(command),
         "compile_cache": cache,
     }
+
+
+def of_command(facts: Mapping[str, Any], cache: str) -> dict[str, Any]:
+    """The same of `python -m dflash ...`: `facts` name the device, what was read and the seeds, as a benchmark's do."""
+    return provenance([{"extra_info": dict(facts)}], ["dflash", *sys.argv[1:]], cache)

@@ -13,9 +13,10 @@ from dflash.audit import audit as run_audit
 from dflash.decoding.decode import RequestError
 from dflash.device import device_facts, open_default_device
 from dflash.prompts import load_prompts
+from dflash.provenance import compile_cache, of_command
 from dflash.report import audit_lines
 from dflash.tokenizer import load_tokenizer
-from dflash.weights.load import init_draft, load_draft, load_target
+from dflash.weights.load import UNTRAINED, init_draft, load_draft, load_target, model_facts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,16 +43,19 @@ class AuditArguments:
 
 def audit(args: Annotated[AuditArguments, tyro.conf.arg(name="")]) -> None:
     """Audit decoding against greedy decoding and a reading without cache; exit code 1 for a defect."""
-    device = open_default_device()
+    device, compiled = open_default_device(), compile_cache()
     if args.num_prompts < 1:
         raise RequestError(f"num_prompts must be at least 1, got {args.num_prompts}")
     target = load_target(args.target, args.dtype)
     draft = load_draft(args.draft, target) if args.draft else init_draft(target)
-    prompts = load_prompts(args.prompts).take(args.num_prompts).encode(load_tokenizer(args.target))
+    prompt_set = load_prompts(args.prompts).take(args.num_prompts)
+    prompts = prompt_set.encode(load_tokenizer(args.target))
     found: Audit = run_audit(target, draft, prompts, block_size=args.block_size, max_new_tokens=args.max_new_tokens)
-    figures = metrics.finite(device_facts(device) | {"target": args.target, "draft": args.draft} | found.figures())
+    figures = device_facts(device) | {"target": args.target, "draft": args.draft} | found.figures()
     if args.json:
-        print(json.dumps(figures, allow_nan=False))
+        facts = device_facts(device) | model_facts(args.target, args.draft or UNTRAINED)
+        facts |= {"prompts": args.prompts, "prompts_sha256": prompt_set.sha256}
+        print(json.dumps(metrics.finite(figures | {"dflash": of_command(facts, compiled)}), allow_nan=False))
     else:
         print("\n".join(audit_lines(figures)))
     if found.defects:

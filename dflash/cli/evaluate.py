@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,13 +12,13 @@ from dflash import metrics
 from dflash.config import ConfigError, check_draft
 from dflash.device import device_facts, open_default_device
 from dflash.evaluate import Evaluator, summarise, walk
-from dflash.provenance import compile_cache, provenance
+from dflash.provenance import compile_cache, of_command
 from dflash.report import acceptance_table
 from dflash.teacher_cache import open_cache
 from dflash.teacher_cache.arrays import write_atomically
 from dflash.teacher_cache.sequences import SequenceCache
 from dflash.weights.huggingface import read_borrowed, snapshot_hash
-from dflash.weights.load import draft_hash, read_any_draft, target_directory
+from dflash.weights.load import model_facts, read_any_draft, target_directory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,11 +80,10 @@ def evaluate(args: Annotated[Evaluate, tyro.conf.arg(name="")]) -> None:
     for line in acceptance_table(summary):
         print(line)
     if args.out_json is not None:
-        facts |= {"target": args.target, "target_sha256": snapshot_hash(directory), "cache_sha256": cache.sha256}
-        facts |= {"draft": args.draft, "draft_sha256": draft_hash(args.draft), "seeds": {"rows": args.seed}}
+        facts |= model_facts(args.target, args.draft) | {"cache_sha256": cache.sha256, "seeds": {"rows": args.seed}}
         out = {
             "summary": summary,
-            "dflash": provenance([{"extra_info": facts}], ["dflash", *sys.argv[1:]], compiled),
+            "dflash": of_command(facts, compiled),
             "sample_idxs": blocks.row.tolist(),
             "anchors": blocks.anchor.tolist(),
             "accept_len": blocks.accept_len.tolist(),

@@ -2,16 +2,17 @@
 
 import dataclasses
 import json
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import tyro
 
 from dflash import metrics
 from dflash.decoding.decode import DecodeResult, RequestError, check_request, read_state, stream
-from dflash.device import open_default_device
+from dflash.device import device_facts, open_default_device
+from dflash.provenance import compile_cache, of_command
 from dflash.tokenizer import Tokenizer, load_tokenizer
-from dflash.weights.load import UNTRAINED, init_draft, load_draft, load_target
+from dflash.weights.load import UNTRAINED, init_draft, load_draft, load_target, model_facts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,11 +59,17 @@ def _figures(result: DecodeResult) -> str:
     return " · ".join(parts)
 
 
+def _read(args: Generate) -> dict[str, Any]:
+    """What was read, by name and hash; greedy decoding reads no draft."""
+    facts = model_facts(args.target, args.draft or UNTRAINED)
+    return facts if args.draft else {name: facts[name] for name in ("target", "target_sha256")}
+
+
 def generate(args: Annotated[Generate, tyro.conf.arg(name="")]) -> None:
     """Answer a prompt: stream the text, then one line of figures."""
     if not args.prompt.strip():
         raise RequestError(f"a prompt must have some text, got {args.prompt!r}: say what to ask")
-    open_default_device()
+    device, compiled = open_default_device(), compile_cache()
     target = load_target(args.target, args.dtype)
     tokenizer = load_tokenizer(args.target)
     draft = None
@@ -99,6 +106,8 @@ def generate(args: Annotated[Generate, tyro.conf.arg(name="")]) -> None:
     )
     text = tokenizer.decode(rows[0])
     if args.json:
-        print(json.dumps(metrics.finite({"text": text, "tokens": rows[0], "mode": result.mode, **result.metrics})))
+        told = of_command(device_facts(device) | _read(args), compiled)
+        answer = {"text": text, "tokens": rows[0], "mode": result.mode, **result.metrics, "dflash": told}
+        print(json.dumps(metrics.finite(answer), allow_nan=False))
     else:
         print(f"{text[len(printed) :]}\n\n{_figures(result)}")

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import tyro
 
 from dflash.config import ConfigError
-from dflash.device import open_default_device
+from dflash.device import device_facts, open_default_device
 from dflash.evaluate import check_fit
 from dflash.models.draft import Draft
+from dflash.provenance import compile_cache, of_command
 from dflash.teacher_cache import open_cache
 from dflash.training.batches import TrainingBatches
 from dflash.training.objective import Objective
@@ -128,7 +129,7 @@ def _start(args: Train, borrowed: Borrowed, target_layer_ids: tuple[int, ...]) -
 
 def train(args: Annotated[Train, tyro.conf.arg(name="")]) -> None:
     """Train a draft on a teacher cache; no target runs. Start it again to resume."""
-    open_default_device()
+    device, compiled = open_default_device(), compile_cache()
     config = _config(args)
     cache = open_cache(args.cache_dir)
     directory = target_directory(args.target)
@@ -160,6 +161,9 @@ def train(args: Annotated[Train, tyro.conf.arg(name="")]) -> None:
         "init_layers": list(args.init_layers),
         "split": cache.split,
     }
+    facts = device_facts(device) | {"mesh": {"dp": args.dp, "tp": args.tp}, "seeds": {"training": args.seed}}
+    facts |= {"target": args.target, "target_sha256": target_hash, "cache_sha256": cache.sha256}
+    origin = of_command(facts, compiled)
     held_out = batches(True) if len(cache.rows(True)) else None
     scored = [held_out(i) for i in range(HELD_OUT_BATCHES)] if held_out else []
     settings = RunConfig(
@@ -170,4 +174,4 @@ def train(args: Annotated[Train, tyro.conf.arg(name="")]) -> None:
         evaluate_every=args.evaluate_every,
     )
     trainer = Trainer(draft, borrowed.head, borrowed.embedding[draft.config.mask_token_id], config)
-    print(f"draft: {Run(trainer, batches(False), scored, settings, provenance).train()}")
+    print(f"draft: {Run(trainer, batches(False), scored, settings, provenance, origin).train()}")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jinja2
 
+from dflash.report.checks import audit_section, gate_section
 from dflash.report.compare import differences
 from dflash.report.figures import all_plots
 from dflash.report.run import ReportError, Run, read_run
@@ -23,12 +24,13 @@ from dflash.teacher_cache.arrays import write_atomically
 
 # Runs of a folder that are drawn and compared.
 HISTORY = 30
-_TONES = {"ok, lossless": "good", "faster": "good", "slower": "bad", "invalid": "bad", "failed": "bad"}
+_TONES = dict.fromkeys(("ok", "faster", "lossless", "lossless up to near ties"), "good")
+_TONES |= dict.fromkeys(("slower", "invalid", "failed", "fail", "defect"), "bad")
 
 
 def _tone(cell: str) -> str:
     """good, bad or plain: how a verdict is coloured. Its words say it too."""
-    return _TONES.get(cell.split(", p ")[0], "plain")
+    return _TONES.get(cell.split(", ")[0], "plain")
 
 
 def _cell(text: str) -> str:
@@ -63,9 +65,10 @@ def sections(run: Run, older: Sequence[Run]) -> list[Section]:
             told.append(f"{other.short_when} is left out: other {', '.join(reasons)}.")
         else:
             history.insert(0, other)
-    found = [speedup_section(run)]
+    found = [gate_section(run.gate), speedup_section(run)]
     found += [change_section(older[0], run)] if older else []
-    found += [acceptance_section(run), cost_section(run), history_section(told), origin_section(run)]
+    found += [acceptance_section(run), cost_section(run), audit_section(run.audits)]
+    found += [history_section(told), origin_section(run)]
     plots = all_plots(run, history)
     for section in found:
         section.plots = plots.get(section.key, [])

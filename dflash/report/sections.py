@@ -6,7 +6,7 @@ from typing import Any
 
 from dflash.report.compare import Change, commit, compare, other_facts
 from dflash.report.run import Info, Run, is_own
-from dflash.report.text import number
+from dflash.report.text import gate_line, number
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,6 +48,10 @@ def _interval(case: Info) -> str:
 def headline(run: Run) -> Headline:
     """The fastest block case of the draft itself; without one, the fastest of the others, which is said."""
     verdict, tone = _verdict(run.decodes)
+    if run.gate:
+        # What fails a run is said first.
+        said, failed = [verdict, gate_line(run.gate)], run.gate["failed"]
+        verdict, tone = " ".join(said[::-1] if failed else said), "bad" if failed else tone
     good = [c for c in run.decodes if c["speedup_x"] is not None and c["lossless"]]
     if not good:
         words = "nothing was proven equal to greedy decoding"
@@ -66,14 +70,18 @@ def headline(run: Run) -> Headline:
             f" With {ceiling['accept_len_mean']:.0f} of {ceiling['block_size'] - 1} drafted tokens right this machine "
             f"reaches {ceiling['speedup_x']:.2f}×."
         )
+    if best["status"] == "invalid":
+        words += f" It is invalid: {best.get('too_noisy') or 'not to be believed'}."
     return Headline(figure=f"{best['speedup_x']:.2f}×", words=words, verdict=verdict, tone=tone)
 
 
-def _rank(case: Info) -> tuple[bool, bool, float]:
-    return is_own(case), case["mode"] == "cached_block_verify", case["speedup_x"]
+def _rank(case: Info) -> tuple[bool, bool, bool, float]:
+    return is_own(case), case["mode"] == "cached_block_verify", case["status"] != "invalid", case["speedup_x"]
 
 
 def _verdict(cases: Sequence[Info]) -> tuple[str, str]:
+    if not cases:
+        return "No case was decoded.", "bad"
     wrong = [c["case"] for c in cases if c["lossless"] is False]
     proven = sum(bool(c["lossless"]) for c in cases)
     said = f"Lossless in {proven} of {len(cases)} cases: every token equal to greedy's in every round."
@@ -81,10 +89,18 @@ def _verdict(cases: Sequence[Info]) -> tuple[str, str]:
         said = f"NOT LOSSLESS in {', '.join(wrong)}: tokens differ from greedy's. " + said
     doubtful = [c for c in cases if c["status"] != "ok" and c["lossless"] is not False]
     if doubtful:
-        said += " Not ok: " + ", ".join(f"{c['case']} ({c['status']})" for c in doubtful) + "."
-    if wrong or not cases or any(c["status"] == "invalid" for c in doubtful):
+        said += f" Not ok: {_named_or_counted(doubtful)}."
+    if wrong or any(c["status"] == "invalid" for c in doubtful):
         return said, "bad"
     return said, "plain" if doubtful else "good"
+
+
+def _named_or_counted(cases: Sequence[Info]) -> str:
+    """Cases with their status; of many, how many have which."""
+    if len(cases) <= 3:
+        return ", ".join(f"{c['case']} ({c['status']})" for c in cases)
+    states = [c["status"] for c in cases]
+    return ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states))
 
 
 def _status(case: Info) -> str:

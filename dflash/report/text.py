@@ -123,6 +123,12 @@ def training_lines(info: dict[str, Any]) -> list[str]:
     ]
 
 
+def gate_line(gate: dict[str, Any]) -> str:
+    """How many cases have which verdict of the baselines."""
+    verdicts = [case["verdict"] for case in gate["cases"]]
+    return "Baselines: " + ", ".join(f"{verdicts.count(v)} {v}" for v in dict.fromkeys(verdicts)) + "."
+
+
 def audit_lines(figures: dict[str, Any]) -> list[str]:
     """An audit: the verdict, what one-token steps and blocks round differently, and every divergence and defect."""
     parity = figures["parity"]

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from dflash.config import ConfigError
 from dflash.measure import matmul_rate
+from dflash.metrics import finite
 from dflash.teacher_cache.arrays import write_atomically
 from dflash.training.batches import Batch, TrainingBatches, ahead
 from dflash.training.curves import read_metrics, write_curves
@@ -47,7 +48,11 @@ class RunConfig:
 
 
 class Run:
-    """One run in one directory. `held_out` batches are scored every so often; what they give trains nothing."""
+    """One run in one directory. `held_out` batches are scored every so often; what they give trains nothing.
+
+    `provenance` is what it reads, and a run that reads something else is another run. `origin` says where it was begun
+    (dflash/provenance.py): it stands in run_config.json under `dflash`, and another one may resume.
+    """
 
     def __init__(
         self,
@@ -56,9 +61,10 @@ class Run:
         held_out: list[Batch],
         config: RunConfig,
         provenance: Mapping[str, Any],
+        origin: Mapping[str, Any] | None = None,
     ):
         self.trainer, self.batches, self.held_out, self.config = trainer, batches, held_out, config
-        self.provenance = dict(provenance)
+        self.provenance, self._origin = dict(provenance), origin
         self.step = 0
         settings = self._settings()
         config.root.mkdir(parents=True, exist_ok=True)
@@ -77,9 +83,11 @@ class Run:
         path = self.config.root / "run_config.json"
         latest = latest_run(self.config.root)
         if latest is None:
-            write_atomically(path, json.dumps(settings, indent=2, sort_keys=True) + "\n")
+            whole = dict(settings) | ({"dflash": self._origin} if self._origin else {})
+            write_atomically(path, json.dumps(whole, indent=2, sort_keys=True, allow_nan=False) + "\n")
         else:
             begun = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            begun.pop("dflash", None)
             differing = _differences(begun, settings)
             if differing:
                 raise ConfigError(
@@ -167,7 +175,7 @@ class Run:
 
     def _log(self, line: dict[str, float]) -> None:
         with self._metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(finite(line), allow_nan=False) + "\n")
         if self._tensorboard is not None:
             for name, value in line.items():
                 self._tensorboard.add_scalar(name, value, int(line["step"]))

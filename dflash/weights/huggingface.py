@@ -382,7 +382,8 @@ def write_draft(draft: Draft, directory: Path, record: Mapping[str, Any] | None 
         text = json.dumps(write_draft_config(draft.config, str(draft.dtype)), indent=2, sort_keys=True)
         (temporary / "config.json").write_text(text + "\n", encoding="utf-8")
         if record is not None:
-            text = json.dumps({"draft_sha256": snapshot_hash(temporary), **record}, indent=2, sort_keys=True)
+            whole = {"draft_sha256": snapshot_hash(temporary), **record}
+            text = json.dumps(whole, indent=2, sort_keys=True, allow_nan=False)
             (temporary / "training.json").write_text(text + "\n", encoding="utf-8")
         temporary.chmod(0o755)
         temporary.rename(directory)

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -58,6 +59,14 @@ def draft_hash(name_or_dir: str | Path) -> str:
     # The index holds the hash of every array.
     parts = [(run / name).read_bytes() for name in ("config.json", INDEX)]
     return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+def model_facts(target: str, draft: str = UNTRAINED) -> dict[str, Any]:
+    """What identifies a target and a draft in a result: names and hashes, and the seed of an untrained draft."""
+    facts = {"target": target, "target_sha256": huggingface.snapshot_hash(target_directory(target)), "draft": draft}
+    if draft == UNTRAINED:
+        return facts | {"draft_sha256": None, "seeds": {"draft": 0}}
+    return facts | {"draft_sha256": draft_hash(draft)}
 
 
 def load_draft(name_or_dir: str | Path, target: Llama) -> Draft:

@@ -7,6 +7,8 @@ from flax import nnx
 
 from dflash import init_draft, load_target, load_tokenizer
 from dflash.audit import audit
+from dflash.device import device_facts
+from dflash.metrics import finite
 from dflash.prompts import load_prompts
 from dflash.report import audit_lines
 from dflash.tiny import write_tiny_target
@@ -16,13 +18,13 @@ PROMPT_LENGTHS = (40, 3, 1)
 
 
 @pytest.fixture
-def check(device, record_property):
-    """No defect; what this device rounds differently goes into the test's report."""
+def check(device, results):
+    """No defect; what this device rounds differently goes into the results of the run."""
 
-    def check(found):
-        lines = audit_lines(found.figures() | {"device_kind": device.device_kind})
-        record_property("audit", lines)
-        print(*lines, sep="\n")
+    def check(case, found):
+        figures = finite(device_facts(device) | {"case": case} | found.figures())
+        results.audits.append(figures)
+        print(*audit_lines(figures), sep="\n")
         assert found.defects == []
 
     return check
@@ -37,11 +39,11 @@ def test_bfloat16_is_lossless_up_to_near_ties(family, tmp_path, check):
     prompts = [rng.integers(0, target.config.vocab_size, length).tolist() for length in PROMPT_LENGTHS]
     found = audit(target, draft, prompts, max_new_tokens=40)
     assert found.tokens == 6 * len(prompts) * 40
-    check(found)
+    check(f"tiny {family}", found)
 
 
 @pytest.mark.model
 def test_smollm2_is_lossless_up_to_near_ties(check):
     target = load_target("smollm2-135m", "bfloat16")
     prompts = load_prompts("builtin").take(1).encode(load_tokenizer("smollm2-135m"))
-    check(audit(target, init_draft(target, num_layers=1, block_size=8), prompts, max_new_tokens=48))
+    check("smollm2-135m", audit(target, init_draft(target, num_layers=1, block_size=8), prompts, max_new_tokens=48))

@@ -1,10 +1,14 @@
-"""What several unit tests need: drafts whose proposals differ, and caches to train them on."""
+"""What several unit tests need: drafts whose proposals differ, caches to train them on, the schema of provenance."""
+
+import json
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+import dflash
 from dflash.config import DraftConfig, RopeConfig
 from dflash.models.draft import Draft
 from dflash.teacher_cache.arrays import ArrayWriter
@@ -88,3 +92,11 @@ def write_sequences():
         return open_sequences(directory)
 
     return write
+
+
+@pytest.fixture(scope="session")
+def check_provenance():
+    """Raises for a `dflash` block that is not as data/results.schema.json says."""
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = json.loads((Path(dflash.__file__).parent / "data" / "results.schema.json").read_text())
+    return jsonschema.Draft202012Validator({"$ref": "#/$defs/provenance", "$defs": schema["$defs"]}).validate

@@ -141,6 +141,32 @@ def training():
     return benchmark("bench/test_training.py::test_training_step", "training", info)
 
 
+def gate(failed=True, **sentences):
+    """What baselines say: a case for each verdict, and one that passes."""
+    slow = "speedup_x 1.61 (1.55 to 1.68) < 1.80 on cpu; acceptance unchanged, verify step +14%"
+    told = [(f"block-b{4 + i}-n64-draft", *said) for i, said in enumerate((sentences or {"fail": slow}).items())]
+    told.append(("seq-b8-n64-draft", "pass", ""))
+    return {"failed": failed, "cases": [dict(zip(("case", "verdict", "sentence"), t, strict=True)) for t in told]}
+
+
+def audit(case="smollm2-135m", defects=()):
+    """Figures of an audit with one near tie."""
+    spread = {"ulps_p99": 1.0, "ulps_max": 2.5}
+    parity = {
+        "block_size": 8,
+        "positions": 96,
+        "bitwise_equal": False,
+        "first_layer": 1,
+        "flips": 1,
+        "flip_rate": 1 / 96,
+    }
+    parity |= {"defects": 0, "logits": spread, "layers": [spread] * 2}
+    found = {k: FACTS[k] for k in ("platform", "device_kind", "device_count", "cpu_count")}
+    found |= {"case": case, "dtype": "bfloat16", "tokens": 288, "near_ties": 1, "defects": list(defects)}
+    verdict = "defect" if defects else "lossless up to near ties"
+    return found | {"verdict": verdict, "parity": parity, "divergences": {}}
+
+
 def benchmark(fullname, group, info):
     stats = {"median": 1.5, "mean": 1.5, "stddev": 0.02, "rounds": 5, "data": [1.5, 1.48, 1.52, 1.5, 1.53]}
     return {"group": group, "name": fullname.split("::")[1], "fullname": fullname, "extra_info": info, "stats": stats}

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
+import sample_runs
 
 from dflash.baselines import (
     BaselineError,
@@ -202,9 +203,11 @@ def test_spoilt_files_are_refused(tmp_path, text, said):
     with pytest.raises(BaselineError) as error:
         read_baselines(tmp_path, DEVICE)
     assert said in str(error.value)
-    assert close_run([CASE], tmp_path) == ([str(error.value)], True)
+    gate = close_run([CASE], tmp_path)
+    assert (gate.lines, gate.failed) == ([str(error.value)], True)
+    assert gate.figures()["cases"] == [{"case": CASE["case"], "verdict": "invalid", "sentence": str(error.value)}]
     # Nothing is written over what can't be read.
-    assert close_run([CASE], tmp_path, update=True)[1]
+    assert close_run([CASE], tmp_path, update=True).failed
     assert baseline_path(tmp_path, DEVICE).read_text() == text
 
 
@@ -231,13 +234,17 @@ def test_what_an_update_changes():
 
 
 def test_a_run_of_doubts_writes_nothing(tmp_path):
-    said, failed = close_run([CASE | {"status": "quick"}], tmp_path, update=True)
-    assert not failed
-    assert "not written" in said[0]
+    gate = close_run([CASE | {"status": "quick"}], tmp_path, update=True)
+    assert not gate.failed
+    assert gate.figures() is None  # nothing was held to a baseline
+    assert "not written" in gate.lines[0]
     assert not any(tmp_path.iterdir())
 
 
 # ---- a run of pytest
+
+
+MEASURED = "def test_case(results, i):\n    CASES and results.cases.append(CASES[i])\n"
 
 
 @pytest.fixture
@@ -247,12 +254,11 @@ def session(pytester, tmp_path):
         (pytester.path / name).write_text((ROOT / name).read_text())
     write_baselines(tmp_path / "held", DEVICE, HELD)
 
-    def run(cases, *options, before=""):
-        body = f"from math import nan\nimport pytest\nCASES = {cases!r}\n"
-        body += f"@pytest.mark.parametrize('i', range({max(1, len(cases))}))\n{before}\n"
-        body += "def test_case(results, i):\n    CASES and results.cases.append(CASES[i])\n"
+    def run(cases, *options, before="", body=MEASURED):
+        head = f"from math import nan\nimport pytest\nCASES = {cases!r}\n"
+        head += f"@pytest.mark.parametrize('i', range({max(1, len(cases))}))\n{before}\n"
         (pytester.path / "tests").mkdir(exist_ok=True)
-        (pytester.path / "tests" / "test_canned.py").write_text(body)
+        (pytester.path / "tests" / "test_canned.py").write_text(head + body)
         result = pytester.runpytest_inprocess("-p", "no:cacheprovider", f"--baselines={tmp_path / 'held'}", *options)
         text = result.stdout.str() + result.stderr.str()
         assert "Traceback" not in text
@@ -327,3 +333,26 @@ def test_an_update_is_what_the_next_run_is_held_to(session, tmp_path):
     assert f"written: {baseline_path(tmp_path / 'held', DEVICE)}" in text
     assert session([slow()], "--require-baseline")[0] == 0
     assert session([], "--update-baselines")[0] == 1
+
+
+SAVED = f"""def test_case(benchmark, results, i):
+    benchmark.extra_info.update(CASES[i])
+    benchmark(int)
+    results.cases.append(CASES[i])
+    results.audits.append({sample_runs.audit()!r})
+"""
+
+
+def test_a_failed_gate_leaves_a_file_and_a_report_that_say_so(session, tmp_path):
+    """The verdicts are known before pytest-benchmark writes its file, and stand in it."""
+    case, out = sample_runs.decode(proposer="a7")["extra_info"] | {"scripted": 7}, tmp_path / "out"
+    code, text = session([case], "--require-baseline", f"--report={out}", body=SAVED)
+    assert code == 1
+    assert "smollm2-135m: lossless up to near ties: 288 tokens" in text
+    told = json.loads((out / "latest.json").read_text())["dflash"]
+    assert told["gate"]["failed"]
+    assert [(v["case"], v["verdict"]) for v in told["gate"]["cases"]] == [(case["case"], "no-baseline")]
+    assert told["audits"] == [sample_runs.audit()]
+    page = (out / "report.md").read_text()
+    assert "no baseline for any case on cpu" in page
+    assert "The audit of decoding" in page

@@ -14,6 +14,8 @@ import pytest
 from dflash import Tokenizer, cli, decode, device, init_draft, load_target, load_tokenizer, write_draft
 from dflash.cli.generate import _print_new
 from dflash.tiny import write_tiny_target, write_tiny_tokenizer
+from dflash.weights.huggingface import snapshot_hash
+from dflash.weights.load import draft_hash
 
 ROOT = Path(__file__).parents[2]
 ASK = "Tell me more"
@@ -127,7 +129,7 @@ def test_a_draft_from_a_directory(run, folder, draft_folder, expected):
     assert "a block of 4" in out
 
 
-def test_json_is_one_line(run, folder, draft_folder, expected):
+def test_json_is_one_line(run, folder, draft_folder, expected, check_provenance):
     code, out, err = generate(run, folder, "--draft", draft_folder, "--json")
     assert (code, err, out.count("\n")) == (0, "", 1)
 
@@ -140,6 +142,17 @@ def test_json_is_one_line(run, folder, draft_folder, expected):
     assert found["acceptance_length"] == found["accept_len_mean"] + 1
     assert found["tok_s_total"] > 0
     assert found["ttft_ms"] > 0
+    told = found["dflash"]
+    check_provenance(told)
+    assert told["command"][:2] == ["dflash", "generate"]
+    assert told["device"]["platform"] == "cpu"
+    assert told["read"]["target_sha256"] == snapshot_hash(folder)
+    assert told["read"]["draft_sha256"] == draft_hash(draft_folder)
+    assert told["seeds"] is None
+    untrained = json.loads(generate(run, folder, "--draft", "untrained", "--json")[1])["dflash"]
+    assert untrained["seeds"] == {"draft": 0}
+    assert "draft_sha256" not in untrained["read"]
+    assert "draft" not in json.loads(generate(run, folder, "--json")[1])["dflash"]["read"]
 
 
 def test_an_answer_of_one_token_has_no_speed(run, folder, expected):

@@ -10,6 +10,7 @@ from dflash import cli
 from dflash.audit import DEFECT, NEAR_TIE, Audit, Divergence
 from dflash.parity import Parity
 from dflash.tiny import write_tiny_target, write_tiny_tokenizer
+from dflash.weights.huggingface import snapshot_hash
 
 SPREAD = {"ulps_max": 2.5, "ulps_p99": 1.0}
 PARITY = Parity(
@@ -76,11 +77,15 @@ def test_near_ties_are_told_and_pass(run, canned):
     )
 
 
-def test_defects_fail(run, canned):
+def test_defects_fail(run, canned, folder, check_provenance):
     canned({"cached_block_verify-own": [EARLY, TIE]}, ["greedy, prompt 0: target cache: layer 0"])
     code, out, _ = run("--json")
     assert code == 1
     found = json.loads(out)
+    check_provenance(found["dflash"])
+    assert found["dflash"]["read"]["target_sha256"] == snapshot_hash(folder)
+    assert found["dflash"]["read"]["prompts_sha256"]
+    assert found["dflash"]["seeds"] == {"draft": 0}
     assert (found["verdict"], found["near_ties"]) == ("defect", 1)
     assert found["defects"] == [
         "cached_block_verify-own: defect at prompt 0, token 3: greedy 4, DFlash None: one ends",

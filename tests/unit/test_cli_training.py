@@ -1,6 +1,7 @@
 """From a target to a draft that decodes, by the command line alone; and what it says to mistakes."""
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -70,7 +71,7 @@ def made(run, work):
     return work
 
 
-def test_sequences_train_evaluate_and_generate(run, made):
+def test_sequences_train_evaluate_and_generate(run, made, check_provenance):
     assert sorted(p.name for p in (made / "runs").glob("run-*")) == ["run-2", "run-4"]
     lines = [json.loads(line) for line in (made / "runs" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4]
@@ -83,6 +84,7 @@ def test_sequences_train_evaluate_and_generate(run, made):
     assert result["summary"]["rows"] == "held_out"
     assert len(result["accept_len"]) == len(result["token_acc"]) == len(result["ctx_pos_start"])
     told = result["dflash"]
+    check_provenance(told)
     assert told["read"].keys() == {"target", "target_sha256", "draft", "draft_sha256", "cache_sha256"}
     assert (told["seeds"], told["command"][:3]) == ({"rows": 0}, ["dflash", "evaluate", "cache"])
     code, out, _ = run("evaluate", "cache", "runs/run-2", "--rows", "train")
@@ -101,17 +103,33 @@ def test_training_goes_on_and_is_refused_with_other_settings(run, made):
     assert "learning_rate 0.0006 there, 0.0001 here" in err
 
 
-def test_an_exported_draft_is_the_run_and_says_how_it_was_made(run, made):
+def test_an_exported_draft_is_the_run_and_says_how_it_was_made(run, made, folder, check_provenance):
     assert run("export", "runs", "exported", "--dtype", "float32")[:2] == (0, "draft: exported\n")
     record = json.loads((made / "exported" / "training.json").read_text())
     assert record["draft_sha256"] == draft_hash(made / "exported")
     assert record["step"] == record["metrics"]["step"] == record["train"]["steps"] == 4
-    assert str(made) not in (made / "exported" / "training.json").read_text()
+    check_provenance(record["dflash"])
+    assert record["dflash"]["command"][:4] == ["dflash", "train", "cache", "runs"]
+    assert record["dflash"]["seeds"] == {"training": 0}
+    assert record["dflash"]["read"]["cache_sha256"] == record["provenance"]["cache_sha256"]
+    text = (made / "exported" / "training.json").read_text()
+    assert str(made) not in text
+    assert str(folder) not in text
     figures = [run("evaluate", "cache", draft)[1] for draft in ("runs", "exported")]
     assert figures[0] == figures[1] != ""
     code, _, err = run("export", "runs", "exported")
     assert code == 2
     assert "exported exists" in err
+
+
+def test_what_is_undefined_in_a_run_is_null_in_its_export(run, made):
+    shutil.copytree(made / "runs", made / "undefined")
+    with (made / "undefined" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "accept_len_mean": NaN}\n')
+    assert run("export", "undefined", "of-undefined")[0] == 0
+    text = (made / "of-undefined" / "training.json").read_text()
+    assert "NaN" not in text
+    assert json.loads(text)["metrics"] == {"step": 4, "accept_len_mean": None}
 
 
 def test_short_blocks_first_then_longer_ones_from_that_draft(run, made):

@@ -140,6 +140,8 @@ def check():
 
 def test_a_whole_file_is_as_the_schema_says(check):
     check(sample_runs.file_of(sample_runs.sweep()))
+    check(sample_runs.file_of(sample_runs.sweep(), gate=sample_runs.gate(), audits=[sample_runs.audit()]))
+    check(sample_runs.file_of(sample_runs.sweep(), gate=None, audits=[]))
 
 
 def test_what_provenance_writes_is_as_the_schema_says(check):

@@ -55,7 +55,9 @@ def page(tmp_path_factory):
     runs = []
     for day, tilt in ((2, 1.0), (1, 0.8)):
         path = folder / f"{day}.json"
-        path.write_text(json.dumps(sample_runs.file_of(sample_runs.sweep(tilt), f"2026-01-0{day}T00:00:00+00:00")))
+        told = {"gate": sample_runs.gate(), "audits": [sample_runs.audit()]}
+        file = sample_runs.file_of(sample_runs.sweep(tilt), f"2026-01-0{day}T00:00:00+00:00", **told)
+        path.write_text(json.dumps(file))
         runs.append(read_run(path))
     return write_report(folder, runs[0], runs[1:])
 

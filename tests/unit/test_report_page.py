@@ -77,7 +77,8 @@ def sweep_page(tmp_path_factory):
     folder, runs = tmp_path_factory.mktemp("sweep"), []
     for day, tilt in ((2, 1.0), (1, 0.9)):
         path = folder / f"{day}.json"
-        path.write_text(json.dumps(file_of(sample_runs.sweep(tilt), f"2026-01-0{day}T00:00:00+00:00")))
+        told = {"gate": sample_runs.gate(), "audits": [sample_runs.audit()]}
+        path.write_text(json.dumps(file_of(sample_runs.sweep(tilt), f"2026-01-0{day}T00:00:00+00:00", **told)))
         runs.append(read_run(path))
     return write_report(folder, runs[0], runs[1:]).read_text()
 
@@ -126,6 +127,7 @@ def test_one_benchmark_alone_makes_a_page(run, pages, kind):
     page, text = pages(run([getattr(sample_runs, kind)()]))
     assert "No speed-up" in page
     assert "No speed-up" in text
+    assert "**No case was decoded.**" in text
 
 
 def test_undefined_figures_are_told_as_such(run, pages):
@@ -145,10 +147,36 @@ def test_what_is_doubtful_is_said(run, pages):
     noisy["extra_info"] |= {"status": "invalid", "too_noisy": "the halves differ"}
     assert headline(run([unexplained, noisy])).tone == "bad"
     page, text = pages(run([unexplained, noisy]))
+    assert '<span class="badge bad">invalid, lossless</span>' in page
     for words in ("+15% off what its steps predict", "too noisy: the halves differ", "(unexplained)", "(invalid)"):
         assert words in text
         assert words in page
     assert "on this device a block of" in text  # the advice
+
+
+def test_the_verdicts_of_the_baselines_are_said_first(run, pages):
+    lost = {"fail": "speedup_x 2.61 < 2.80", "no-baseline": "no baseline for this case"}
+    gated = run([decode()], gate=sample_runs.gate(**lost))
+    assert headline(gated).tone == "bad"
+    assert headline(gated).verdict.startswith("Baselines: 1 fail")
+    page, text = pages(gated)
+    assert Elements(page).ids[0] == "gate"
+    for words in ("Baselines: 1 fail, 1 no-baseline, 1 pass.", "This fails the run.", *lost.values()):
+        assert words.replace("<", "&lt;") in text
+        assert words.replace("<", "&lt;") in page
+    assert '<span class="badge bad">fail</span>' in page
+    passed = run([decode()], gate=sample_runs.gate(failed=False, **{"no-baseline": "none"}))
+    assert headline(passed).tone == "good"
+    assert "This does not fail the run." in pages(passed)[1]
+    assert "Held to the baselines" not in pages(run([decode()]))[1]
+
+
+def test_audits_are_told_with_their_defects(run, pages):
+    audits = [sample_runs.audit("one"), sample_runs.audit("two", ["own: defect at prompt 0, token 3"])]
+    page, text = pages(run([decode()], audits=audits))
+    assert "| one | 288 | from layer 1 on | 1.00, largest 2.50 | 1 of 96 | 1 | lossless up to near ties |" in text
+    assert "DEFECT in two: own: defect at prompt 0, token 3" in text
+    assert '<span class="badge bad">defect</span>' in page
 
 
 def test_the_headline_is_the_drafts_own_block_case(run):
@@ -158,6 +186,23 @@ def test_the_headline_is_the_drafts_own_block_case(run):
     assert "With 7 of 7 drafted tokens right" in found.words
     assert (found.tone, found.verdict[:22]) == ("good", "Lossless in 3 of 3 cas")
     assert "a scripted draft (a7)" in headline(run(cases[2:])).words
+
+
+def test_a_noisy_case_is_the_headline_only_where_there_is_no_other_and_says_so(run):
+    noisy, calm = decode(8), decode(4)
+    noisy["extra_info"] |= {"status": "invalid", "too_noisy": "the halves differ"}
+    assert "case block-b8-n64-draft. It is invalid: the halves differ." in headline(run([noisy])).words
+    found = headline(run([noisy, calm]))
+    assert "block-b4-n64-draft" in found.words
+    assert "invalid" not in found.words
+
+
+def test_many_doubtful_cases_are_counted(run):
+    cases = [decode(size) for size in (2, 4, 8, 16)]
+    for case in cases:
+        case["extra_info"]["status"] = "invalid"
+    cases[0]["extra_info"]["status"] = "unexplained"
+    assert headline(run(cases)).verdict.endswith(" Not ok: 1 unexplained, 3 invalid.")
 
 
 def test_a_case_that_differs_from_greedy_is_the_first_thing_said(run, pages):
