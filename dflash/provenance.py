@@ -4,6 +4,7 @@ Nothing of the environment is written but what is named here, and no device is o
 what it ran on.
 """
 
+import hashlib
 import os
 import re
 import subprocess
@@ -86,6 +87,15 @@ def git() -> dict[str, Any] | None:
         return None
     changed = ask("status", "--porcelain", "--", *(s for s in _SOURCES if (ROOT / s).exists()))
     return {"commit": ask("rev-parse", "HEAD"), "dirty": bool(changed)}
+
+
+def sources_sha256() -> str:
+    """SHA-256 of the code that decides the figures, file by file; it needs no git and no commit."""
+    code = hashlib.sha256()
+    for folder in ("dflash", "bench"):
+        for path in sorted(p for p in (ROOT / folder).rglob("*") if p.suffix in (".py", ".cc", ".h")):
+            code.update(f"{path.relative_to(ROOT)} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return code.hexdigest()
 
 
 def versions() -> dict[str, str]:

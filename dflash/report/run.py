@@ -14,7 +14,10 @@ class ReportError(ValueError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """One run. Every info is a benchmark's `extra_info` with `name` (its pytest id) added."""
+    """One run. Every info is a benchmark's `extra_info` with `name` (its pytest id) added.
+
+    `failed` are decoding cases that could not be measured: no figures, but `error`.
+    """
 
     path: Path
     when: str
@@ -26,6 +29,7 @@ class Run:
     acceptances: list[Info]
     trainings: list[Info]
     peers: list[Info]
+    failed: list[Info]
 
     @property
     def short_when(self) -> str:
@@ -45,19 +49,21 @@ def read_run(path: Path) -> Run:
     if not isinstance(benchmarks, list) or not all(isinstance(b, dict) and "extra_info" in b for b in benchmarks):
         raise ReportError(f"{path} is no file of pytest's --benchmark-json: it has no list of benchmarks")
     infos = [b["extra_info"] | {"name": b.get("fullname", "")} for b in benchmarks]
+    told = raw.get("dflash") or {}
     run = Run(
         path=path,
         when=str(raw.get("datetime", "")),
         machine=raw.get("machine_info") or {},
         commit=raw.get("commit_info") or {},
-        provenance=raw.get("dflash") or {},
+        provenance=told,
         decodes=[i for i in infos if "speedup_x" in i and "block_size" in i],
         steps=[i for i in infos if i.get("verify_ms") and i.get("step_ms")],
         acceptances=[i for i in infos if "accept_rate_per_pos" in i and "speedup_x" not in i],
         trainings=[i for i in infos if "draft_tokens_per_s" in i],
         peers=[i for i in infos if "faster_x" in i],
+        failed=told.get("failed") or [],
     )
-    if not any((run.decodes, run.steps, run.acceptances, run.trainings, run.peers)):
+    if not any((run.decodes, run.steps, run.acceptances, run.trainings, run.peers, run.failed)):
         raise ReportError(f"{path} holds nothing that `pytest bench` of this project measures: run it, then report")
     return run
 

@@ -13,9 +13,13 @@ Info = dict[str, Any]
 
 @dataclasses.dataclass
 class Results:
-    """Each list holds the `extra_info` of its benchmarks; `gate` is what the baselines say of the cases."""
+    """Each list holds the `extra_info` of its benchmarks; `gate` is what the baselines say of the cases.
+
+    `failed` are cases that could not be measured: what identifies them, and `error`.
+    """
 
     cases: list[Info] = dataclasses.field(default_factory=list)
+    failed: list[Info] = dataclasses.field(default_factory=list)
     steps: list[Info] = dataclasses.field(default_factory=list)
     trainings: list[Info] = dataclasses.field(default_factory=list)
     acceptances: list[Info] = dataclasses.field(default_factory=list)
@@ -30,6 +34,7 @@ class Results:
             "what training a draft costs": [line for info in self.trainings for line in training_lines(info)],
             "what the target accepts of the draft": [line for i in self.acceptances for line in category_table(i)],
             "speed-up over greedy decoding": list(self._speedups()) if self.cases else [],
+            "could not be measured": [f"{info['case']}: {info['error']}" for info in self.failed],
             "baselines": self.gate,
         }
         return ((title, lines) for title, lines in tables.items() if lines)
