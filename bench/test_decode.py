@@ -148,10 +148,7 @@ def outcome_of(
 
 
 def _hand_over(benchmark: BenchmarkFixture, seconds: list[float]) -> None:
-    """Seconds that were taken already, as those of this benchmark. Without any it is left out of the file's list,
-
-    but the file is written, which one that began nothing is not.
-    """
+    """Gives pytest-benchmark what was timed already. Without seconds it lists nothing, and still writes its file."""
 
     def nothing() -> None:
         if not seconds:

@@ -62,12 +62,11 @@ def _read(path: Path) -> list[Record]:
     whole = text[: text.rfind(b"\n") + 1]
     try:
         records = [json.loads(line) for line in whole.splitlines()]
-        if not all(
-            isinstance(r["identity"], str) and r["info"]["status"] and r["seconds"] is not None for r in records
-        ):
-            raise ValueError("a record has an identity, an info with its status, and seconds")
+        _ = [(r["identity"], r["info"]["status"], r["seconds"]) for r in records]
     except (ValueError, TypeError, KeyError) as error:
-        raise JournalError(f"{path} must hold a case in each line; delete it to start anew: {error}") from None
+        raise JournalError(
+            f"{path} must hold identity, info and seconds of a case in each line; delete it to start anew ({error!r})"
+        ) from None
     if len(whole) < len(text):
         os.truncate(path, len(whole))
     return records

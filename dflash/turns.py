@@ -48,11 +48,10 @@ def attempt(action: Callable[[], T]) -> T | Failure:
     try:
         return action()
     except Exception as error:
-        known, out_of_memory = isinstance(error, RequestError), is_out_of_memory(error)
-        failure = Failure(
-            sentence=_sentence(error),
-            trace="" if known or out_of_memory else "".join(traceback.format_exception(error)),
-        )
+        out_of_memory = is_out_of_memory(error)
+        known = out_of_memory or isinstance(error, RequestError)
+        trace = "" if known else "".join(traceback.format_exception(error))
+        failure = Failure(sentence=_sentence(error), trace=trace)
     # Out here nothing holds the error any more, nor what its frames held.
     if out_of_memory:
         compiled_decoder.cache_clear()
@@ -81,12 +80,13 @@ def take_turns(
         return {name: run for name in names if isinstance(run := made[name], PairedRun)}
 
     def take(names: Sequence[str]) -> None:
-        failure = attempt(greedy.round) if baseline and names else None
-        for name, run in running(names).items():
-            if failure is None:
-                made[name] = attempt(run.round) or run
-            else:
-                made[name] = dataclasses.replace(failure, sentence=f"its greedy baseline: {failure.sentence}")
+        runs = running(names)
+        failed = attempt(greedy.round) if baseline and runs else None
+        for name, run in runs.items():
+            if failed is not None:
+                made[name] = dataclasses.replace(failed, sentence=f"its greedy baseline: {failed.sentence}")
+            elif (left := attempt(run.round)) is not None:
+                made[name] = left
 
     names = list(cases)
     for _ in range(WARMUP + rounds):

@@ -263,10 +263,8 @@ def history_section(left_out: Sequence[str]) -> Section:
 
 def origin_section(run: Run) -> Section:
     """Environment, hashes, and the command that makes it again."""
-    told, first = (
-        run.provenance,
-        (run.decodes + run.steps + run.acceptances + run.trainings + run.peers + run.failed)[0],
-    )
+    measured = run.decodes + run.steps + run.acceptances + run.trainings + run.peers
+    told, first = run.provenance, (measured + run.failed)[0]
     cpu = (run.machine.get("cpu") or {}).get("brand_raw")
     facts: dict[str, Any] = {
         "measured": f"{run.short_when} UTC",
