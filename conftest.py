@@ -65,7 +65,8 @@ def _place_report(config: pytest.Config) -> None:
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
     """What the file says of where it comes from; and null for NaN, which is no JSON."""
     results, command = config.stash[RESULTS], ["pytest", *config.invocation_params.args]
-    output_json["dflash"] = provenance(output_json["benchmarks"], list(map(str, command)), results.compile_cache)
+    told = [*output_json["benchmarks"], *({"extra_info": info} for info in results.failed)]
+    output_json["dflash"] = provenance(told, list(map(str, command)), results.compile_cache)
     output_json["dflash"]["failed"] = results.failed
     output_json.update(finite(output_json))
     results.saved = True

@@ -141,7 +141,7 @@ def provenance(benchmarks: Sequence[dict[str, Any]], command: Sequence[str], cac
         "versions": versions(),
         "device": facts(_DEVICE),
         "read": facts(_READ),
-        "seeds": facts(("seeds",)).get("seeds"),
+        "seeds": {name: seed for info in infos for name, seed in (info.get("seeds") or {}).items()} or None,
         "flags": flags(),
         "command": redact(command),
         "compile_cache": cache,
