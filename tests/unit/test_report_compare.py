@@ -99,13 +99,8 @@ def test_cases_of_one_run_only_are_named(run):
     }
 
 
-def test_a_case_that_failed_now_is_said(tmp_path):
-    runs = []
-    for benchmarks, failed in (([decode(batch_size=64)], []), ([], [sample_runs.failed()])):
-        path = tmp_path / "run.json"
-        path.write_text(json.dumps(file_of(benchmarks, failed=failed)))
-        runs.append(read_run(path))
-    (change,) = compare(*runs)
+def test_a_case_that_failed_now_is_said(run):
+    (change,) = compare(run([decode(batch_size=64)]), run([], failed=[sample_runs.failed()]))
     assert (change.case, change.verdict) == ("block-b8-n64-k64-draft", "failed")
 
 
