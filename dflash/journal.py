@@ -1,4 +1,4 @@
-"""What a sweep measured so far: a line of JSON for each case, on the disk before the next one is measured.
+"""What a sweep measured so far: a line of JSON for each case, on the disk as soon as its figures are known.
 
 It lies beside the benchmark file, `x.cases.jsonl` for `x.json`, and is only ever added to: delete it to forget. A
 record counts for a case of the same identity, which is the hash of everything that decides its result.

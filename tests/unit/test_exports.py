@@ -86,11 +86,8 @@ def test_what_failed_is_a_line_of_the_csv_alone(tmp_path, form):
     assert ("block-b8-n64-k64-draft" in text) == (form == "csv")
     if form == "csv":
         last = list(csv.DictReader(io.StringIO(text)))[-1]
-        assert (last["status"], last["speedup_x"], last["error"]) == (
-            "failed",
-            "",
-            "out of memory: allocating 7 GiB <x>",
-        )
+        assert (last["status"], last["speedup_x"]) == ("failed", "")
+        assert last["error"] == "out of memory: allocating 7 GiB <x>"
 
 
 @pytest.mark.parametrize("form", ["github", "bencher", "vllm", "sglang"])
