@@ -1,13 +1,14 @@
 """How much faster is decoding with the draft than greedy decoding, and are the tokens the same?
 
 One test a case (dflash/sweep.py). Cases of one workload (same prompts, batch size, prompt length and token budget) are
-measured together, by the first of their tests: each round decodes all prompts greedily, once, and then as every case
-does; rounds are added until the interval is narrow (--precision, --time-limit). pytest-benchmark's seconds are those of
+measured together, by the first of their tests: each round decodes all prompts greedily, once, and as every case does;
+rounds are added until the interval is narrow (--precision, --time-limit). pytest-benchmark's seconds are those of
 DFlash, and `extra_info` carries the rest (dflash/metrics.py). A case whose tokens differ fails: a speed-up without
 proven equality is worth nothing. One that can't be measured fails too, and is told apart.
 """
 
 import contextlib
+import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -17,14 +18,16 @@ from typing import Any, NamedTuple
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from dflash.cost_model import StepTimes
 from dflash.gate import Floors, failures
 from dflash.greedy import Greedy
 from dflash.journal import Journal, JournalError, identity, journal_path
+from dflash.models.draft import Draft
 from dflash.models.llama import Llama
 from dflash.paired import PairedRun
 from dflash.provenance import flags, sources_sha256, versions
 from dflash.report.summary import Results
-from dflash.sweep import MODES, Case, cases
+from dflash.sweep import MODES, Case, Setting, cases
 from dflash.turns import WARMUP, Failure, attempt, take_turns
 
 # Raise it when a case of the same name measures something else than before: baselines of the old one count no more.
@@ -50,101 +53,113 @@ def _floors(config: pytest.Config, case: Case) -> Floors:
     )
 
 
-@pytest.fixture(scope="module")
-def journal(pytestconfig: pytest.Config) -> Journal:
-    json_file = pytestconfig.getoption("benchmark_json", None)
-    try:
-        return Journal(json_file and journal_path(Path(json_file)), resume=pytestconfig.option.resume)
-    except JournalError as error:
-        pytest.exit(str(error), pytest.ExitCode.USAGE_ERROR)
+@dataclasses.dataclass(kw_only=True)
+class Sweep:
+    """Measures cases, a workload at a time; what an earlier run measured is taken from the journal.
 
+    `selected` are the ids of the cases that this run is to measure, `origin` what decides the result of all of them.
+    """
 
-@pytest.fixture(scope="module")
-def identify(
-    workload_of: Callable[..., Any], facts_of: Callable[..., dict[str, Any]], pytestconfig: pytest.Config
-) -> Callable[[Case], tuple[dict[str, Any], str]]:
-    """What identifies a case in the results, and the hash of all that decides its result: names of folders don't."""
-    options = pytestconfig.option
-    settings = ("dtype", "rounds", "precision", "time_limit", "also_run_baseline")
-    origin = [sources_sha256(), versions(), flags(), {name: getattr(options, name) for name in settings}]
+    target: Llama
+    draft_of: Callable[[str], Draft]
+    workload_of: Callable[[Setting], Any]
+    facts_of: Callable[[str, Setting], dict[str, Any]]
+    steps_of: Callable[[Case], StepTimes]
+    journal: Journal
+    options: Any
+    selected: set[str]
+    origin: list[Any]
+    known: dict[str, Outcome] = dataclasses.field(default_factory=dict)
 
-    def facts(case: Case) -> tuple[dict[str, Any], str]:
-        workload, told = workload_of(case.setting), facts_of(case.draft, case.setting)
-        hashed = told if told["draft_sha256"] is None else {k: v for k, v in told.items() if k != "draft"}
-        hashed = {k: v for k, v in hashed.items() if k not in ("target", "prompts", "run_name")}
+    def outcome(self, case: Case) -> Outcome:
+        """What became of a case, or becomes of it now."""
+        if case.id not in self.known:
+            group = [c for c in cases(self.options) if c.id in self.selected and c.workload == case.workload]
+            for one in group:
+                if record := self.journal.find(self._identify(one)[1]):
+                    self.known[one.id] = Outcome(record["info"] | {"resumed": True}, record["seconds"])
+            self._measure([c for c in group if c.id not in self.known])
+        return self.known[case.id]
+
+    def _identify(self, case: Case) -> tuple[dict[str, Any], str]:
+        """What identifies a case in the results, and the hash of all that decides its result: folders' names don't."""
+        workload, facts = self.workload_of(case.setting), self.facts_of(case.draft, case.setting)
+        names = {"target", "prompts", "run_name"} | ({"draft"} if facts["draft_sha256"] else set())
+        hashed = {k: v for k, v in facts.items() if k not in names}
         decoded = [workload.groups, workload.stop_token_ids, case.max_new_tokens]
-        info = told | {
+        info = facts | {
             "case": case.id,
             "proposer": case.proposer,
             "scripted": case.scripted,
             "workload_version": WORKLOAD_VERSION,
             # Cases of one run with the same baseline share its seconds.
-            "baseline": identity([told["target_sha256"], options.dtype, decoded])[:16],
+            "baseline": identity([facts["target_sha256"], self.options.dtype, decoded])[:16],
         }
-        return info, identity([case.id, WORKLOAD_VERSION, hashed, decoded, origin])
+        return info, identity([case.id, WORKLOAD_VERSION, hashed, decoded, self.origin])
 
-    return facts
+    def _measure(self, group: Sequence[Case]) -> None:
+        runs = self._take_turns(group) if group else {}
+        for case in group:
+            facts, identified = self._identify(case)
+            self.known[case.id] = done = self._told(case, runs.pop(case.id), facts)
+            self.journal.add(identified, done.info, done.seconds)
 
-
-@pytest.fixture(scope="module")
-def outcome_of(
-    request: pytest.FixtureRequest,
-    target: Llama,
-    draft_of: Callable[..., Any],
-    workload_of: Callable[..., Any],
-    steps_of: Callable[..., Any],
-    identify: Callable[[Case], tuple[dict[str, Any], str]],
-    journal: Journal,
-    pytestconfig: pytest.Config,
-) -> Callable[[Case], Outcome]:
-    """What became of a case: in an earlier run, or measured now with all selected cases of its workload."""
-    options = pytestconfig.option
-    baseline = options.also_run_baseline in ("1", "true")
-    selected = {item.callspec.params["case"] for item in request.session.items if "case" in item.fixturenames}
-    known: dict[str, Outcome] = {}
-
-    def take_turns_of(group: Sequence[Case]) -> dict[str, PairedRun | Failure]:
-        workload, budget = workload_of(group[0].setting), group[0].max_new_tokens
-        greedy = Greedy(target, workload.groups, max_new_tokens=budget, stop_token_ids=workload.stop_token_ids)
+    def _take_turns(self, group: Sequence[Case]) -> dict[str, PairedRun | Failure]:
+        options, workload = self.options, self.workload_of(group[0].setting)
+        baseline = options.also_run_baseline in ("1", "true")
+        budget, stops = group[0].max_new_tokens, workload.stop_token_ids
+        greedy = Greedy(self.target, workload.groups, max_new_tokens=budget, stop_token_ids=stops)
 
         def make(case: Case) -> PairedRun:
             more = {"mode": MODES[case.mode], "block_size": case.block_size, "scripted": case.scripted}
-            return PairedRun(greedy, draft_of(case.draft), baseline=baseline, **more)
+            return PairedRun(greedy, self.draft_of(case.draft), baseline=baseline, **more)
 
         # The largest block first: what it has to know of greedy decoding, the others need not ask for again.
-        ordered = sorted(group, key=lambda c: -c.block_size)
+        makers = {c.id: partial(make, c) for c in sorted(group, key=lambda c: -c.block_size)}
         limits = {"rounds": options.rounds, "precision": options.precision, "time_limit_s": options.time_limit}
-        return take_turns(greedy, {c.id: partial(make, c) for c in ordered}, baseline=baseline, **limits)
+        return take_turns(greedy, makers, baseline=baseline, **limits)
 
-    def told(case: Case, run: PairedRun | Failure) -> Outcome:
+    def _told(self, case: Case, run: PairedRun | Failure, facts: dict[str, Any]) -> Outcome:
         def figures() -> Outcome:
             rounds = len(run.dflash_s) - WARMUP
-            return Outcome(run.info(rounds, steps_of(case)) | facts, [sum(s) for s in run.dflash_s[-rounds:]])
+            return Outcome(run.info(rounds, self.steps_of(case)) | facts, [sum(s) for s in run.dflash_s[-rounds:]])
 
-        facts, _ = identify(case)
         done = run if isinstance(run, Failure) else attempt(figures)
         if isinstance(done, Outcome):
             return done
+        setting = case.setting
         asked = {"mode": MODES[case.mode], "block_size": case.block_size, "max_new_tokens": case.max_new_tokens}
-        asked |= {"batch_size": case.setting.batch_size, "prompt_len": case.setting.prompt_len, "dtype": options.dtype}
+        asked |= {"batch_size": setting.batch_size, "prompt_len": setting.prompt_len, "dtype": self.options.dtype}
         return Outcome(facts | asked | {"status": "failed", "error": done.sentence}, [], done.trace)
 
-    def measure(group: Sequence[Case]) -> None:
-        runs = take_turns_of(group)
-        for case in group:
-            known[case.id] = done = told(case, runs.pop(case.id))
-            journal.add(identify(case)[1], done.info, done.seconds)
 
-    def outcome(case: Case) -> Outcome:
-        if case.id not in known:
-            group = [c for c in cases(options) if c.id in selected and c.workload == case.workload]
-            found = {c.id: journal.find(identify(c)[1]) for c in group}
-            known.update({name: Outcome(r["info"] | {"resumed": True}, r["seconds"]) for name, r in found.items() if r})
-            if left := [c for c in group if c.id not in known]:
-                measure(left)
-        return known[case.id]
-
-    return outcome
+@pytest.fixture(scope="module")
+def sweep(
+    request: pytest.FixtureRequest,
+    target: Llama,
+    draft_of: Callable[[str], Draft],
+    workload_of: Callable[[Setting], Any],
+    facts_of: Callable[[str, Setting], dict[str, Any]],
+    steps_of: Callable[[Case], StepTimes],
+    pytestconfig: pytest.Config,
+) -> Sweep:
+    options, json_file = pytestconfig.option, pytestconfig.getoption("benchmark_json", None)
+    try:
+        journal = Journal(json_file and journal_path(Path(json_file)), resume=options.resume)
+    except JournalError as error:
+        pytest.exit(str(error), pytest.ExitCode.USAGE_ERROR)
+    settings = ("dtype", "rounds", "precision", "time_limit", "also_run_baseline")
+    return Sweep(
+        target=target,
+        draft_of=draft_of,
+        workload_of=workload_of,
+        facts_of=facts_of,
+        steps_of=steps_of,
+        journal=journal,
+        options=options,
+        selected={item.callspec.params["case"] for item in request.session.items if "case" in item.fixturenames},
+        origin=[sources_sha256(), versions(), flags(), {name: getattr(options, name) for name in settings}],
+    )
 
 
 def _hand_over(benchmark: BenchmarkFixture, seconds: list[float]) -> None:
@@ -164,12 +179,12 @@ def _hand_over(benchmark: BenchmarkFixture, seconds: list[float]) -> None:
 def test_decode(
     benchmark: BenchmarkFixture,
     case: Case,
-    outcome_of: Callable[[Case], Outcome],
+    sweep: Sweep,
     results: Results,
     request: pytest.FixtureRequest,
     pytestconfig: pytest.Config,
 ) -> None:
-    done = outcome_of(case)
+    done = sweep.outcome(case)
     info = done.info
     _hand_over(benchmark, done.seconds)
     if info["status"] == "failed":

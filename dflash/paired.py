@@ -48,7 +48,7 @@ def _known(low: float, high: float) -> list[float] | None:
 
 
 class PairedRun:
-    """The rounds of one case, each beside the latest round of `greedy`, which other cases may share.
+    """The rounds of one case, each paired with a round of `greedy`, which other cases may share.
 
     `scripted` replaces the draft's proposals so that exactly that many are accepted in every block. With `baseline`
     False nothing is compared, and the case's status says so.
@@ -86,7 +86,7 @@ class PairedRun:
         self._outcome: list[tuple[Rows, Rows, Rows]] = []
 
     def round(self) -> None:
-        """Decodes every group with the draft, and compares with what greedy decoding gave last."""
+        """Decodes every group with the draft."""
         ready = []
         for request in self._requests:
             start = time.perf_counter()
@@ -95,6 +95,9 @@ class PairedRun:
         states, seconds = decode_groups(self.dflash, ready)
         self.dflash_s.append(seconds)
         self._outcome = [read_state(s) for s in states]
+
+    def pair(self) -> None:
+        """Pairs the latest round with the latest of greedy decoding, and compares their tokens."""
         if not self.with_baseline:
             return
         self.baseline_s.append(self.greedy.seconds)

@@ -1,7 +1,7 @@
-"""Cases of one workload, measured in turn: a round is one greedy decode, then one decode of every case.
+"""Cases of one workload, measured in turn: a round is one decode of every case, and a greedy one in their middle.
 
-So greedy decoding is timed once for all of them, and still beside each: what disturbs the machine for longer than a
-round disturbs both sides of every pair. A case that fails leaves, and the others go on.
+So greedy decoding is timed once for all of them, and no further from any than half a round: what disturbs the machine
+for longer disturbs both sides of every pair. A case that fails leaves, and the others go on.
 """
 
 import dataclasses
@@ -79,14 +79,22 @@ def take_turns(
     def running(names: Iterable[str]) -> dict[str, PairedRun]:
         return {name: run for name in names if isinstance(run := made[name], PairedRun)}
 
-    def take(names: Sequence[str]) -> None:
-        runs = running(names)
-        failed = attempt(greedy.round) if baseline and runs else None
+    def decode(runs: Mapping[str, PairedRun]) -> None:
         for name, run in runs.items():
-            if failed is not None:
+            if (failed := attempt(run.round)) is not None:
+                made[name] = failed
+
+    def take(names: Sequence[str]) -> None:
+        middle = len(names) // 2
+        decode(running(names[:middle]))
+        failed = attempt(greedy.round) if baseline and running(names) else None
+        if failed is None:
+            decode(running(names[middle:]))
+        for name, run in running(names).items():
+            if failed is None:
+                run.pair()
+            else:
                 made[name] = dataclasses.replace(failed, sentence=f"its greedy baseline: {failed.sentence}")
-            elif (left := attempt(run.round)) is not None:
-                made[name] = left
 
     names = list(cases)
     for _ in range(WARMUP + rounds):

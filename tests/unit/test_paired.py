@@ -45,6 +45,7 @@ def take(run, rounds=1):
         if run.with_baseline:
             run.greedy.round()
         run.round()
+        run.pair()
 
 
 @pytest.mark.parametrize(

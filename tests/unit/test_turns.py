@@ -10,26 +10,32 @@ from dflash.turns import Failure, attempt, take_turns
 class Greedy:
     """In the place of greedy decoding: counts its rounds."""
 
-    def __init__(self, fails_at=None):
+    def __init__(self, order=None, fails_at=None):
         self.rounds, self.fails_at = 0, fails_at
+        self.order = [] if order is None else order
 
     def round(self):
         self.rounds += 1
+        self.order += ["-"]
         if self.rounds == self.fails_at:
             raise MemoryError
 
 
 class Run(PairedRun):
-    """In the place of a case: notes the greedy round beside it. `wide` are the answers to how many rounds to add."""
+    """In the place of a case: notes the greedy rounds it is paired with. `wide` are rounds to add, as it is asked."""
 
     def __init__(self, greedy, name, order, wide=(), fails_at=None):
         self.greedy, self.name, self.order = greedy, name, order
         self.beside, self.asked, self.wide, self.fails_at = [], [], list(wide), fails_at
+        self.rounds = 0
+
+    def pair(self):
+        self.beside.append(self.greedy.rounds)
 
     def round(self):
-        self.beside.append(self.greedy.rounds)
+        self.rounds += 1
         self.order.append(self.name)
-        if len(self.beside) == self.fails_at:
+        if self.rounds == self.fails_at:
             raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 7 bytes.\nand much more")
 
     def rounds_to_add(self, rounds, precision):
@@ -43,12 +49,13 @@ def turns(greedy, runs, **more):
 
 
 def test_one_greedy_round_serves_every_case():
-    greedy, order = Greedy(), []
-    a, b = runs = Run(greedy, "a", order), Run(greedy, "b", order)
-    assert turns(greedy, runs) == {"a": a, "b": b}
+    order = []
+    greedy = Greedy(order)
+    a, b, c = runs = [Run(greedy, name, order) for name in "abc"]
+    assert turns(greedy, runs) == {"a": a, "b": b, "c": c}
     assert greedy.rounds == 4  # one of warm-up
-    assert a.beside == b.beside == [1, 2, 3, 4]
-    assert "".join(order) == "abbaabba"
+    assert a.beside == b.beside == c.beside == [1, 2, 3, 4]
+    assert "".join(order) == "a-bc" + "c-ba" + "a-bc" + "c-ba"
 
 
 def test_rounds_are_added_for_the_cases_that_need_them():
@@ -79,7 +86,7 @@ def test_without_a_baseline_nothing_is_decoded_greedily():
     greedy = Greedy()
     run = Run(greedy, "a", [])
     turns(greedy, [run], baseline=False)
-    assert (greedy.rounds, len(run.beside)) == (0, 4)
+    assert (greedy.rounds, run.rounds) == (0, 4)
 
 
 @pytest.mark.parametrize("at", [1, 3])
@@ -88,7 +95,8 @@ def test_a_case_that_fails_leaves_and_the_others_go_on(at):
     failing, other = runs = Run(greedy, "f", order, fails_at=at), Run(greedy, "o", order)
     outcome = turns(greedy, runs)
     assert outcome["f"] == Failure(sentence="out of memory: RESOURCE_EXHAUSTED: Out of memory allocating 7 bytes.")
-    assert len(failing.beside) == at
+    assert failing.rounds == at
+    assert len(failing.beside) == at - 1
     assert outcome["o"] is other
     assert other.beside == [1, 2, 3, 4]
 
