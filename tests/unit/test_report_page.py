@@ -177,7 +177,7 @@ def test_what_could_not_be_measured_is_said(run, pages):
     for text in (page, markdown):
         assert "1 more could not be measured." in text
         assert "block-b8-n64-k64-draft" in text
-        assert "out of memory: allocating 7 GiB &lt;x&gt;" in text
+        assert "out of memory: allocating 7 GiB &lt;x" in text
     told = headline(run([decode()], failed=[sample_runs.failed()]))
     assert (told.figure[-1], told.tone) == ("×", "bad")
 
