@@ -1,4 +1,4 @@
-"""One benchmark case: DFlash decoding of the prompts that were just decoded greedily, round by round.
+"""One benchmark case: DFlash decoding of prompts that are decoded greedily in the same round, round by round.
 
 Both clocks run from after prefill to the last token; the first draft call is inside. The tokens of both are compared
 in every round; in bfloat16 those that differ are audited (docs/lossless.md).
