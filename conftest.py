@@ -37,6 +37,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[RESULTS] = Results(compile_cache=compile_cache())
     _place_report(config)
     _refuse_workers(config)
+    if config.option.resume and getattr(config.option, "benchmark_json", None) is None:
+        raise pytest.UsageError("--resume continues what --benchmark-json FILE or --report DIR began: name the same")
     # Named before anything opens a backend.
     if config.option.run_on == "cpu":
         jax.config.update("jax_platforms", "cpu")
@@ -63,8 +65,9 @@ def _place_report(config: pytest.Config) -> None:
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
     """What the file says of where it comes from; and null for NaN, which is no JSON."""
     results, command = config.stash[RESULTS], ["pytest", *config.invocation_params.args]
-    told = provenance(output_json["benchmarks"], list(map(str, command)), results.compile_cache)
-    output_json["dflash"] = told | {"gate": results.gate.figures(), "audits": results.audits}
+    told = [*output_json["benchmarks"], *({"extra_info": info} for info in results.failed)]
+    said = {"gate": results.gate.figures(), "audits": results.audits, "failed": results.failed}
+    output_json["dflash"] = provenance(told, list(map(str, command)), results.compile_cache) | said
     output_json.update(finite(output_json))
     results.saved = True
 

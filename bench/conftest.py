@@ -1,7 +1,8 @@
-"""What every benchmark shares: target, draft, prompts, and where results go."""
+"""What every benchmark shares: target, drafts, prompts, and what identifies them in the results."""
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,54 +19,22 @@ from dflash.measure import time_steps
 from dflash.models.draft import Draft
 from dflash.models.llama import Llama
 from dflash.prompts import PromptError, exact_length_prompts, load_prompts
+from dflash.sweep import Case, Setting, cases, settings
 from dflash.tokenizer import TokenizerError
 from dflash.weights.huggingface import WeightsError, snapshot_hash
 from dflash.weights.load import UNTRAINED, draft_hash, target_directory
 from dflash.weights.smollm2 import SnapshotError
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Case:
-    """One line of the speed-up table. `scripted` None decodes with the draft's own proposals."""
-
-    mode: str
-    block_size: int
-    max_new_tokens: int
-    proposer: str
-    scripted: int | None
-
-    @property
-    def id(self) -> str:
-        return f"{self.mode}-b{self.block_size}-n{self.max_new_tokens}-{self.proposer}"
-
-
-def _cases(config: pytest.Config) -> list[Case]:
-    """mode x block size x budget: the draft itself, and scripted acceptances, which show the machine's ceiling."""
-    trained = config.option.draft != UNTRAINED
-    own = "draft" if trained else UNTRAINED
-    cases = []
-    for block in config.option.block_sizes:
-        scripts = [(f"a{a}", a) for a in ([block - 1] if trained else [(block - 1) // 2, block - 1])]
-        plans = [("block", [(own, None), *scripts]), ("seq", [(own, None), scripts[-1]])]
-        for budget in config.option.max_new_tokens:
-            for mode, proposers in plans:
-                cases += [
-                    Case(mode=mode, block_size=block, max_new_tokens=budget, proposer=name, scripted=a)
-                    for name, a in proposers
-                ]
-    return cases
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
-        cases = _cases(metafunc.config)
         # Names, not cases: parameters go into the JSON file as they are.
-        metafunc.parametrize("case", [c.id for c in cases], ids=str, indirect=True)
+        metafunc.parametrize("case", [c.id for c in cases(metafunc.config.option)], ids=str, indirect=True)
 
 
 @pytest.fixture
 def case(request: pytest.FixtureRequest, pytestconfig: pytest.Config) -> Case:
-    return next(c for c in _cases(pytestconfig) if c.id == request.param)
+    return next(c for c in cases(pytestconfig.option) if c.id == request.param)
 
 
 def _or_usage_error(load: Callable[[], Any]) -> Any:
@@ -83,12 +52,24 @@ def target(device: jax.Device, pytestconfig: pytest.Config) -> Llama:
 
 
 @pytest.fixture(scope="session")
-def draft(target: Llama, pytestconfig: pytest.Config) -> Draft:
+def draft_of(target: Llama, pytestconfig: pytest.Config) -> Callable[[str], Draft]:
+    """A draft by what --draft calls it; loaded once."""
     options = pytestconfig.option
-    if options.draft != UNTRAINED:
-        return _or_usage_error(lambda: load_draft(options.draft, target))
-    largest = max(options.block_sizes)
-    return _or_usage_error(lambda: init_draft(target, num_layers=options.draft_layers, block_size=largest))
+
+    @functools.cache
+    def load(name: str) -> Draft:
+        if name != UNTRAINED:
+            return _or_usage_error(lambda: load_draft(name, target))
+        largest = max(options.block_sizes)
+        return _or_usage_error(lambda: init_draft(target, num_layers=options.draft_layers, block_size=largest))
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def draft(draft_of: Callable[[str], Draft], pytestconfig: pytest.Config) -> Draft:
+    """The first of --draft. So with `workload` and `facts`: what is no case takes the first of every list."""
+    return draft_of(pytestconfig.option.draft[0])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,70 +86,109 @@ class Workload:
         return sum(lengths) // len(lengths)
 
 
-@pytest.fixture(scope="session")
-def workload(target: Llama, draft: Draft, pytestconfig: pytest.Config) -> Workload:
-    options = pytestconfig.option
-    count, length, batch = options.num_prompts, options.prompt_len, options.batch_size
+def _make_workload(target: Llama, setting: Setting, options: Any) -> Workload:
+    count, source, length, batch = options.num_prompts, setting.prompts, setting.prompt_len, setting.batch_size
     if count % batch:
         pytest.exit(f"--num-prompts {count} must be a multiple of --batch-size {batch}", pytest.ExitCode.USAGE_ERROR)
     stops: tuple[int, ...] = ()
-    facts: dict[str, Any] = {"prompts": options.prompts}
-    if options.prompts == "random":
+    facts: dict[str, Any] = {"prompts": source}
+    if source == "random":
         rng = np.random.default_rng(0)
         prompts = rng.integers(0, target.config.vocab_size, (count, length or 64)).tolist()
     else:
         try:
             tokenizer = load_tokenizer(options.target)
             stops = tokenizer.stop_token_ids
-            prompt_set = load_prompts(options.prompts).take(count)
+            prompt_set = load_prompts(source).take(count)
             facts["prompts_sha256"] = prompt_set.sha256
             prompts = exact_length_prompts(tokenizer, length, count, 0) if length else prompt_set.encode(tokenizer)
         except (PromptError, TokenizerError, ImportError) as error:
             pytest.exit(str(error), pytest.ExitCode.USAGE_ERROR)
     if len(prompts) < count:
-        pytest.exit(
-            f"{options.prompts} has {len(prompts)} prompts, --num-prompts asks {count}", pytest.ExitCode.USAGE_ERROR
-        )
-    # Before anything is measured: all prompts of all cases, greedy's block more for the scripts included.
-    block, budget = max(options.block_sizes), max(options.max_new_tokens)
-    request = {"stop_token_ids": stops, "temperature": 0.0, "allow_larger_block": False}
-    for proposer, mode, tokens in ((None, "greedy", budget + block), (draft, "cached_block_verify", budget)):
-        _or_usage_error(
-            lambda d=proposer, m=mode, n=tokens: check_request(
-                target, d, prompts, mode=m, block_size=block, max_new_tokens=n, **request
-            )
-        )
+        pytest.exit(f"{source} has {len(prompts)} prompts, --num-prompts asks {count}", pytest.ExitCode.USAGE_ERROR)
     groups = [prompts[i : i + batch] for i in range(0, count, batch)]
     return Workload(groups=groups, stop_token_ids=stops, facts=facts)
 
 
 @pytest.fixture(scope="session")
-def facts(device: jax.Device, workload: Workload, pytestconfig: pytest.Config) -> dict[str, Any]:
-    """What identifies a run in its results: device, versions, hashes."""
+def workload_of(
+    target: Llama, draft_of: Callable[[str], Draft], pytestconfig: pytest.Config
+) -> Callable[[Setting], Workload]:
+    """The prompts of a setting. Before anything is measured all prompts of all cases are made and checked."""
     options = pytestconfig.option
-    trained = options.draft != UNTRAINED
-    return {
+    made = {setting: _make_workload(target, setting, options) for setting in settings(options)}
+    # Greedy's block more is for the scripts.
+    block, budget = max(options.block_sizes), max(options.max_new_tokens)
+    drafts = [draft_of(name) for name in options.draft]
+    plans = [(None, "greedy", budget + block), *((d, "cached_block_verify", budget) for d in drafts)]
+    for workload, (proposer, mode, tokens) in itertools.product(made.values(), plans):
+        _or_usage_error(
+            lambda w=workload, d=proposer, m=mode, n=tokens: check_request(
+                target,
+                d,
+                [prompt for group in w.groups for prompt in group],
+                mode=m,
+                block_size=block,
+                max_new_tokens=n,
+                stop_token_ids=w.stop_token_ids,
+                temperature=0.0,
+                allow_larger_block=False,
+            )
+        )
+    return made.__getitem__
+
+
+@pytest.fixture(scope="session")
+def workload(workload_of: Callable[[Setting], Workload], pytestconfig: pytest.Config) -> Workload:
+    return workload_of(settings(pytestconfig.option)[0])
+
+
+@pytest.fixture(scope="session")
+def facts_of(
+    device: jax.Device, workload_of: Callable[[Setting], Workload], pytestconfig: pytest.Config
+) -> Callable[[str, Setting], dict[str, Any]]:
+    """What identifies a draft and a setting in the results: device, versions, hashes."""
+    options = pytestconfig.option
+    common = {
         **device_facts(device),
         "mesh": {"dp": 1, "tp": 1},  # decoding runs on one device
-        "seeds": {"prompts": 0, "bootstrap": 0} | ({} if trained else {"draft": 0}),
         "jax": jax.__version__,
         "kernels": native.status(),
         "target": options.target,
         "target_sha256": snapshot_hash(target_directory(options.target)),
-        "draft": options.draft if trained else f"{UNTRAINED}, {options.draft_layers} layers, seed 0",
-        "draft_sha256": draft_hash(options.draft) if trained else None,
         "run_name": options.run_name or None,
-        **workload.facts,
     }
+    hash_of = functools.cache(draft_hash)
+
+    def facts(draft: str, setting: Setting) -> dict[str, Any]:
+        trained = draft != UNTRAINED
+        return {
+            **common,
+            "seeds": {"prompts": 0, "bootstrap": 0} | ({} if trained else {"draft": 0}),
+            "draft": draft if trained else f"{UNTRAINED}, {options.draft_layers} layers, seed 0",
+            "draft_sha256": hash_of(draft) if trained else None,
+            **workload_of(setting).facts,
+        }
+
+    return facts
 
 
 @pytest.fixture(scope="session")
-def steps_of(target: Llama, draft: Draft, workload: Workload) -> Callable[[int, int], StepTimes]:
-    """The cost model's terms up to a block size, half-way through a decode of that budget; timed once each."""
+def facts(facts_of: Callable[[str, Setting], dict[str, Any]], pytestconfig: pytest.Config) -> dict[str, Any]:
+    options = pytestconfig.option
+    return facts_of(options.draft[0], settings(options)[0])
+
+
+@pytest.fixture(scope="session")
+def steps_of(
+    target: Llama, draft_of: Callable[[str], Draft], workload_of: Callable[[Setting], Workload]
+) -> Callable[[Case], StepTimes]:
+    """The cost model's terms up to a case's block size, half-way through its decode; timed once each."""
 
     @functools.cache
-    def steps(block_size: int, max_new_tokens: int) -> StepTimes:
-        context = workload.mean_len + max_new_tokens // 2
-        return time_steps(target, draft, sizes_to_time(block_size), batch=len(workload.groups[0]), context=context)
+    def steps(draft: str, block_size: int, setting: Setting, max_new_tokens: int) -> StepTimes:
+        context = workload_of(setting).mean_len + max_new_tokens // 2
+        sizes = sizes_to_time(block_size)
+        return time_steps(target, draft_of(draft), sizes, batch=setting.batch_size, context=context)
 
-    return steps
+    return lambda case: steps(case.draft, case.block_size, case.setting, case.max_new_tokens)

@@ -37,12 +37,12 @@ def test_acceptance_by_category(
     pytestconfig: pytest.Config,
 ) -> None:
     options = pytestconfig.option
-    if options.draft == UNTRAINED:
+    if options.draft[0] == UNTRAINED:
         pytest.skip("an untrained draft is accepted never: --draft DIR names another")
-    if options.prompts == "random":
+    if options.prompts[0] == "random":
         pytest.skip("random prompts have no category: --prompts SOURCE names others")
     tokenizer = load_tokenizer(options.target)
-    prompts = _of_each_category(options.prompts, options.num_prompts)
+    prompts = _of_each_category(options.prompts[0], options.num_prompts)
     ids = [tokenizer.encode_chat(list(p.messages)) for p in prompts]
     block_size, budget = max(options.block_sizes), max(options.max_new_tokens)
     stops = tokenizer.stop_token_ids

@@ -50,6 +50,6 @@ def test_offline_acceptance(
     benchmark.extra_info.update(finite(info))
     least = options.min_acceptance_length
     reached = info.get("live_acceptance_length", info["acceptance_length"])
-    assert not (least and options.draft != UNTRAINED) or reached >= float(least), (
+    assert not (least and options.draft[0] != UNTRAINED) or reached >= float(least), (
         f"acceptance_length {reached:.2f} < {least} on held-out prompts"
     )

@@ -30,7 +30,7 @@ def test_step(
     pytestconfig: pytest.Config,
 ) -> None:
     options = pytestconfig.option
-    batch = options.batch_size
+    batch = options.batch_size[0]
     context = workload.mean_len + max(options.max_new_tokens) // 2
     blocks = [s for s in sorted({8, *options.block_sizes}) if s <= draft.config.block_size]
     ids = draft.config.target_layer_ids

@@ -99,11 +99,12 @@ def sglang(run: Run) -> str:
 
 def table(run: Run) -> str:
     """CSV: a line for each case, also those that don't count (their status says so); lists are JSON."""
-    names = list(dict.fromkeys(name for case in run.decodes for name in case))
+    cases = [*run.decodes, *run.failed]
+    names = list(dict.fromkeys(name for case in cases for name in case))
     out = io.StringIO()
     writer = csv.DictWriter(out, names, lineterminator="\n")
     writer.writeheader()
-    for case in run.decodes:
+    for case in cases:
         writer.writerow({n: json.dumps(v) if isinstance(v, (list, dict)) else v for n, v in case.items()})
     return out.getvalue()
 
@@ -129,6 +130,6 @@ def export(run: Run, form: Format) -> str:
     """The run as text in a tool's format. Raises ReportError when the run has no case to export."""
     if form not in get_args(Format):
         raise ReportError(f"a format is one of {', '.join(get_args(Format))}, got {form!r}")
-    if not (run.decodes if form == "csv" else _cases(run)):
+    if not (run.decodes or run.failed if form == "csv" else _cases(run)):
         raise ReportError(f"{run.path} has no decoding case whose tokens were proven: nothing to export")
     return _WRITERS[form](run)

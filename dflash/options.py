@@ -6,14 +6,17 @@ The root conftest.py adds them to pytest; `--help` lists them with their environ
 import argparse
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
 from dflash import baselines
 from dflash.device import KINDS
 from dflash.weights.load import UNTRAINED
+
+T = TypeVar("T")
 
 
 def _integer(text: str, least: int) -> int:
@@ -34,12 +37,31 @@ def _length(text: str) -> int:
     return _integer(text, 0)
 
 
+def _each(text: str, read: Callable[[str], T]) -> list[T]:
+    """The values of a list, in order; one that is there twice counts once."""
+    return list(dict.fromkeys(read(v) for v in text.split(",")))
+
+
 def _counts(text: str) -> list[int]:
-    return [_integer(v, 1) for v in text.split(",")]
+    return _each(text, _count)
+
+
+def _lengths(text: str) -> list[int]:
+    return _each(text, _length)
 
 
 def _block_sizes(text: str) -> list[int]:
-    return [_integer(v, 2) for v in text.split(",")]
+    return _each(text, lambda v: _integer(v, 2))
+
+
+def _name(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("expected names with a comma between them, got an empty one")
+    return text
+
+
+def _names(text: str) -> list[str]:
+    return _each(text, _name)
 
 
 def _floor(text: str) -> float | None:
@@ -108,8 +130,9 @@ def add_options(parser: pytest.Parser, root: Path) -> None:
         "--draft",
         "DRAFT_RUN_DIR",
         UNTRAINED,
-        "draft: a DFlashDraftModel or run directory (write --draft=DIR), or untrained",
-        metavar="DIR",
+        "drafts: a DFlashDraftModel or run directory (write --draft=DIR), or untrained",
+        type=_names,
+        metavar="DIR,DIR",
     )
     _option(
         group,
@@ -128,8 +151,9 @@ def add_options(parser: pytest.Parser, root: Path) -> None:
         "--prompts",
         "DFLASH_PROMPTS",
         "builtin",
-        "prompts: builtin[:category], humaneval, FILE.jsonl, hf:NAME, or random",
-        metavar="SOURCE",
+        "prompt sets: builtin[:category], humaneval, FILE.jsonl, hf:NAME, or random",
+        type=_names,
+        metavar="SOURCE,SOURCE",
     )
     _option(group, "--num-prompts", "DFLASH_NUM_PROMPTS", "4", "prompts of a round", type=_count, metavar="N")
     _option(
@@ -137,11 +161,11 @@ def add_options(parser: pytest.Parser, root: Path) -> None:
         "--prompt-len",
         "DFLASH_PROMPT_LEN",
         "0",
-        "exact prompt length in tokens; 0 leaves them",
-        type=_length,
-        metavar="N",
+        "exact prompt lengths in tokens; 0 leaves them",
+        type=_lengths,
+        metavar="N,N",
     )
-    _option(group, "--batch-size", "DFLASH_BATCH_SIZE", "1", "prompts decoded together", type=_count, metavar="N")
+    _option(group, "--batch-size", "DFLASH_BATCH_SIZE", "1", "prompts decoded together", type=_counts, metavar="N,N")
     _option(
         group, "--block-sizes", "BLOCK_SIZES", "8", "block sizes, the anchor included", type=_block_sizes, metavar="N,N"
     )
@@ -188,6 +212,11 @@ def add_options(parser: pytest.Parser, root: Path) -> None:
         "",
         "write report.html and report.md into this directory; the runs kept there are its history",
         metavar="DIR",
+    )
+    group.addoption(
+        "--resume",
+        action="store_true",
+        help="take over the cases that an earlier run with the same --benchmark-json or --report measured already",
     )
     _option(group, "--run-name", "RUN_NAME", "", "name kept in the results", metavar="NAME")
     _option(

@@ -1,14 +1,13 @@
-"""One benchmark case: greedy decoding and DFlash decoding of the same prompts, in turn, round by round.
+"""One benchmark case: DFlash decoding of prompts that are decoded greedily in the same round, round by round.
 
-A round decodes every group of prompts (a batch each) greedily, then with the draft. Both clocks run from after prefill
-to the last token; the first draft call is inside. The tokens of both are compared in every round; in bfloat16 those
-that differ are audited (docs/lossless.md).
+Both clocks run from after prefill to the last token; the first draft call is inside. The tokens of both are compared
+in every round; in bfloat16 those that differ are audited (docs/lossless.md).
 """
 
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any
 
@@ -18,17 +17,14 @@ import numpy as np
 from dflash import cost_model, metrics
 from dflash.audit import NEAR_TIE, Divergence, audit_again
 from dflash.cost_model import StepTimes
-from dflash.decoding.decode import Request, RequestError, check_request, compiled_decoder, prefill, read_state
-from dflash.decoding.loop import Decoder, State
+from dflash.decoding.decode import RequestError, compiled_decoder, prefill, read_state
 from dflash.decoding.script import ScriptedDraft
 from dflash.gate import status
+from dflash.greedy import Greedy, Rows, decode_groups
 from dflash.interval import noise, ratio_interval, rounds_to_add
 from dflash.measure import experts_awake
 from dflash.models.draft import Draft
 from dflash.models.gpt_oss import GptOss
-from dflash.models.llama import Llama
-
-Rows = list[list[int]]
 
 
 def first_divergence(expected: Sequence[Rows], got: Sequence[Rows]) -> dict[str, int] | None:
@@ -52,7 +48,7 @@ def _known(low: float, high: float) -> list[float] | None:
 
 
 class PairedRun:
-    """The rounds of one case. `groups` are batches of token id prompts, all of one size.
+    """The rounds of one case, each paired with a round of `greedy`, which other cases may share.
 
     `scripted` replaces the draft's proposals so that exactly that many are accepted in every block. With `baseline`
     False nothing is compared, and the case's status says so.
@@ -60,127 +56,72 @@ class PairedRun:
 
     def __init__(
         self,
-        target: Llama,
+        greedy: Greedy,
         draft: Draft,
-        groups: Sequence[Rows],
         *,
         mode: str,
         block_size: int,
-        max_new_tokens: int,
-        stop_token_ids: Sequence[int] = (),
         scripted: int | None = None,
         baseline: bool = True,
     ):
         if not mode.startswith("cached"):
             raise RequestError(f"a paired run compares a cached mode with greedy decoding, got mode {mode!r}")
-        self.target, self.draft, self.mode = target, draft, mode
-        self.block_size, self.max_new_tokens, self.with_baseline = block_size, max_new_tokens, baseline
-        longest = max(len(p) for g in groups for p in g)
-        shape = (len(groups[0]), -(-longest // 32) * 32)
-        # A scripted draft needs to know what follows the budget, as far as the last block may look.
-        ahead = max_new_tokens + block_size - 1
-
-        def request(prompts: Rows, draft: Any, mode: str, budget: int, stops: Sequence[int]) -> Request:
-            return check_request(
-                target,
-                draft,
-                prompts,
-                mode=mode,
-                block_size=block_size,
-                max_new_tokens=budget,
-                stop_token_ids=stops,
-                temperature=0.0,
-                allow_larger_block=False,
-            )
-
+        self.greedy, self.target, self.draft, self.mode = greedy, greedy.target, draft, mode
+        self.block_size, self.max_new_tokens, self.with_baseline = block_size, greedy.max_new_tokens, baseline
+        groups = len(greedy.groups)
         # All are checked before anything is compiled.
-        self._requests = [request(g, draft, mode, max_new_tokens, stop_token_ids) for g in groups]
-        self._greedy_requests = [request(g, None, "greedy", max_new_tokens, stop_token_ids) for g in groups]
-        self.greedy = compiled_decoder(target, None, "greedy", 1, *shape, ahead)
-        self.dflash = compiled_decoder(target, draft, mode, block_size, *shape, max_new_tokens)
-        for decoder in (self.greedy, self.dflash):
-            decoder.take_weights()
+        self._requests = greedy.requests([draft] * groups, mode, block_size)
+        self.dflash = compiled_decoder(self.target, draft, mode, block_size, *greedy.shape, self.max_new_tokens)
+        self.dflash.take_weights()
         if scripted is not None:
-            # Past the stop tokens too: the block that holds one must be accepted as far as any other.
-            longer = [request(g, None, "greedy", ahead, ()) for g in groups]
-            outputs = [read_state(self.greedy.steps(prefill(self.greedy, r)))[0] for r in longer]
+            # As far past the budget as the last block may look.
+            outputs = greedy.outputs(self.max_new_tokens + block_size - 1)
             scripts = [ScriptedDraft(draft=draft, outputs=rows, accept_len=scripted) for rows in outputs]
-            self._requests = [
-                request(g, script, mode, max_new_tokens, stop_token_ids)
-                for g, script in zip(groups, scripts, strict=True)
-            ]
-        self._ready: list[State] = []
+            self._requests = greedy.requests(scripts, mode, block_size)
         self.baseline_s: list[list[float]] = []
         self.dflash_s: list[list[float]] = []
         self.prefill_s: list[float] = []
         self.divergence: dict[str, int] | None = None
         self._differing: list[tuple[list[Rows], list[Rows]]] = []
-        self._expected: list[Rows] = []
-        self._produced_greedily: list[Rows] = []
         self._outcome: list[tuple[Rows, Rows, Rows]] = []
 
-    def baseline_round(self) -> None:
-        """Decodes every group greedily if there is a baseline, and reads the prompts for the round that follows."""
-        if self.with_baseline:
-            states, seconds = self._decode(self.greedy, [prefill(self.greedy, r) for r in self._greedy_requests])
-            self.baseline_s.append(seconds)
-            self._expected, _, self._produced_greedily = map(list, zip(*map(read_state, states), strict=True))
-        self._ready = []
+    def round(self) -> None:
+        """Decodes every group with the draft."""
+        ready = []
         for request in self._requests:
             start = time.perf_counter()
-            self._ready.append(prefill(self.dflash, request))
+            ready.append(prefill(self.dflash, request))
             self.prefill_s.append(time.perf_counter() - start)
-
-    def dflash_round(self) -> None:
-        """Decodes every group with the draft. The caller's clock may run around this: prefill is done."""
-        states, seconds = self._decode(self.dflash, self._ready)
+        states, seconds = decode_groups(self.dflash, ready)
         self.dflash_s.append(seconds)
-        self._ready = []
         self._outcome = [read_state(s) for s in states]
-        tokens = [rows for rows, _, _ in self._outcome]
-        if self.with_baseline and tokens != self._expected:
-            self.divergence = self.divergence or first_divergence(self._expected, tokens)
-            if (self._expected, tokens) not in self._differing:
-                self._differing.append((self._expected, tokens))
+
+    def pair(self) -> None:
+        """Pairs the latest round with the latest of greedy decoding, and compares their tokens."""
+        if not self.with_baseline:
+            return
+        self.baseline_s.append(self.greedy.seconds)
+        expected, tokens = self.greedy.tokens, [rows for rows, _, _ in self._outcome]
+        if tokens != expected:
+            self.divergence = self.divergence or first_divergence(expected, tokens)
+            if (expected, tokens) not in self._differing:
+                self._differing.append((expected, tokens))
+
+    def rounds_to_add(self, rounds: int, precision: float) -> int:
+        """Rounds to take before asking again, until the interval of the last is narrower than `precision` of the
+
+        speed-up; 0 where it is, and where there is no speed-up.
+        """
+        if not (self.with_baseline and self._outcome and self._block_steps()):
+            return 0
+        return rounds_to_add(np.array(self.baseline_s[-rounds:]), np.array(self.dflash_s[-rounds:]), precision)
 
     def _audit(self) -> list[Divergence]:
         """The verdict on each row that differed in some round. In float32 none is needed: it must not differ."""
         if self.target.dtype != jnp.bfloat16:
             return []
-        pair = ((self.greedy, self._greedy_requests), (self.dflash, self._requests))
+        pair = ((self.greedy.decoder, self.greedy.greedy_requests), (self.dflash, self._requests))
         return [d for rows in self._differing for d in audit_again(self.target, *pair, *rows)]
-
-    def add_rounds(
-        self, rounds: int, *, precision: float, time_limit_s: float, keep: Callable[[float], None] = lambda _: None
-    ) -> int:
-        """Rounds until the interval of the last of them is narrower than `precision` of the speed-up, or time is up.
-
-        `rounds` were taken. `keep` gets the seconds of each new dflash_round. Returns how many there are then.
-        """
-        deadline = time.monotonic() + time_limit_s
-        while self.with_baseline and self._outcome and self._block_steps() and time.monotonic() < deadline:
-            baseline_s, dflash_s = np.array(self.baseline_s[-rounds:]), np.array(self.dflash_s[-rounds:])
-            more = rounds_to_add(baseline_s, dflash_s, precision)
-            if not more:
-                break
-            for _ in range(more):
-                self.baseline_round()
-                start = time.perf_counter()
-                self.dflash_round()
-                keep(time.perf_counter() - start)
-                rounds += 1
-                if time.monotonic() >= deadline:
-                    break
-        return rounds
-
-    @staticmethod
-    def _decode(decoder: Decoder, states: Sequence[State]) -> tuple[list[State], list[float]]:
-        done, seconds = [], []
-        for state in states:
-            start = time.perf_counter()
-            done.append(decoder.steps(state))
-            seconds.append(time.perf_counter() - start)
-        return done, seconds
 
     def info(self, rounds: int, steps: StepTimes | None = None) -> dict[str, Any]:
         """The case's figures over its last `rounds` rounds (warm-up comes before), by the names in `metrics`."""
@@ -228,8 +169,8 @@ class PairedRun:
         if self.with_baseline:
             baseline_s = np.array(self.baseline_s[-rounds:])
             greedy_s = float(np.median(baseline_s.sum(axis=1)))
-            greedily = [row for rows in self._produced_greedily for row in rows]
-            greedy_steps = _steps(self._produced_greedily)
+            greedily = [row for rows in self.greedy.produced for row in rows]
+            greedy_steps = _steps(self.greedy.produced)
             longest_greedy = int(greedy_steps.sum())
             info |= {
                 "baseline_tok_s_total": metrics.throughput(greedily, greedy_s),

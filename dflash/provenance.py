@@ -4,6 +4,7 @@ Nothing of the environment is written but what is named here, and no device is o
 what it ran on.
 """
 
+import hashlib
 import os
 import re
 import subprocess
@@ -89,6 +90,15 @@ def git() -> dict[str, Any] | None:
     return {"commit": ask("rev-parse", "HEAD"), "dirty": bool(changed)}
 
 
+def sources_sha256() -> str:
+    """SHA-256 of the code that decides the figures, file by file; it needs no git and no commit."""
+    code = hashlib.sha256()
+    for folder in ("dflash", "bench"):
+        for path in sorted(p for p in (ROOT / folder).rglob("*") if p.suffix in (".py", ".cc", ".h")):
+            code.update(f"{path.relative_to(ROOT)} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return code.hexdigest()
+
+
 def versions() -> dict[str, str]:
     """Versions of what is installed of the packages that matter."""
     found = {}
@@ -132,7 +142,7 @@ def provenance(benchmarks: Sequence[dict[str, Any]], command: Sequence[str], cac
         "versions": versions(),
         "device": facts(_DEVICE),
         "read": facts(_READ),
-        "seeds": facts(("seeds",)).get("seeds"),
+        "seeds": {name: seed for info in infos for name, seed in (info.get("seeds") or {}).items()} or None,
         "flags": flags(),
         "command": redact(command),
         "compile_cache": cache,

@@ -80,13 +80,14 @@ def compare(old: Run, new: Run) -> list[Change]:
     Significant means p < 5% after Holm's correction for as many cases as are compared.
     """
     olds, news = ({c["name"]: c for c in run.decodes} for run in (old, new))
+    failed = {c["name"] for c in new.failed}
     changes = []
     for name in [*news, *(n for n in olds if n not in news)]:
         a, b = olds.get(name), news.get(name)
         if a and b:
             changes.append(_compared(b["case"], a, b))
         else:
-            verdict = "only in the newer run" if b else "only in the older run"
+            verdict = "only in the newer run" if b else "failed" if name in failed else "only in the older run"
             changes.append(Change(case=(a or b or {})["case"], old=a, new=b, verdict=verdict))
     return _judged(changes)
 

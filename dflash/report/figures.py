@@ -256,6 +256,7 @@ def all_plots(run: Run, runs: Sequence[Run]) -> dict[str, list[Plot]]:
             lambda: _against(run, "block_size", "block size"),
             lambda: _against(run, "batch_size", "batch size"),
             lambda: _against(run, "max_new_tokens", "token budget"),
+            lambda: _against(run, "prompt_len", "prompt length"),
         ],
         "acceptance": [
             lambda: acceptance_by_slot(run),

@@ -16,7 +16,8 @@ class ReportError(ValueError):
 class Run:
     """One run. Every info is a benchmark's `extra_info` with `name` (its pytest id) added.
 
-    `gate` is what the baselines said of the cases, None where nothing was held to one; `audits` are figures of audits.
+    `gate` is what the baselines said of the cases, None where nothing was held to one; `audits` are figures of audits;
+    `failed` are decoding cases that could not be measured: no figures, but `error`.
     """
 
     path: Path
@@ -31,6 +32,7 @@ class Run:
     peers: list[Info]
     gate: Info | None
     audits: list[Info]
+    failed: list[Info]
 
     @property
     def short_when(self) -> str:
@@ -49,23 +51,24 @@ def read_run(path: Path) -> Run:
     benchmarks = raw.get("benchmarks") if isinstance(raw, dict) else None
     if not isinstance(benchmarks, list) or not all(isinstance(b, dict) and "extra_info" in b for b in benchmarks):
         raise ReportError(f"{path} is no file of pytest's --benchmark-json: it has no list of benchmarks")
-    provenance = raw.get("dflash") or {}
     infos = [b["extra_info"] | {"name": b.get("fullname", "")} for b in benchmarks]
+    told = raw.get("dflash") or {}
     run = Run(
         path=path,
         when=str(raw.get("datetime", "")),
         machine=raw.get("machine_info") or {},
         commit=raw.get("commit_info") or {},
-        provenance=provenance,
+        provenance=told,
         decodes=[i for i in infos if "speedup_x" in i and "block_size" in i],
         steps=[i for i in infos if i.get("verify_ms") and i.get("step_ms")],
         acceptances=[i for i in infos if "accept_rate_per_pos" in i and "speedup_x" not in i],
         trainings=[i for i in infos if "draft_tokens_per_s" in i],
         peers=[i for i in infos if "faster_x" in i],
-        gate=provenance.get("gate"),
-        audits=provenance.get("audits") or [],
+        gate=told.get("gate"),
+        audits=told.get("audits") or [],
+        failed=told.get("failed") or [],
     )
-    if not any((run.decodes, run.steps, run.acceptances, run.trainings, run.peers)):
+    if not any((run.decodes, run.steps, run.acceptances, run.trainings, run.peers, run.failed)):
         raise ReportError(f"{path} holds nothing that `pytest bench` of this project measures: run it, then report")
     return run
 

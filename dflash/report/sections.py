@@ -47,7 +47,7 @@ def _interval(case: Info) -> str:
 
 def headline(run: Run) -> Headline:
     """The fastest block case of the draft itself; without one, the fastest of the others, which is said."""
-    verdict, tone = _verdict(run.decodes)
+    verdict, tone = _verdict(run)
     if run.gate:
         # What fails a run is said first.
         said, failed = [verdict, gate_line(run.gate)], run.gate["failed"]
@@ -79,8 +79,9 @@ def _rank(case: Info) -> tuple[bool, bool, bool, float]:
     return is_own(case), case["mode"] == "cached_block_verify", case["status"] != "invalid", case["speedup_x"]
 
 
-def _verdict(cases: Sequence[Info]) -> tuple[str, str]:
-    if not cases:
+def _verdict(run: Run) -> tuple[str, str]:
+    cases = run.decodes
+    if not cases and not run.failed:
         return "No case was decoded.", "bad"
     wrong = [c["case"] for c in cases if c["lossless"] is False]
     proven = sum(bool(c["lossless"]) for c in cases)
@@ -90,7 +91,9 @@ def _verdict(cases: Sequence[Info]) -> tuple[str, str]:
     doubtful = [c for c in cases if c["status"] != "ok" and c["lossless"] is not False]
     if doubtful:
         said += f" Not ok: {_named_or_counted(doubtful)}."
-    if wrong or any(c["status"] == "invalid" for c in doubtful):
+    if run.failed:
+        said += f" {len(run.failed)} more could not be measured."
+    if wrong or run.failed or any(c["status"] == "invalid" for c in doubtful):
         return said, "bad"
     return said, "plain" if doubtful else "good"
 
@@ -136,6 +139,9 @@ def speedup_section(run: Run) -> Section:
         remarks = [[c["case"], remark] for c in run.decodes if (remark := _remark(c))]
         if remarks:
             section.tables.append(Table(header=["case", "remark"], rows=remarks, prose=True))
+    if run.failed:
+        failed = [[c["case"], c["error"], c["status"]] for c in run.failed]
+        section.tables.append(Table(header=["case", "why it has no figures", "verdict"], rows=failed, verdict=2))
     return section
 
 
@@ -273,7 +279,8 @@ def history_section(left_out: Sequence[str]) -> Section:
 
 def origin_section(run: Run) -> Section:
     """Environment, hashes, and the command that makes it again."""
-    told, first = run.provenance, (run.decodes + run.steps + run.acceptances + run.trainings + run.peers)[0]
+    measured = run.decodes + run.steps + run.acceptances + run.trainings + run.peers
+    told, first = run.provenance, (measured + run.failed)[0]
     cpu = (run.machine.get("cpu") or {}).get("brand_raw")
     facts: dict[str, Any] = {
         "measured": f"{run.short_when} UTC",

@@ -14,9 +14,13 @@ Info = dict[str, Any]
 
 @dataclasses.dataclass
 class Results:
-    """Lists of `extra_info` of benchmarks and of figures of audits; `gate` is what the baselines say of the cases."""
+    """Lists of `extra_info` of benchmarks and of figures of audits; `gate` is what the baselines say of the cases.
+
+    `failed` are cases that could not be measured: what identifies them, and `error`.
+    """
 
     cases: list[Info] = dataclasses.field(default_factory=list)
+    failed: list[Info] = dataclasses.field(default_factory=list)
     steps: list[Info] = dataclasses.field(default_factory=list)
     trainings: list[Info] = dataclasses.field(default_factory=list)
     acceptances: list[Info] = dataclasses.field(default_factory=list)
@@ -33,6 +37,7 @@ class Results:
             "what the target accepts of the draft": [line for i in self.acceptances for line in category_table(i)],
             "the audit of decoding": [f"{info['case']}: {audit_lines(info)[0]}" for info in self.audits],
             "speed-up over greedy decoding": list(self._speedups()) if self.cases else [],
+            "could not be measured": [f"{info['case']}: {info['error']}" for info in self.failed],
             "baselines": self.gate.lines,
         }
         return ((title, lines) for title, lines in tables.items() if lines)

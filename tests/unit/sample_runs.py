@@ -102,6 +102,14 @@ def advice(rates, batch_size):
     return {"best_block_size": best, "best_predicted_speedup_x": predicted[best], "by_block_size": rows}
 
 
+def failed(block_size=8, batch_size=64):
+    """A case that could not be measured, as it stands under `failed`."""
+    case = f"block-b{block_size}-n64-k{batch_size}-draft"
+    asked = {"mode": "cached_block_verify", "block_size": block_size, "max_new_tokens": 64, "batch_size": batch_size}
+    told = {"case": case, "proposer": "draft", "status": "failed", "error": "out of memory: allocating 7 GiB <x>"}
+    return {**FACTS, **asked, **told, "name": f"bench/test_decode.py::test_decode[{case}]"}
+
+
 def step():
     sizes = (2, 4, 8, 16, 32)
     info = {

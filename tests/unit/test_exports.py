@@ -78,6 +78,18 @@ def test_csv_has_every_case_with_its_status(run):
     assert json.loads(rows[0]["accept_histogram"]) == run.decodes[0]["accept_histogram"]
 
 
+@pytest.mark.parametrize("form", ["github", "bencher", "vllm", "sglang", "csv"])
+def test_what_failed_is_a_line_of_the_csv_alone(tmp_path, form):
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(file_of([decode(8)], failed=[sample_runs.failed()])))
+    text = export(read_run(path), form)
+    assert ("block-b8-n64-k64-draft" in text) == (form == "csv")
+    if form == "csv":
+        last = list(csv.DictReader(io.StringIO(text)))[-1]
+        assert (last["status"], last["speedup_x"]) == ("failed", "")
+        assert last["error"] == "out of memory: allocating 7 GiB <x>"
+
+
 @pytest.mark.parametrize("form", ["github", "bencher", "vllm", "sglang"])
 def test_what_was_not_measured_is_left_out(tmp_path, form):
     case = decode()

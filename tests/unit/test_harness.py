@@ -91,6 +91,27 @@ def probes(tmp_path_factory):
         "from dflash.decoding import loop\n"
         "loop.accept_length = lambda candidates, _: jnp.full(candidates.shape[0], candidates.shape[1] - 1)\n"
     )
+    # No memory for block verification of batches of OOM_BATCH.
+    (folder / "memory_probe.py").write_text(
+        "import os\n"
+        "from dflash import paired\n"
+        "compiled = paired.compiled_decoder\n"
+        "def refuse(target, draft, mode, block, batch, *shape):\n"
+        "    if 'block' in mode and batch == int(os.environ['OOM_BATCH']):\n"
+        "        raise RuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes in /somewhere/else/hlo.')\n"
+        "    return compiled(target, draft, mode, block, batch, *shape)\n"
+        "paired.compiled_decoder = refuse\n"
+    )
+    # Ended for good, at once, when the first case is on the disk.
+    (folder / "kill_probe.py").write_text(
+        "import os, signal\n"
+        "from dflash.journal import Journal\n"
+        "add = Journal.add\n"
+        "def last(*record):\n"
+        "    add(*record)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "Journal.add = last\n"
+    )
     return folder
 
 
@@ -273,12 +294,14 @@ def test_a_run_that_measures_nothing_saves_nothing(run, folder, tmp_path):
         (["--block-sizes=1"], {}, "--block-sizes: expected an integer of at least 2, got '1'"),
         ([], {"BLOCK_SIZES": "8;16"}, "--block-sizes: expected an integer of at least 2, got '8;16'"),
         (["--min-speedup=fast"], {}, "--min-speedup: expected a number above 0, got 'fast'"),
+        (["--batch-size=1,x"], {}, "--batch-size: expected an integer of at least 1, got 'x'"),
+        (["--prompts=builtin,"], {}, "--prompts: expected names with a comma between them, got an empty one"),
         (["--rounds=0"], {}, "--rounds: expected an integer of at least 1, got '0'"),
         (["--precision=5%"], {}, "--precision: expected a number from 0 to below 1, got '5%'"),
         ([], {"DFLASH_TIME_LIMIT": "nan"}, "--time-limit: expected seconds, 0 or more, got 'nan'"),
         ([], {"DFLASH_RUN_ON": "npu"}, "DFLASH_RUN_ON must be one of cpu, gpu, tpu, got 'npu'"),
     ],
-    ids=["block", "block-env", "floor", "rounds", "precision", "time", "device"],
+    ids=["block", "block-env", "floor", "batch", "prompts", "rounds", "precision", "time", "device"],
 )
 def test_bad_options_are_usage_errors(run, arguments, env, said):
     result = run("--co", "-q", "bench", *arguments, **env)
@@ -501,6 +524,87 @@ def test_rounds_are_added_until_the_interval_is_narrow(run, folder, tmp_path):
     assert result.status == 0, result.text
     (benchmark,) = read(json_file).values()
     assert benchmark["extra_info"]["rounds"] == benchmark["stats"]["rounds"] == len(benchmark["stats"]["data"]) > 3
+
+
+# ---- a sweep
+
+
+def test_a_sweep_is_listed_without_a_device(run):
+    lists = ["--batch-size=1,4", "--prompt-len=0,64", "--prompts=builtin,random", "--draft=untrained,DIR"]
+    result = run("bench/test_decode.py", "--co", "-q", "-p", "opened_probe", *lists, TPU_NAME="local")
+    assert result.status == 0
+    result.says("devices opened: False", "[block-b8-n64-untrained]", "[seq-b8-n64-k4-p64-random-draft]")
+    assert result.text.count("::") == 8 * 7
+
+
+def sweep(path):
+    """The cases of a file by id, those that failed by id, and the file."""
+    cases = {b["extra_info"]["case"]: b for b in read(path).values() if b["group"] == "decode"}
+    file = json.loads(path.read_text())
+    return cases, {info["case"]: info for info in file["dflash"]["failed"]}, file
+
+
+@pytest.mark.slow
+def test_a_sweep_goes_on_where_it_was_killed(run, folder, tmp_path):
+    """And past a case that fails, which is measured at the next chance; nothing else is measured twice."""
+    json_file = tmp_path / "x.json"
+    batches = ["bench/test_decode.py", "--batch-size=1,2", "-k", "untrained", f"--benchmark-json={json_file}"]
+    first, second, failing, last = (f"{m}-b4-n8{k}-untrained" for k in ("", "-k2") for m in ("block", "seq"))
+    killed = run(*small(folder, *batches, "-p", "kill_probe"))
+    assert killed.status == -9
+    assert not json_file.exists()
+    journal = tmp_path / "x.cases.jsonl"
+    assert [json.loads(line)["info"]["case"] for line in journal.read_text().splitlines()] == [first]
+
+    resumed = run(*small(folder, *batches, "--resume", "-p", "memory_probe"), OOM_BATCH="2")
+    assert resumed.status == 1
+    resumed.says("1 failed, 3 passed", "DFlash: could not be measured", f"{failing}: out of memory: RESOURCE_EXHAUSTED")
+    cases, failed, _ = sweep(json_file)
+    assert set(cases) == {first, second, last}
+    assert (failed[failing]["status"], failed[failing]["batch_size"]) == ("failed", 2)
+    assert "in hlo" in failed[failing]["error"]
+    assert "somewhere" not in failed[failing]["error"]
+    assert [name for name, b in cases.items() if b["extra_info"].get("resumed")] == [first]
+    kept = json.loads(journal.read_text().splitlines()[0])
+    assert cases[first]["extra_info"] == kept["info"] | {"resumed": True}
+    assert cases[first]["stats"]["data"] == kept["seconds"]
+    baselines = {name: b["extra_info"]["baseline"] for name, b in cases.items()}
+    assert baselines[first] == baselines[second] != baselines[last]
+
+    whole = run(*small(folder, *batches, "--resume"))
+    assert whole.status == 0, whole.text
+    cases, failed, _ = sweep(json_file)
+    assert failed == {}
+    assert {name for name, b in cases.items() if b["extra_info"].get("resumed")} == {first, second, last}
+    assert set(cases) == {first, second, failing, last}
+    assert all(b["extra_info"]["lossless"] for b in cases.values())
+
+    # Another target of the same shape and place: nothing of it was measured yet.
+    other = write_tiny_target(tmp_path / "other", num_hidden_layers=5, hidden_size=32, seed=9)
+    assert run(*small(other, *batches[:2], "-k", "block and untrained", *batches[-1:], "--resume")).status == 0
+    cases, _, _ = sweep(json_file)
+    assert not any(b["extra_info"].get("resumed") for b in cases.values())
+
+
+@pytest.mark.slow
+def test_a_sweep_of_which_every_case_fails_says_so_in_its_file(run, folder, tmp_path):
+    arguments = ["bench/test_decode.py", "--batch-size=2", "-k", "block and untrained", f"--report={tmp_path / 'out'}"]
+    result = run(*small(folder, *arguments, "-p", "memory_probe"), OOM_BATCH="2")
+    assert result.status == 1
+    result.says("1 failed", "out of memory", "report: ")
+    cases, failed, file = sweep(tmp_path / "out" / "latest.json")
+    assert (cases, file["benchmarks"], list(failed)) == ({}, [], ["block-b4-n8-untrained"])
+    assert "could not be measured" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_resuming_needs_a_file_to_go_on_with(run, folder, tmp_path):
+    result = run("bench/test_decode.py", *small(folder, "--resume"))
+    assert result.status == 4
+    result.says("--resume continues what --benchmark-json FILE or --report DIR began")
+    (tmp_path / "x.cases.jsonl").write_text("something else\n")
+    result = run("bench/test_decode.py", *small(folder, f"--benchmark-json={tmp_path / 'x.json'}"))
+    assert result.status == 4
+    result.says("x.cases.jsonl must hold", "delete it to start anew")
 
 
 # ---- comparisons that must be made when every extra is installed

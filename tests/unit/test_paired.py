@@ -9,6 +9,7 @@ from dflash import RequestError, init_draft, load_target
 from dflash.cost_model import StepTimes
 from dflash.decoding.decode import decode, prefill
 from dflash.gate import Floors, failures
+from dflash.greedy import Greedy
 from dflash.metrics import expected_awake
 from dflash.paired import PairedRun, first_divergence
 from dflash.report import speedup_table
@@ -30,12 +31,21 @@ def draft(target):
 
 
 def paired(target, draft, groups=GROUPS, rounds=2, **settings):
-    settings = {"mode": "cached_block_verify", "block_size": BLOCK, "max_new_tokens": BUDGET} | settings
-    run = PairedRun(target, draft, groups, **settings)
-    for _ in range(rounds):
-        run.baseline_round()
-        run.dflash_round()
+    workload = {"max_new_tokens": BUDGET, "stop_token_ids": ()}
+    workload |= {name: settings.pop(name) for name in workload if name in settings}
+    run = PairedRun(
+        Greedy(target, groups, **workload), draft, **{"mode": "cached_block_verify", "block_size": BLOCK} | settings
+    )
+    take(run, rounds)
     return run
+
+
+def take(run, rounds=1):
+    for _ in range(rounds):
+        if run.with_baseline:
+            run.greedy.round()
+        run.round()
+        run.pair()
 
 
 @pytest.mark.parametrize(
@@ -79,18 +89,10 @@ def test_a_case(target, draft):
     assert len(speedup_table([info | {"case": "it"}])) == 3
 
 
-def test_the_baseline_is_the_one_token_step(target, draft):
-    """And not a verify of a block with one useful row, which would make any draft look fast."""
-    greedy = paired(target, draft, rounds=0).greedy
-    assert (greedy.mode, greedy.block_size, greedy.draft) == ("greedy", 1, None)
-
-
 def test_the_clock_waits_for_the_device(target, draft):
     """A decode of a thousand tokens is over when its seconds are taken."""
     run = paired(target, draft, [[[5, 17, 3]]], rounds=0, max_new_tokens=1000)
-    for decoder, requests in ((run.greedy, run._greedy_requests), (run.dflash, run._requests)):
-        state = prefill(decoder, requests[0])
-        assert decoder.steps(state).tokens.is_ready()
+    assert run.dflash.steps(prefill(run.dflash, run._requests[0])).tokens.is_ready()
 
 
 def test_warm_up_rounds_are_left_out(target, draft):
@@ -215,33 +217,17 @@ def test_a_routed_target_says_how_many_experts_were_awake(tmp_path):
     assert info["experts_awake_verify_expected"] == expected_awake(experts.count, experts.per_token, 2 * BLOCK)
 
 
-def test_rounds_are_added_while_the_interval_is_wide(target, draft, monkeypatch):
-    run = paired(target, draft, rounds=4)
-    wanted = iter([2, 1, 0])
-    seen = []
-    monkeypatch.setattr("dflash.paired.rounds_to_add", lambda a, b, p: seen.append((len(a), len(b), p)) or next(wanted))
-    kept = []
-    assert run.add_rounds(3, precision=0.05, time_limit_s=60, keep=kept.append) == 6
-    assert seen == [(3, 3, 0.05), (5, 5, 0.05), (6, 6, 0.05)]
-    assert len(run.dflash_s) == len(run.baseline_s) == 7
-    assert len(kept) == 3
-    assert kept == pytest.approx([sum(s) for s in run.dflash_s[4:]], rel=0.5)
+def test_rounds_are_asked_for_while_the_interval_is_wide(target, draft):
+    quiet = with_seconds(paired(target, draft, rounds=1), [9.0, 2.0, 2.0, 2.0, 2.0], 5 * [1.0])
+    assert quiet.rounds_to_add(4, precision=0.05) == 0  # the first was warm-up
+    loud = with_seconds(quiet, [2.0, 2.0, 3.0, 2.5, 2.0], 5 * [1.0])
+    assert loud.rounds_to_add(4, precision=0.05) == 2
+    assert loud.rounds_to_add(4, precision=0.99) == 0
 
 
-@pytest.mark.parametrize(("limit", "baseline", "rounds"), [(0, True, 3), (60, False, 3)])
-def test_no_rounds_are_added(target, draft, monkeypatch, limit, baseline, rounds):
-    """Without time for them, or without anything to compare with."""
-    run = paired(target, draft, rounds=rounds, baseline=baseline)
-    monkeypatch.setattr("dflash.paired.rounds_to_add", lambda *_: pytest.fail("asked"))
-    assert run.add_rounds(rounds, precision=0.05, time_limit_s=limit) == rounds
-
-
-def test_time_ends_the_rounds(target, draft, monkeypatch):
-    run = paired(target, draft, rounds=1)
-    clock = iter(range(100))
-    monkeypatch.setattr("dflash.paired.time.monotonic", lambda: next(clock))
-    monkeypatch.setattr("dflash.paired.rounds_to_add", lambda *_: 100)
-    assert run.add_rounds(1, precision=0.05, time_limit_s=4) == 4
+@pytest.mark.parametrize("settings", [{"baseline": False}, {"max_new_tokens": 1}, {"rounds": 0}])
+def test_no_rounds_are_asked_for_where_there_is_no_speed_up(target, draft, settings):
+    assert paired(target, draft, **settings).rounds_to_add(2, precision=0) == 0
 
 
 def test_without_a_baseline_nothing_is_claimed(target, draft):
@@ -277,12 +263,10 @@ def test_altered_tokens_are_invalid_for_good(target, draft):
     run = paired(target, draft, rounds=1)
     healthy = run.dflash
     sabotage(run, row=1, place=6)
-    run.baseline_round()
-    run.dflash_round()
+    take(run)
     run.dflash = healthy
     # A round that is right again does not take it back.
-    run.baseline_round()
-    run.dflash_round()
+    take(run)
     info = run.info(2)
     assert (info["lossless"], info["status"]) == (False, "invalid")
     assert info["first_divergence"] == {"prompt": 1, "token": 6}
@@ -303,14 +287,14 @@ def test_bfloat16_tokens_that_differ_are_audited(tmp_path):
     run = paired(target, init_draft(target, num_layers=1, block_size=BLOCK, target_layer_ids=(0,)), rounds=1)
     info = run.info(1)
     assert (info["lossless"], info["divergences"], info["near_ties"]) == (True, [], 0)
-    prompt, greedy = GROUPS[1][0], run._expected[1][0]
+    prompt, greedy = GROUPS[1][0], run.greedy.tokens[1][0]
     place, second = close_call(target, prompt, greedy)
     rest = decode(target, None, [[*prompt, *greedy[:place], second]], mode="greedy", max_new_tokens=BUDGET).tokens[0]
 
     def differ(token):
-        altered = [rows[:] for rows in run._expected]
+        altered = [rows[:] for rows in run.greedy.tokens]
         altered[1][0] = [*greedy[:place], token, *rest][:BUDGET]
-        run._differing, run.divergence = [(run._expected, altered)], first_divergence(run._expected, altered)
+        run._differing, run.divergence = [(run.greedy.tokens, altered)], first_divergence(run.greedy.tokens, altered)
         return run.info(1)
 
     info = differ(second)
@@ -331,7 +315,7 @@ def test_texts_of_different_length_are_compared_by_the_token(target, draft):
     run.dflash_s = [[0.5] * len(GROUPS) for _ in range(3)]
     assert run.info(3)["speedup_x"] == pytest.approx(2)
     # As if greedy's texts were twice as long.
-    run._produced_greedily = [[row + row for row in rows] for rows in run._produced_greedily]
+    run.greedy.produced = [[row + row for row in rows] for rows in run.greedy.produced]
     assert run.info(3)["speedup_x"] == pytest.approx(1)
 
 
@@ -352,12 +336,12 @@ def test_a_run_may_go_up_to_the_position_limit(tmp_path):
 
 def test_changed_weights_are_taken(target, draft, tmp_path):
     fresh = load_target(write_tiny_target(tmp_path / "target", num_hidden_layers=1))
-    before = paired(fresh, draft, rounds=1)._expected
+    before = paired(fresh, draft, rounds=1).greedy.tokens
     other = load_target(write_tiny_target(tmp_path / "other", num_hidden_layers=1, seed=9))
     fresh.embedding.weight.set_value(other.embedding.weight.get_value())
     run = paired(fresh, draft, rounds=1)
-    assert run._expected != before
-    assert run._expected[0] == decode(fresh, None, GROUPS[0], mode="recompute", max_new_tokens=BUDGET).tokens
+    assert run.greedy.tokens != before
+    assert run.greedy.tokens[0] == decode(fresh, None, GROUPS[0], mode="recompute", max_new_tokens=BUDGET).tokens
     assert run.info(1)["lossless"]
 
 
@@ -366,10 +350,11 @@ def test_modes_that_are_no_case(target, draft, mode):
     with pytest.raises(
         RequestError, match=f"a paired run compares a cached mode with greedy decoding, got mode '{mode}'"
     ):
-        PairedRun(target, draft, GROUPS, mode=mode, block_size=BLOCK, max_new_tokens=BUDGET)
+        paired(target, draft, mode=mode)
 
 
 def test_a_bad_request_is_refused_before_anything_is_compiled(target, draft, monkeypatch):
-    monkeypatch.setattr("dflash.paired.compiled_decoder", lambda *_: pytest.fail("compiled"))
+    for module in ("greedy", "paired"):
+        monkeypatch.setattr(f"dflash.{module}.compiled_decoder", lambda *_: pytest.fail("compiled"))
     with pytest.raises(RequestError, match="block_size 5 is above the 4"):
-        PairedRun(target, draft, GROUPS, mode="cached_block_verify", block_size=5, max_new_tokens=BUDGET)
+        paired(target, draft, block_size=5)

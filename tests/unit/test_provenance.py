@@ -62,6 +62,11 @@ def test_a_fact_of_the_run_is_told_once_and_what_differs_is_a_list():
     assert (told["command"], told["compile_cache"], told["seeds"]) == (["pytest"], "off", None)
 
 
+def test_seeds_of_every_case_are_told():
+    infos = [benchmark(seeds={"prompts": 0, "draft": 1}), benchmark(seeds={"prompts": 0}), benchmark()]
+    assert p.provenance(infos, ["pytest"], "off")["seeds"] == {"prompts": 0, "draft": 1}
+
+
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
     """A repository of one commit, in the place of ours."""
@@ -84,6 +89,21 @@ def test_a_checkout_says_its_commit_and_whether_sources_differ(checkout):
     assert p.git() == clean  # a result beside the sources changes none of them
     (checkout / "dflash" / "new.py").write_text("")
     assert p.git() == clean | {"dirty": True}
+
+
+def test_the_hash_of_the_sources_is_that_of_names_and_text(checkout):
+    hashes = [p.sources_sha256()]
+    for change in (
+        lambda: (checkout / "dflash" / "provenance.py").write_text("x = 2\n"),
+        lambda: (checkout / "dflash" / "provenance.py").rename(checkout / "dflash" / "other.py"),
+        lambda: (checkout / "dflash" / "kernel.cc").write_text(""),
+    ):
+        change()
+        hashes.append(p.sources_sha256())
+    assert len(set(hashes)) == len(hashes) == 4
+    (checkout / "README.md").write_text("")
+    (checkout / "dflash" / "notes.md").write_text("")
+    assert p.sources_sha256() == hashes[-1]
 
 
 def test_somebody_elses_repository_is_not_ours(checkout, monkeypatch):
@@ -142,6 +162,16 @@ def test_a_whole_file_is_as_the_schema_says(check):
     check(sample_runs.file_of(sample_runs.sweep()))
     check(sample_runs.file_of(sample_runs.sweep(), gate=sample_runs.gate(), audits=[sample_runs.audit()]))
     check(sample_runs.file_of(sample_runs.sweep(), gate=None, audits=[]))
+
+
+def test_cases_that_failed_are_as_the_schema_says(check):
+    check(sample_runs.file_of(sample_runs.sweep(), failed=[sample_runs.failed()]))
+    check(sample_runs.file_of([], failed=[sample_runs.failed()]))
+    with pytest.raises(check.Error):
+        check(sample_runs.file_of([], failed=[]))
+    for change in ({"status": "ok"}, {"error": ""}):
+        with pytest.raises(check.Error):
+            check(sample_runs.file_of(sample_runs.sweep(), failed=[sample_runs.failed() | change]))
 
 
 def test_what_provenance_writes_is_as_the_schema_says(check):

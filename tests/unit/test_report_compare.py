@@ -99,6 +99,11 @@ def test_cases_of_one_run_only_are_named(run):
     }
 
 
+def test_a_case_that_failed_now_is_said(run):
+    (change,) = compare(run([decode(batch_size=64)]), run([], failed=[sample_runs.failed()]))
+    assert (change.case, change.verdict) == ("block-b8-n64-k64-draft", "failed")
+
+
 def test_what_else_differs_is_told(run):
     git = {"commit": "f" * 40, "dirty": True}
     old, new = run([decode()]), run([decode()], git=git, versions={"jax": "0.9.2", "numpy": "2.4.0"})

@@ -217,6 +217,29 @@ def test_a_case_that_differs_from_greedy_is_the_first_thing_said(run, pages):
     assert "block-b8-n64-draft" not in plot[: plot.index("</figure>")]
 
 
+def test_what_could_not_be_measured_is_said(run, pages):
+    page, markdown = pages(run([decode()], failed=[sample_runs.failed()]))
+    for text in (page, markdown):
+        assert "1 more could not be measured." in text
+        assert "block-b8-n64-k64-draft" in text
+        assert "out of memory: allocating 7 GiB &lt;x" in text
+    told = headline(run([decode()], failed=[sample_runs.failed()]))
+    assert (told.figure[-1], told.tone) == ("×", "bad")
+
+
+def test_a_run_of_which_every_case_failed_makes_a_page(run, pages):
+    page, _ = pages(run([], failed=[sample_runs.failed()]))
+    assert "No speed-up" in page
+    assert "out of memory" in page
+
+
+def test_prompt_lengths_and_drafts_of_a_sweep_are_told_apart(run, pages):
+    cases = [decode(8), decode(8)]
+    cases[1]["extra_info"] |= {"prompt_len": 512, "case": "block-b8-n64-p512-draft"}
+    page, _ = pages(run(cases))
+    assert "Speed-up against prompt length" in Elements(page).titles
+
+
 def test_text_of_a_file_is_text_on_the_page(run, pages):
     case = decode()
     case["extra_info"] |= {"case": "<script>x</script>|$a_b$", "draft": "<b>&"}

@@ -1,0 +1,80 @@
+"""The cases of a sweep: which there are, what they are called, and that names stay."""
+
+import itertools
+from types import SimpleNamespace
+
+import pytest
+
+from dflash.sweep import cases
+
+FIRST = {
+    "draft": ["untrained"],
+    "prompts": ["builtin"],
+    "prompt_len": [0],
+    "batch_size": [1],
+    "block_sizes": [8],
+    "max_new_tokens": [64],
+}
+
+
+def sweep(**lists):
+    return cases(SimpleNamespace(**(FIRST | lists)))
+
+
+def ids(**lists):
+    return [case.id for case in sweep(**lists)]
+
+
+def test_one_value_in_each_list():
+    every = ["block-b8-n64-untrained", "block-b8-n64-a3", "block-b8-n64-a7", "seq-b8-n64-untrained", "seq-b8-n64-a7"]
+    assert ids() == every
+    # Which one it is does not matter.
+    assert ids(batch_size=[32], prompt_len=[512], prompts=["random"]) == every
+    assert ids(draft=["runs/x"]) == ["block-b8-n64-draft", "block-b8-n64-a7", "seq-b8-n64-draft", "seq-b8-n64-a7"]
+
+
+@pytest.mark.parametrize(
+    ("lists", "named"),
+    [
+        ({"batch_size": [1, 4]}, "block-b8-n64-k4-untrained"),
+        ({"prompt_len": [512, 0]}, "block-b8-n64-p0-untrained"),
+        ({"prompts": ["builtin", "folder/qa one.jsonl"]}, "block-b8-n64-qa-one-untrained"),
+        ({"prompts": ["random", "builtin:code"]}, "block-b8-n64-builtin-code-untrained"),
+        ({"prompts": ["random", "hf:openai/gsm8k"]}, "block-b8-n64-gsm8k-untrained"),
+        ({"block_sizes": [8, 16]}, "seq-b16-n64-a15"),
+        ({"max_new_tokens": [64, 256]}, "block-b8-n256-a7"),
+        ({"draft": ["untrained", "runs/x", "runs/y"]}, "block-b8-n64-draft2"),
+    ],
+)
+def test_a_value_that_is_added_changes_no_id(lists, named):
+    assert named in ids(**lists)
+    assert named not in ids(**{name: values[:1] for name, values in lists.items()})
+    for longer in (lists, lists | {"batch_size": [1, 2, 4]}, lists | {"max_new_tokens": [64, 128, 256]}):
+        assert set(ids(**{name: values[:1] for name, values in lists.items()})) <= set(ids(**longer))
+
+
+def test_every_combination_once():
+    lists = {"batch_size": [1, 4], "prompt_len": [0, 512], "prompts": ["builtin", "random"]}
+    found = sweep(**lists, block_sizes=[4, 8], max_new_tokens=[64, 256])
+    assert len({case.id for case in found}) == len(found) == 2**5 * 5
+    assert "block-b4-n256-k4-p512-random-a3" in {case.id for case in found}
+    assert len({(c.mode, c.block_size, c.proposer, c.workload) for c in found}) == len(found)
+    # Cases of one workload follow each other: they are measured together.
+    changes = sum(a.workload != b.workload for a, b in itertools.pairwise(found))
+    assert changes + 1 == len({case.workload for case in found}) == 2**4
+
+
+def test_drafts_share_their_baseline_and_the_first_is_scripted():
+    found = sweep(draft=["runs/x", "untrained", "runs/y"])
+    assert len({case.workload for case in found}) == 1
+    proposers = {(c.mode, c.proposer): (c.draft, c.scripted) for c in found}
+    assert proposers == {
+        ("block", "draft"): ("runs/x", None),
+        ("block", "untrained"): ("untrained", None),
+        ("block", "draft2"): ("runs/y", None),
+        ("block", "a7"): ("runs/x", 7),
+        ("seq", "draft"): ("runs/x", None),
+        ("seq", "untrained"): ("untrained", None),
+        ("seq", "draft2"): ("runs/y", None),
+        ("seq", "a7"): ("runs/x", 7),
+    }
