@@ -149,6 +149,10 @@ def _swiglu_plan(path: str, prefix: str, hidden: int, inner: int, bias: bool) ->
 def _draft_plan(c: DraftConfig) -> Plan:
     H, D = c.hidden_size, c.head_dim
     yield "fc.weight", _one("fc.weight", H, c.num_features * H)
+    if c.fc_bias:
+        yield "fc.bias", _one("fc.bias", H)
+    if c.learned_mask:
+        yield "mask_embedding", _one("mask_embedding", H)
     yield "hidden_norm.weight", _one("hidden_norm.weight", H)
     for i in range(c.num_layers):
         path, prefix = f"layers.{i}", f"layers.{i}."
@@ -159,9 +163,10 @@ def _draft_plan(c: DraftConfig) -> Plan:
         rows = [c.num_kv_heads * D] * 2
         yield from _linear(f"{path}.attention.kv", attention, ["k", "v"], rows, H, c.attention_bias)
         yield from _linear(f"{path}.attention.out", attention, ["o"], [H], c.num_heads * D, c.attention_bias)
-        yield f"{path}.attention.q_norm.weight", _one(f"{attention}q_norm.weight", D)
-        yield f"{path}.attention.k_norm.weight", _one(f"{attention}k_norm.weight", D)
-        yield from _swiglu_plan(f"{path}.mlp", f"{prefix}mlp.", H, c.intermediate_size, False)
+        if c.qk_norm:
+            yield f"{path}.attention.q_norm.weight", _one(f"{attention}q_norm.weight", D)
+            yield f"{path}.attention.k_norm.weight", _one(f"{attention}k_norm.weight", D)
+        yield from _swiglu_plan(f"{path}.mlp", f"{prefix}mlp.", H, c.intermediate_size, c.mlp_bias)
     yield "norm.weight", _one("norm.weight", H)
 
 
@@ -320,6 +325,13 @@ def _read_some(directory: Path, wanted: tuple[str, ...]) -> tuple[TargetConfig, 
         path: source.combine([handles[headers[name].file].get_tensor(name) for name in source.tensors])
         for path, source in plan.items()
     }
+
+
+def read_tensors(directory: Path) -> dict[str, np.ndarray]:
+    """Every tensor of a snapshot by its name, in the dtype of the file. Raises WeightsError."""
+    headers = _read_headers(_weight_files(Path(directory)))
+    handles = {h.file: safe_open(h.file, framework="numpy") for h in headers.values()}
+    return {name: handles[h.file].get_tensor(name) for name, h in headers.items()}
 
 
 def read_borrowed(directory: Path) -> Borrowed:
