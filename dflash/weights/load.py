@@ -8,7 +8,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from dflash.config import ConfigError, DraftConfig, TargetConfig, build_target_layer_ids, check_draft
+from dflash.config import (
+    ConfigError,
+    DraftConfig,
+    TargetConfig,
+    build_target_layer_ids,
+    check_draft,
+    read_target_config,
+)
 from dflash.models.draft import Draft
 from dflash.models.llama import Llama
 from dflash.weights import easydel, huggingface, smollm2
@@ -24,6 +31,11 @@ UNTRAINED = "untrained"
 def target_directory(name_or_dir: str | Path) -> Path:
     """The snapshot directory of a target; `smollm2-135m` is made on first use."""
     return smollm2.snapshot_dir() if str(name_or_dir) == smollm2.NAME else Path(name_or_dir)
+
+
+def target_config(directory: Path) -> TargetConfig:
+    """The config of the target in a snapshot directory. Raises ConfigError or WeightsError."""
+    return read_target_config(huggingface.read_json(directory, "config.json"), str(directory / "config.json"))
 
 
 def load_target(name_or_dir: str | Path, dtype: str = "float32", mesh: Mesh | None = None) -> Llama:
@@ -54,6 +66,12 @@ def _is_training_run(directory: Path) -> bool:
     """Whether this is a run directory or a root of them, and no exported draft."""
     exported = any((directory / n).is_file() for n in ("model.safetensors", "model.safetensors.index.json"))
     return not exported and (is_run(directory) or is_root(directory))
+
+
+def is_own_run(name_or_dir: str | Path) -> bool:
+    """Whether this is a run directory, or a root of them, that this project's trainer wrote."""
+    directory = Path(name_or_dir)
+    return _is_training_run(directory) and not is_older_run(easydel.resolve_run(directory))
 
 
 def draft_hash(name_or_dir: str | Path) -> str:
