@@ -24,7 +24,7 @@ class Export:
     """What `export` takes."""
 
     run_dir: Annotated[Path, tyro.conf.Positional]
-    """Run directory, or a directory of runs (its latest); what an older trainer left; a DFlashDraftModel directory."""
+    """Run directory, or a directory of runs (its latest), or a DFlashDraftModel directory."""
     out_dir: Annotated[Path, tyro.conf.Positional]
     """New draft directory: config.json, safetensors, and training.json with the run's record."""
     format: Consumer = "z-lab"
@@ -34,7 +34,7 @@ class Export:
     max_shard_size: str = "5GB"
     """Largest weight file; what is larger becomes several, with an index."""
     target: str | None = None
-    """The target's snapshot directory, which the draft is then held against; speculators, and older runs, need it."""
+    """The target's snapshot directory, which the draft is then held against; a speculators config needs it."""
     verifier: str | None = None
     """Name of the target on the hub, for a speculators config."""
 

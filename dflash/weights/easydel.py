@@ -130,7 +130,7 @@ def _read_config(directory: Path) -> DraftConfig:
     if not isinstance(nested, dict) or not isinstance(nested.get("draft"), dict):
         raise ConfigError(
             f"{source} has no `dflash` entry, so it is an older trainer's, with other conventions: dflash.load_draft "
-            "converts it, and `python -m dflash export` writes what it gives"
+            "converts it"
         )
     told = nested.get("conventions")
     told = told if isinstance(told, dict) else {}

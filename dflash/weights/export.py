@@ -7,7 +7,7 @@ do before anything is written, and every fault is told at once.
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
@@ -33,7 +33,7 @@ from dflash.weights.huggingface import (
 
 Consumer = Literal["z-lab", "sglang-jax", "speculators"]
 Dtype = Literal["float32", "bfloat16", "float16"]
-CONSUMERS: tuple[Consumer, ...] = get_args(Consumer)
+
 _KINDS = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 _SIZE = re.compile(r"([0-9]+)(B|KB|MB|GB)?", re.IGNORECASE)
 # The release whose DFlash config this writes.

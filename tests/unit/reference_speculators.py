@@ -1,6 +1,6 @@
 """speculators' side of test_export_reference.py, in a process of its own: it patches transformers and torch.
 
-Usage: python -P reference_speculators.py DIRECTORY. Prints one JSON object: the config as speculators understood it, and
+Usage: python -P reference_speculators.py DIRECTORY. Prints one JSON object: the config as speculators understood it and
 how the model that it made of the directory differs from the files.
 """
 
