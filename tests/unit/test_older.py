@@ -7,11 +7,14 @@ import shutil
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from flax.serialization import msgpack_serialize
 from safetensors.numpy import load_file, save_file
 
 from dflash import ConfigError, WeightsError, decode, load_draft, load_target
 from dflash.tiny import write_tiny_target
+from dflash.training.batches import sequence_batch
+from dflash.training.objective import block_hidden
 from dflash.weights.easydel import read_run, write_run
 from dflash.weights.huggingface import read_draft, write_draft
 from dflash.weights.load import draft_hash, read_any_draft
@@ -469,3 +472,24 @@ def test_a_runs_hash_follows_its_weights(arrays, tmp_path):
     runs = [write_older_run(tmp_path / str(i), draw(i % 2), CONFIG | WITH_IDS) for i in range(3)]
     first, second, third = map(draft_hash, runs)
     assert first == third != second
+
+
+def test_decoding_and_training_put_the_learned_mask_in(draw_draft, write_sequences, tmp_path):
+    """With the mask token's embedding as its vector such a draft is the canonical one, whatever its own mask token."""
+    target = load_target(write_tiny_target(tmp_path / "t", num_hidden_layers=4, vocab_size=7))
+    changes = {"vocab_size": 7, "target_layer_ids": (0, 2), "num_target_layers": 4, "block_size": 6}
+    plain = draw_draft(10, **changes, mask_token_id=5)
+    learned = draw_draft(10, **changes, mask_token_id=2, learned_mask=True)
+    weights = dict(nnx.to_flat_state(nnx.state(plain)))
+    weights[("mask_embedding",)] = nnx.Param(target.embedding.weight[...][5])
+    nnx.update(learned, nnx.from_flat_state(list(weights.items())))
+    prompts = [[3, 1, 4, 1, 5], [2, 6, 5, 3, 5, 0, 1, 2]]
+    for mode in ("cached_block_verify", "cached_sequential_verify", "recompute"):
+        ours, theirs = (decode(target, d, prompts, mode=mode, max_new_tokens=40) for d in (learned, plain))
+        assert ours.accept_lens == theirs.accept_lens
+    assert sum(map(sum, ours.accept_lens)) >= 5
+    cache = write_sequences(tmp_path / "cache")
+    rows = cache.rows(held_out=False)[:2]
+    batch = sequence_batch(cache, rows, [np.array([3]), np.array([4])], 6, np.ones((199, H), np.float32))
+    vector = target.embedding.weight[...][5]
+    np.testing.assert_array_equal(block_hidden(learned, batch, 0 * vector), block_hidden(plain, batch, vector))
