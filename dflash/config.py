@@ -78,7 +78,8 @@ class DraftConfig:
     """A DFlash draft in its canonical form (the conventions of PyPI `dflash==0.1.0`).
 
     `target_layer_ids[k]` names the target layer whose *output* is context feature k. `windows` and `causal` are per
-    layer; a causal layer hides later block slots. `block_size` counts the anchor.
+    layer; a causal layer hides later block slots. `block_size` counts the anchor. The last four say what drafts of
+    older trainers have and canonical ones don't: a mask vector of their own, biases in fc and MLP, no q/k norm.
     """
 
     vocab_size: int
@@ -97,6 +98,10 @@ class DraftConfig:
     target_layer_ids: tuple[int, ...]
     num_target_layers: int
     attention_bias: bool = False
+    learned_mask: bool = False
+    fc_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = True
 
     @property
     def num_layers(self) -> int:
@@ -305,6 +310,26 @@ def read_target_config(raw: dict[str, Any], source: str = "config.json") -> Targ
 
 
 DRAFT_ARCHITECTURES = ("DFlashDraftModel",)
+# What drafts of older trainers have beyond the canonical form: field -> key in dflash_config, and the canonical value.
+_EXTRAS = {
+    "learned_mask": ("learned_mask", False),
+    "fc_bias": ("fc_bias", False),
+    "mlp_bias": ("mlp_bias", False),
+    "qk_norm": ("use_qk_norm", True),
+}
+
+
+def draft_extras(config: DraftConfig) -> dict[str, bool]:
+    """What of a draft is not canonical, by its key in dflash_config; empty for a canonical one."""
+    values = {key: (getattr(config, field), plain) for field, (key, plain) in _EXTRAS.items()}
+    return {key: value for key, (value, plain) in values.items() if value != plain}
+
+
+def _read_extras(reader: "_Reader", nested: dict[str, Any]) -> dict[str, bool]:
+    values = {field: nested.get(key, plain) for field, (key, plain) in _EXTRAS.items()}
+    for field, value in values.items():
+        reader.check(isinstance(value, bool), f"dflash_config.{_EXTRAS[field][0]} must be true or false, got {value!r}")
+    return values
 
 
 def read_draft_config(raw: dict[str, Any], source: str = "config.json") -> DraftConfig:
@@ -320,9 +345,12 @@ def read_draft_config(raw: dict[str, Any], source: str = "config.json") -> Draft
         reader.faults.append(f"dflash_config must be an object, got {nested!r}")
         nested = {}
     reader.expect("hidden_act", ("silu",), "silu")
-    # Older exports changed the network under the same architecture name; each would load and propose rubbish.
-    for key in ("use_mask_embedding", "mlp_bias", "fc_bias"):
-        reader.check(not nested.get(key), f"dflash_config.{key} is not of the canonical draft: convert it first")
+    # An older export changed the network under the same architecture name; it would load and propose rubbish.
+    reader.check(
+        not nested.get("use_mask_embedding"),
+        "dflash_config.use_mask_embedding is not of the canonical draft: load_draft converts it",
+    )
+    extras = _read_extras(reader, nested)
     for key, plain in (("input_embedding_scale", 1.0), ("output_multiplier", 1.0), ("final_logit_softcapping", None)):
         value = nested.get(key, raw.get(key))
         reader.check(value in (None, plain), f"{key} must be {plain}, got {value!r}: it is not supported")
@@ -377,6 +405,7 @@ def read_draft_config(raw: dict[str, Any], source: str = "config.json") -> Draft
         target_layer_ids=tuple(layer_ids),
         num_target_layers=num_target_layers,
         attention_bias=attention_bias,
+        **extras,
     )
 
 
@@ -446,6 +475,7 @@ def write_draft_config(config: DraftConfig, dtype: str) -> dict[str, Any]:
             "target_layer_ids": list(config.target_layer_ids),
             "mask_token_id": config.mask_token_id,
             "block_size": config.block_size,
+            **draft_extras(config),
         },
         **write_rope(config.rope),
     }

@@ -145,7 +145,7 @@ def draft_step(target: Llama, draft: Draft, *, block_size: int, batch: int, cont
 
     def run(weights: Any, cache: KVCache, block: Array, features: Array) -> tuple[Array, KVCache]:
         target, draft = nnx.merge(target_graph, weights[0]), nnx.merge(draft_graph, weights[1])
-        x = draft.block(target.embed(block).astype(draft.dtype), cache)
+        x = draft.block(draft.masked(target.embed(block).astype(draft.dtype), block_size), cache)
         slots = x.reshape(hidden, batch, block_size)[:, :, 1:].reshape(hidden, -1)
         drafted = target.most_likely(slots.astype(target.dtype))
         return drafted, draft.append_context([features] * len(ids), cache)

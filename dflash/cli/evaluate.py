@@ -54,7 +54,7 @@ def evaluate(args: Annotated[Evaluate, tyro.conf.arg(name="")]) -> None:
     if cache.snapshot_sha256 not in (None, snapshot_hash(directory)):
         raise ConfigError(f"{args.cache_dir} was made with another target than {args.target} (their hashes differ)")
     borrowed = read_borrowed(directory)
-    draft = read_any_draft(args.draft, args.dtype)
+    draft = read_any_draft(args.draft, args.dtype, borrowed.config)
     check_draft(draft.config, borrowed.config)
     rows = np.arange(len(cache)) if args.rows == "all" else cache.rows(args.rows == "held_out")
     if not len(rows):

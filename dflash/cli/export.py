@@ -1,17 +1,18 @@
-"""`python -m dflash export`: training run -> draft directory that other programs read."""
+"""`python -m dflash export`: a draft as a directory that other programs read."""
 
 import dataclasses
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 
 from dflash.device import open_default_device
 from dflash.metrics import finite
 from dflash.training.curves import read_metrics
-from dflash.weights.easydel import read_run, resolve_run
-from dflash.weights.huggingface import write_draft
+from dflash.weights.easydel import resolve_run
+from dflash.weights.export import Consumer, Dtype, export_draft, parse_size
+from dflash.weights.load import is_own_run, read_any_draft, target_config, target_directory
 from dflash.weights.runs import step_of
 from dflash.weights.zarr import read_object
 
@@ -24,11 +25,19 @@ class Export:
     """What `export` takes."""
 
     run_dir: Annotated[Path, tyro.conf.Positional]
-    """Run directory, or a directory of runs (its latest)."""
+    """Run directory, or a directory of runs (its latest), or a DFlashDraftModel directory."""
     out_dir: Annotated[Path, tyro.conf.Positional]
-    """New DFlashDraftModel directory: config.json, model.safetensors, and training.json with the run's record."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """New draft directory: config.json, safetensors, and training.json with the run's record."""
+    format: Consumer = "z-lab"
+    """Who reads it: z-lab (also SGLang), sglang-jax, or speculators (vLLM)."""
+    dtype: Dtype = "bfloat16"
     """Dtype of the weights."""
+    max_shard_size: str = "5GB"
+    """Largest weight file; what is larger becomes several, with an index."""
+    target: str | None = None
+    """The target's snapshot directory, which the draft is then held against; a speculators config needs it."""
+    verifier: str | None = None
+    """Name of the target on the hub, for a speculators config."""
 
 
 def _without_directories(origin: dict[str, Any]) -> dict[str, Any]:
@@ -55,8 +64,20 @@ def training_record(run: Path) -> dict[str, Any]:
 
 
 def export(args: Annotated[Export, tyro.conf.arg(name="")]) -> None:
-    """Write a run's draft as a DFlashDraftModel directory, with the record of its training."""
+    """Write a draft as a directory that other programs read, with the record of its training."""
     open_default_device()
-    run = resolve_run(args.run_dir)
-    write_draft(read_run(run, args.dtype), args.out_dir, finite(training_record(run)))
+    shard_bytes = parse_size(args.max_shard_size)
+    directory = None if args.target is None else target_directory(args.target)
+    # float32 holds what is stored in any dtype.
+    draft = read_any_draft(args.run_dir, target=None if directory is None else target_config(directory))
+    export_draft(
+        draft,
+        args.out_dir,
+        consumer=args.format,
+        dtype=args.dtype,
+        shard_bytes=shard_bytes,
+        target_dir=directory,
+        verifier=args.verifier,
+        record=finite(training_record(resolve_run(args.run_dir))) if is_own_run(args.run_dir) else None,
+    )
     print(f"draft: {args.out_dir}")

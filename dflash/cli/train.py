@@ -107,7 +107,7 @@ def _start(args: Train, borrowed: Borrowed, target_layer_ids: tuple[int, ...]) -
     if args.block_size is not None and args.block_size < 2:
         raise ConfigError(f"block_size is at least 2 (anchor and one drafted token), got {args.block_size}")
     if args.init_from:
-        draft = read_any_draft(args.init_from)
+        draft = read_any_draft(args.init_from, target=borrowed.config)
         if args.block_size is not None:
             draft.config = dataclasses.replace(draft.config, block_size=args.block_size)
         return draft

@@ -66,7 +66,8 @@ def propose(target: Llama, draft: Draft, state: State, block_size: int) -> Array
     masks = jnp.full((batch, block_size - 1), draft.config.mask_token_id, jnp.int32)
     block = jnp.concatenate([state.anchor[:, None], masks], axis=1)
     with jax.named_scope("propose"):
-        x = draft.block(target.embed(block).astype(draft.dtype), state.draft_cache)
+        x = draft.masked(target.embed(block).astype(draft.dtype), block_size)
+        x = draft.block(x, state.draft_cache)
         slots = x.reshape(-1, batch, block_size)[:, :, 1:].reshape(x.shape[0], -1)
         drafted = _greedy_tokens(target, slots.astype(target.dtype), batch)
     places = state.count[:, None] + jnp.arange(block_size - 1)

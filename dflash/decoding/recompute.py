@@ -35,7 +35,8 @@ def _read(graph: Any, weights: Any, tokens: Array, layer_ids: tuple[int, ...]) -
 def _propose(graphs: Any, weights: Any, features: list[Array], context: Array, block: Array) -> Array:
     """block int32 [1, S] after `context` int32 [1] tokens of features [H, T] -> drafted tokens [S-1]."""
     target, draft = (nnx.merge(g, w) for g, w in zip(graphs, weights, strict=True))
-    x = draft.uncached(features, context[:, None], target.embed(block).astype(draft.dtype))
+    x = draft.masked(target.embed(block).astype(draft.dtype), block.shape[1])
+    x = draft.uncached(features, context[:, None], x)
     return jnp.argmax(target.logits(x[:, 1:].astype(target.dtype)), axis=0)
 
 

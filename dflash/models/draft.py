@@ -3,8 +3,10 @@
 Its context is the target's hidden states of the committed tokens, projected to keys and values (never queries). The
 anchor, the newest token, has no hidden state yet: it enters as a block token. Embedding and LM head are the target's.
 Canonical form: PyPI `dflash==0.1.0` (q/k norm with weights before RoPE, no bias in fc and MLP, mask = the embedding of
-`mask_token_id`).
+`mask_token_id`); a draft of an older trainer keeps what it has beyond that (`DraftConfig`).
 """
+
+from functools import partial
 
 import jax.numpy as jnp
 from flax import nnx
@@ -27,19 +29,21 @@ class DraftAttention(nnx.Module):
         self.q = Linear(config.hidden_size, inner, bias=bias, dtype=dtype, rngs=rngs)
         self.kv = Linear(config.hidden_size, 2 * self.kv_heads * self.head_dim, bias=bias, dtype=dtype, rngs=rngs)
         self.out = Linear(inner, config.hidden_size, bias=bias, dtype=dtype, rngs=rngs)
-        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps, dtype=dtype)
-        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps, dtype=dtype)
+        norm = partial(RMSNorm, self.head_dim, config.rms_norm_eps, dtype=dtype)
+        self.q_norm = norm() if config.qk_norm else None
+        self.k_norm = norm() if config.qk_norm else None
 
     def keys_values(self, x: Array, rope: Rope) -> tuple[Array, Array]:
         """x [H, B*T] -> keys and values [G, D, B, T], keys normed and rotated."""
         _, B, T = rope[0].shape
         k, v = jnp.split(self.kv(x).reshape(-1, self.head_dim, B, T), 2)
-        return rotate(self.k_norm(k, axis=1), rope), v
+        return rotate(k if self.k_norm is None else self.k_norm(k, axis=1), rope), v
 
     def mix(self, x: Array, rope: Rope, keys: Array, values: Array, visible: Array) -> Array:
         """Queries of x [H, B*T] over keys [B, G, D, S] and values [B, G, S, D] -> [H, B*T]."""
         _, B, T = rope[0].shape
-        q = rotate(self.q_norm(self.q(x).reshape(-1, self.head_dim, B, T), axis=1), rope)
+        q = self.q(x).reshape(-1, self.head_dim, B, T)
+        q = rotate(q if self.q_norm is None else self.q_norm(q, axis=1), rope)
         mixed = attend(q.reshape(self.kv_heads, -1, self.head_dim, B, T), keys, values, visible)
         return self.out(mixed.reshape(-1, B * T))
 
@@ -51,7 +55,7 @@ class DraftLayer(nnx.Module):
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
         self.attention = DraftAttention(config, dtype=dtype, rngs=rngs)
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
-        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, dtype=dtype, rngs=rngs)
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, bias=config.mlp_bias, dtype=dtype, rngs=rngs)
 
     def uncached(self, x: Array, context: Array, ropes: tuple[Rope, Rope], visible: Array) -> Array:
         """Block columns x [H, B*T] over context columns [H, B*C] and themselves -> [H, B*T].
@@ -74,10 +78,18 @@ class Draft(nnx.Module):
         self.config = config
         self.dtype = jnp.dtype(dtype)
         size = config.hidden_size
-        self.fc = Linear(config.num_features * size, size, dtype=dtype, rngs=rngs)
+        self.fc = Linear(config.num_features * size, size, bias=config.fc_bias, dtype=dtype, rngs=rngs)
         self.hidden_norm = RMSNorm(size, config.rms_norm_eps, dtype=dtype)
         self.layers = nnx.List(DraftLayer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_layers))
         self.norm = RMSNorm(size, config.rms_norm_eps, dtype=dtype)
+        self.mask_embedding = nnx.Param(jnp.zeros(size, dtype)) if config.learned_mask else None
+
+    def masked(self, x: Array, block_size: int) -> Array:
+        """Embedded blocks [H, N*S] with a learned mask in every slot but the anchor's; as they came without one."""
+        if self.mask_embedding is None:
+            return x
+        anchors = jnp.arange(x.shape[1]) % block_size == 0
+        return jnp.where(anchors, x, self.mask_embedding[...][:, None].astype(x.dtype))
 
     def make_cache(self, *, batch: int, capacity: int, block: int) -> KVCache:
         """An empty cache for this draft's context; see `KVCache.create`."""

@@ -39,14 +39,17 @@ class Objective:
 
 
 def block_hidden(draft: Draft, batch: Batch, mask_embedding: Array, *, remat: bool = False) -> Array:
-    """The draft's columns for the drafted slots of every block, [H, B*A*(S-1)]. mask_embedding [H]."""
+    """The draft's columns for the drafted slots of every block, [H, B*A*(S-1)].
+
+    mask_embedding [H] is the target's; a draft with a learned mask uses its own.
+    """
     B, A, drafted = batch.labels.shape
     H = mask_embedding.shape[0]
     features = jax.lax.bitcast_convert_type(jnp.asarray(batch.features), jnp.bfloat16)
     columns = features.astype(draft.dtype).transpose(2, 0, 1).reshape(-1, H, B * features.shape[1])
     masks = jnp.broadcast_to(mask_embedding.astype(draft.dtype), (B, A, drafted, H))
     anchor = jnp.asarray(batch.anchor_embedding).astype(draft.dtype)[:, :, None]
-    x = jnp.concatenate([anchor, masks], axis=2).reshape(-1, H).T
+    x = draft.masked(jnp.concatenate([anchor, masks], axis=2).reshape(-1, H).T, drafted + 1)
     anchors, starts = jnp.asarray(batch.anchors), jnp.asarray(batch.starts)
     hidden = draft.uncached(list(columns), anchors, x, starts, remat=remat)
     return hidden.reshape(H, B * A, drafted + 1)[:, :, 1:].reshape(H, -1)

@@ -2,7 +2,7 @@
 
 EasyDeL itself is not needed. Kernels are [in, out], as there. What its config.json leaves to the reader's guess (the
 mask, the place of the q/k norm, rotary settings, windows) stands under the key `dflash`; a run without that key is of
-an older trainer with other conventions, and refused.
+an older trainer with other conventions, which `dflash.weights.older` converts.
 """
 
 import datetime
@@ -23,7 +23,6 @@ from dflash.weights.huggingface import DTYPES, WeightsError
 from dflash.weights.leaves import check_leaves, leaf_kind, leaves_of, restore
 from dflash.weights.runs import MARKER, check_run, latest_run, new_run, resolve_run
 from dflash.weights.zarr import (
-    Entry,
     array_faults,
     read_arrays,
     read_index,
@@ -34,14 +33,6 @@ from dflash.weights.zarr import (
 
 __all__ = ["latest_run", "read_optimizer_state", "read_run", "resolve_run", "run_config", "write_run"]
 
-CONVENTIONS = {
-    "kernels": "[in, out]",
-    "mask": "the target's embedding of mask_token_id",
-    "positions": "absolute",
-    "qk_norm": "with weights, before rope",
-    "query_heads": "repeated: head h reads kv head h // (heads / kv heads)",
-    "target_layer_ids": "layers whose output is read",
-}
 _FLOATS = ("float32", "bfloat16", "float16")
 
 # A weight of ours, and the arrays [in, out] or [size] that it is made of, in the order of its rows.
@@ -55,28 +46,48 @@ def _linear(ours: str, prefix: str, parts: list[str], inputs: int, outputs: list
         yield f"{ours}.bias", {f"{n}/bias/value": (o,) for n, o in zip(names, outputs, strict=True)}
 
 
-def _plan(c: DraftConfig) -> Plan:
+def plan(c: DraftConfig) -> Plan:
     H, D, I = c.hidden_size, c.head_dim, c.intermediate_size  # noqa: E741
     queries, keys = c.num_heads * D, c.num_kv_heads * D
     yield "fc.weight", {"model/fc/kernel/value": (c.num_features * H, H)}
+    if c.fc_bias:
+        yield "fc.bias", {"model/fc/bias/value": (H,)}
+    if c.learned_mask:
+        yield "mask_embedding", {"model/mask_embedding/value": (H,)}
     norms = {"hidden_norm": ("hidden_norm", H), "norm": ("final_norm", H)}
     for i in range(c.num_layers):
         ours, theirs = f"layers.{i}", f"layers/{i}"
         norms[f"{ours}.attention_norm"] = (f"{theirs}/in_norm", H)
         norms[f"{ours}.mlp_norm"] = (f"{theirs}/post_norm", H)
-        norms[f"{ours}.attention.q_norm"] = (f"{theirs}/attn/q_norm", D)
-        norms[f"{ours}.attention.k_norm"] = (f"{theirs}/attn/k_norm", D)
+        if c.qk_norm:
+            norms[f"{ours}.attention.q_norm"] = (f"{theirs}/attn/q_norm", D)
+            norms[f"{ours}.attention.k_norm"] = (f"{theirs}/attn/k_norm", D)
         bias = c.attention_bias
         yield from _linear(f"{ours}.attention.q", f"{theirs}/attn/", ["q"], H, [queries], bias)
         yield from _linear(f"{ours}.attention.kv", f"{theirs}/attn/", ["k", "v"], H, [keys, keys], bias)
         yield from _linear(f"{ours}.attention.out", f"{theirs}/attn/", ["o"], queries, [H], bias)
-        yield from _linear(f"{ours}.mlp.gate_up", f"{theirs}/mlp/", ["gate", "up"], H, [I, I], False)
-        yield from _linear(f"{ours}.mlp.down", f"{theirs}/mlp/", ["down"], I, [H], False)
+        yield from _linear(f"{ours}.mlp.gate_up", f"{theirs}/mlp/", ["gate", "up"], H, [I, I], c.mlp_bias)
+        yield from _linear(f"{ours}.mlp.down", f"{theirs}/mlp/", ["down"], I, [H], c.mlp_bias)
     for name, (path, size) in norms.items():
         yield f"{name}.weight", {f"model/{path}/scale/value": (size,)}
 
 
 # ---- config.json
+
+
+def _conventions(*, learned_mask: bool = False, qk_norm: bool = True) -> dict[str, str]:
+    return {
+        "kernels": "[in, out]",
+        "mask": "a learned vector" if learned_mask else "the target's embedding of mask_token_id",
+        "positions": "absolute",
+        "qk_norm": "with weights, before rope" if qk_norm else "none",
+        "query_heads": "repeated: head h reads kv head h // (heads / kv heads)",
+        "target_layer_ids": "layers whose output is read",
+    }
+
+
+def _told(c: DraftConfig) -> dict[str, str]:
+    return _conventions(learned_mask=c.learned_mask, qk_norm=c.qk_norm)
 
 
 def _layout_config(c: DraftConfig) -> dict[str, Any]:
@@ -92,7 +103,7 @@ def _layout_config(c: DraftConfig) -> dict[str, Any]:
         "num_context_features": c.num_features,
         "num_key_value_heads": c.num_kv_heads,
         "num_layers": c.num_layers,
-        "qk_norm": True,
+        "qk_norm": c.qk_norm,
         "rms_norm_eps": c.rms_norm_eps,
         "target_layer_ids": list(c.target_layer_ids),
     }
@@ -105,51 +116,34 @@ def run_config(config: DraftConfig, dtype: str, provenance: Mapping[str, Any]) -
     if read != config:
         raise ConfigError(f"config.json can't hold this draft: {config} would be read as {read}; change its settings")
     content = _layout_config(config) | {"remat": False}
-    content["dflash"] = {"conventions": CONVENTIONS, "draft": draft, "provenance": dict(provenance)}
+    content["dflash"] = {"conventions": _told(config), "draft": draft, "provenance": dict(provenance)}
     try:
         return json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n"
     except (TypeError, ValueError) as error:
         raise ValueError(f"provenance must be JSON ({error}), got {provenance!r}: give texts and numbers") from None
 
 
-def _older_conventions(raw: Mapping[str, Any], arrays: Mapping[str, Entry]) -> list[str]:
-    """What a run of an older trainer does otherwise, by name."""
-    faults = []
-    names = [path.removeprefix("model/").removesuffix("/value") for path in arrays]
-    biases = [name for name in names if name.endswith("/bias")]
-    if "mask_embedding" in names:
-        faults.append("mask_embedding is a learned mask vector, ours is the target's embedding of mask_token_id")
-    if biases:
-        faults.append(f"it has {len(biases)} biases ({biases[0]}, ...), fc and MLP have none here")
-    if raw.get("qk_norm") is not False and not any(name.endswith("/q_norm/scale") for name in names):
-        faults.append("its q/k norm has no weights and comes after RoPE, ours has weights and comes before")
-    if raw.get("num_attention_heads") != raw.get("num_key_value_heads"):
-        faults.append("its query heads are tiled over the kv heads (head h reads h % kv heads), ours repeated")
-    if raw.get("add_one_for_pre_layer_capture") is not True:
-        faults.append("its target_layer_ids may name the input of a layer, ours name the output")
-    return [*faults, "config.json says nothing of mask_token_id, rope, vocab_size and max position"]
-
-
-def _read_config(directory: Path, arrays: Mapping[str, Entry]) -> DraftConfig:
+def _read_config(directory: Path) -> DraftConfig:
     """The draft of a run directory. Raises ConfigError with every fault of config.json."""
     raw = read_object(directory, "config.json")
     nested, source = raw.get("dflash"), f"{directory / 'config.json'}"
     if not isinstance(nested, dict) or not isinstance(nested.get("draft"), dict):
         raise ConfigError(
-            f"{source} has no `dflash` entry, so it is another trainer's, whose conventions are not read yet: "
-            + "; ".join(_older_conventions(raw, arrays))
-            + ". Give a run of this project, or an exported DFlashDraftModel directory"
+            f"{source} has no `dflash` entry, so it is an older trainer's, with other conventions: dflash.load_draft "
+            "converts it"
         )
-    faults = []
     told = nested.get("conventions")
     told = told if isinstance(told, dict) else {}
-    for key in sorted(CONVENTIONS.keys() | told.keys()):
-        if told.get(key) != CONVENTIONS.get(key):
-            faults.append(f"convention {key} must be {CONVENTIONS.get(key)!r}, got {told.get(key)!r}")
+
+    def differing(wanted: dict[str, str]) -> list[str]:
+        keys = sorted(key for key in wanted.keys() | told.keys() if told.get(key) != wanted.get(key))
+        return [f"convention {key} must be {wanted.get(key)!r}, got {told.get(key)!r}" for key in keys]
+
     try:
         config = read_draft_config(nested["draft"], f"{source} (dflash.draft)")
     except ConfigError as error:
-        raise ConfigError("; ".join([str(error), *faults])) from None
+        raise ConfigError("; ".join([str(error), *differing(_conventions())])) from None
+    faults = differing(_told(config))
     for key, value in _layout_config(config).items():
         if raw.get(key) != value:
             faults.append(f"{key} is {raw.get(key)!r}, but {value!r} by dflash.draft")
@@ -168,7 +162,7 @@ def _split(draft: Draft) -> dict[str, np.ndarray]:
     if len(dtypes) > 1 or dtypes[0] not in DTYPES:
         raise WeightsError(f"the weights of a run have one dtype of {sorted(DTYPES)}, got {dtypes}: cast them")
     arrays: dict[str, np.ndarray] = {}
-    for name, parts in _plan(draft.config):
+    for name, parts in plan(draft.config):
         rows = np.cumsum([shape[-1] for shape in parts.values()])[:-1]
         split = np.split(values.pop(name), rows)
         arrays |= {path: part.T for path, part in zip(parts, split, strict=True)}
@@ -176,12 +170,12 @@ def _split(draft: Draft) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _join(config: DraftConfig, arrays: Mapping[str, np.ndarray], dtype: str) -> Draft:
+def join_draft(config: DraftConfig, arrays: Mapping[str, np.ndarray], dtype: str) -> Draft:
     """The draft that is made of the arrays of the layout, in `dtype`."""
     graph, state = nnx.split(nnx.eval_shape(lambda: Draft(config, dtype=DTYPES[dtype], rngs=nnx.Rngs(0))))
     flat = {".".join(map(str, path)): (path, value) for path, value in nnx.to_flat_state(state)}
     kind = np.float32 if dtype == "float32" else ml_dtypes.bfloat16
-    for name, parts in _plan(config):
+    for name, parts in plan(config):
         path, empty = flat[name]
         value = np.concatenate([arrays[part].T for part in parts]).astype(kind)
         assert value.shape == empty.get_value().shape, (name, value.shape)
@@ -234,12 +228,12 @@ def read_run(directory: Path, dtype: str = "float32") -> Draft:
     directory = Path(directory)
     check_run(directory)
     entries = read_index(directory).get("model", {})
-    config = _read_config(directory, entries)
-    wanted = {path: (shape, _FLOATS) for _, parts in _plan(config) for path, shape in parts.items()}
+    config = _read_config(directory)
+    wanted = {path: (shape, _FLOATS) for _, parts in plan(config) for path, shape in parts.items()}
     faults = array_faults(entries, wanted)
     if faults:
         raise WeightsError(f"{directory} does not fit its config.json ({len(faults)} faults): " + "; ".join(faults))
-    return _join(config, read_arrays(directory, entries.values()), dtype)
+    return join_draft(config, read_arrays(directory, entries.values()), dtype)
 
 
 def read_optimizer_state(directory: Path, like: Any) -> Any:

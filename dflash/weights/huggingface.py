@@ -149,6 +149,10 @@ def _swiglu_plan(path: str, prefix: str, hidden: int, inner: int, bias: bool) ->
 def _draft_plan(c: DraftConfig) -> Plan:
     H, D = c.hidden_size, c.head_dim
     yield "fc.weight", _one("fc.weight", H, c.num_features * H)
+    if c.fc_bias:
+        yield "fc.bias", _one("fc.bias", H)
+    if c.learned_mask:
+        yield "mask_embedding", _one("mask_embedding", H)
     yield "hidden_norm.weight", _one("hidden_norm.weight", H)
     for i in range(c.num_layers):
         path, prefix = f"layers.{i}", f"layers.{i}."
@@ -159,9 +163,10 @@ def _draft_plan(c: DraftConfig) -> Plan:
         rows = [c.num_kv_heads * D] * 2
         yield from _linear(f"{path}.attention.kv", attention, ["k", "v"], rows, H, c.attention_bias)
         yield from _linear(f"{path}.attention.out", attention, ["o"], [H], c.num_heads * D, c.attention_bias)
-        yield f"{path}.attention.q_norm.weight", _one(f"{attention}q_norm.weight", D)
-        yield f"{path}.attention.k_norm.weight", _one(f"{attention}k_norm.weight", D)
-        yield from _swiglu_plan(f"{path}.mlp", f"{prefix}mlp.", H, c.intermediate_size, False)
+        if c.qk_norm:
+            yield f"{path}.attention.q_norm.weight", _one(f"{attention}q_norm.weight", D)
+            yield f"{path}.attention.k_norm.weight", _one(f"{attention}k_norm.weight", D)
+        yield from _swiglu_plan(f"{path}.mlp", f"{prefix}mlp.", H, c.intermediate_size, c.mlp_bias)
     yield "norm.weight", _one("norm.weight", H)
 
 
@@ -322,6 +327,13 @@ def _read_some(directory: Path, wanted: tuple[str, ...]) -> tuple[TargetConfig, 
     }
 
 
+def read_tensors(directory: Path) -> dict[str, np.ndarray]:
+    """Every tensor of a snapshot by its name, in the dtype of the file. Raises WeightsError."""
+    headers = _read_headers(_weight_files(Path(directory)))
+    handles = {h.file: safe_open(h.file, framework="numpy") for h in headers.values()}
+    return {name: handles[h.file].get_tensor(name) for name, h in headers.items()}
+
+
 def read_borrowed(directory: Path) -> Borrowed:
     """The few tensors of a target that training needs, in the dtype of the file; the others are not read.
 
@@ -360,27 +372,51 @@ def read_draft(directory: Path, dtype: str = "float32", mesh: Mesh | None = None
     return _fill(lambda: Draft(config, dtype=DTYPES[dtype], rngs=nnx.Rngs(0)), plan, headers, dtype, mesh)
 
 
-def write_draft(draft: Draft, directory: Path, record: Mapping[str, Any] | None = None) -> None:
-    """Writes a `DFlashDraftModel` directory (z-lab's names, [out, in]) in the draft's dtype; whole, or not at all.
-
-    A `record` of how it was trained goes beside it, into training.json, with the draft's hash. Raises WeightsError when
-    `directory` exists.
-    """
-    directory = Path(directory)
-    if directory.exists():
-        raise WeightsError(f"a draft is written to a new directory; {directory} exists: remove it or name another")
+def draft_tensors(draft: Draft) -> dict[str, np.ndarray]:
+    """A draft's weights by z-lab's names, [out, in], in the draft's dtype."""
     values = {".".join(map(str, p)): np.asarray(v.get_value()) for p, v in nnx.to_flat_state(nnx.state(draft))}
     tensors: dict[str, np.ndarray] = {}
     for name, source in _draft_plan(draft.config):
         rows = np.cumsum([shape[0] for shape in source.tensors.values()])[:-1]
         parts = np.split(values[name], rows)
         tensors |= {t: np.ascontiguousarray(p) for t, p in zip(source.tensors, parts, strict=True)}
+    return tensors
+
+
+def check_draft_tensors(directory: Path, config: DraftConfig) -> None:
+    """Raises WeightsError with every tensor that a draft directory lacks, should not have, or has in another shape."""
+    _check(dict(_draft_plan(config)), _read_headers(_weight_files(directory)), lambda _: False, directory)
+
+
+def write_draft(draft: Draft, directory: Path, record: Mapping[str, Any] | None = None) -> None:
+    """Writes a `DFlashDraftModel` directory (z-lab's names, [out, in]) in the draft's dtype; whole, or not at all.
+
+    A `record` of how it was trained goes beside it, into training.json, with the draft's hash. Raises WeightsError when
+    `directory` exists.
+    """
+    write_snapshot(directory, write_draft_config(draft.config, str(draft.dtype)), draft_tensors(draft), record=record)
+
+
+def write_snapshot(
+    directory: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    *,
+    shard_bytes: int | None = None,
+    record: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes config.json and safetensors, in files of at most `shard_bytes` (a larger tensor has one to itself).
+
+    See `write_draft` for the record. Raises WeightsError when `directory` exists.
+    """
+    directory = Path(directory)
+    if directory.exists():
+        raise WeightsError(f"a draft is written to a new directory; {directory} exists: remove it or name another")
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
-        save_file(tensors, temporary / "model.safetensors", metadata={"format": "np"})
-        text = json.dumps(write_draft_config(draft.config, str(draft.dtype)), indent=2, sort_keys=True)
-        (temporary / "config.json").write_text(text + "\n", encoding="utf-8")
+        _save_shards(temporary, _shards(tensors, shard_bytes))
+        (temporary / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         if record is not None:
             whole = {"draft_sha256": snapshot_hash(temporary), **record}
             text = json.dumps(whole, indent=2, sort_keys=True, allow_nan=False)
@@ -390,6 +426,35 @@ def write_draft(draft: Draft, directory: Path, record: Mapping[str, Any] | None 
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _shards(tensors: Mapping[str, np.ndarray], shard_bytes: int | None) -> list[dict[str, np.ndarray]]:
+    shards: list[dict[str, np.ndarray]] = [{}]
+    filled = 0
+    for name, value in tensors.items():
+        if shard_bytes is not None and shards[-1] and filled + value.nbytes > shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = value
+        filled += value.nbytes
+    return shards
+
+
+def _save_shards(directory: Path, shards: Sequence[dict[str, np.ndarray]]) -> None:
+    # transformers 4 takes no other format than pt, tf, flax and mlx.
+    metadata = {"format": "pt"}
+    if len(shards) == 1:
+        save_file(shards[0], directory / "model.safetensors", metadata=metadata)
+        return
+    weight_map: dict[str, str] = {}
+    for i, shard in enumerate(shards, 1):
+        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, directory / file, metadata=metadata)
+        weight_map |= dict.fromkeys(shard, file)
+    total = sum(value.nbytes for shard in shards for value in shard.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+    (directory / "model.safetensors.index.json").write_text(text, encoding="utf-8")
 
 
 def snapshot_hash(directory: Path) -> str:

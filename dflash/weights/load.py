@@ -9,10 +9,19 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from dflash.config import ConfigError, DraftConfig, TargetConfig, build_target_layer_ids, check_draft
+from dflash.config import (
+    ConfigError,
+    DraftConfig,
+    TargetConfig,
+    build_target_layer_ids,
+    check_draft,
+    read_target_config,
+)
 from dflash.models.draft import Draft
 from dflash.models.llama import Llama
 from dflash.weights import easydel, huggingface, smollm2
+from dflash.weights.older import convert
+from dflash.weights.older_layouts import is_older_run, linen_step, read_older
 from dflash.weights.runs import is_root, is_run
 from dflash.weights.zarr import INDEX
 
@@ -25,6 +34,11 @@ def target_directory(name_or_dir: str | Path) -> Path:
     return smollm2.snapshot_dir() if str(name_or_dir) == smollm2.NAME else Path(name_or_dir)
 
 
+def target_config(directory: Path) -> TargetConfig:
+    """The config of the target in a snapshot directory. Raises ConfigError or WeightsError."""
+    return read_target_config(huggingface.read_json(directory, "config.json"), str(directory / "config.json"))
+
+
 def load_target(name_or_dir: str | Path, dtype: str = "float32", mesh: Mesh | None = None) -> Llama:
     """A target from a Hugging Face snapshot directory, or `smollm2-135m`, computing in `dtype` (float32, bfloat16).
 
@@ -33,12 +47,17 @@ def load_target(name_or_dir: str | Path, dtype: str = "float32", mesh: Mesh | No
     return huggingface.read_target(target_directory(name_or_dir), dtype, mesh)
 
 
-def read_any_draft(name_or_dir: str | Path, dtype: str = "float32") -> Draft:
+def read_any_draft(name_or_dir: str | Path, dtype: str = "float32", target: TargetConfig | None = None) -> Draft:
     """A draft from a `DFlashDraftModel` directory, a `run-<step>` directory, or a root of runs.
 
-    A root gives its latest complete run. Raises ConfigError or WeightsError.
+    A root gives its latest complete run. What an older trainer left (`dflash.weights.older_layouts`) is converted; its
+    runs leave rotary settings and vocabulary to the `target`, and without one, to the target that they recorded.
+    Raises ConfigError or WeightsError.
     """
     directory = Path(name_or_dir)
+    older = read_older(directory, target)
+    if older is not None:
+        return convert(older, dtype)
     if _is_training_run(directory):
         return easydel.read_run(easydel.resolve_run(directory), dtype)
     return huggingface.read_draft(directory, dtype)
@@ -50,15 +69,27 @@ def _is_training_run(directory: Path) -> bool:
     return not exported and (is_run(directory) or is_root(directory))
 
 
+def is_own_run(name_or_dir: str | Path) -> bool:
+    """Whether this is a run directory, or a root of them, that this project's trainer wrote."""
+    directory = Path(name_or_dir)
+    return _is_training_run(directory) and not is_older_run(easydel.resolve_run(directory))
+
+
 def draft_hash(name_or_dir: str | Path) -> str:
     """SHA-256 of a draft's config and weights: what a result says that it was measured with. Raises WeightsError."""
     directory = Path(name_or_dir)
-    if not _is_training_run(directory):
+    step = linen_step(directory)
+    if step is not None:
+        files = [step.parent.parent / "meta.json", step]
+    elif _is_training_run(directory):
+        run = easydel.resolve_run(directory)
+        files = [run / "config.json", run / INDEX]
+        # Our index holds the hash of every array; an older trainer's doesn't.
+        if is_older_run(run):
+            files += sorted(path for path in (run / "model").rglob("*") if path.is_file())
+    else:
         return huggingface.snapshot_hash(directory)
-    run = easydel.resolve_run(directory)
-    # The index holds the hash of every array.
-    parts = [(run / name).read_bytes() for name in ("config.json", INDEX)]
-    return hashlib.sha256(b"".join(parts)).hexdigest()
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def model_facts(target: str, draft: str = UNTRAINED) -> dict[str, Any]:
@@ -74,7 +105,7 @@ def load_draft(name_or_dir: str | Path, target: Llama) -> Draft:
 
     Raises ConfigError (also when it does not fit the target) or WeightsError.
     """
-    draft = read_any_draft(name_or_dir, str(target.dtype))
+    draft = read_any_draft(name_or_dir, str(target.dtype), target.config)
     check_draft(draft.config, target.config)
     return draft
 

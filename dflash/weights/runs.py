@@ -22,6 +22,11 @@ _NAME = re.compile(r"run-(0|[1-9][0-9]*)")
 _HIDDEN = re.compile(r"\.run-[0-9]+\.[0-9a-f]+")
 _LOCK = ".runs.lock"
 _LOCK_TIMEOUT_S = 10
+# What an older trainer left when it ran on many hosts, and why it is not read.
+_MANY_HOSTS = {
+    "model/graphstate.pkl": "a pickle can run any program and is not read",
+    "model/graphstate.msgpack": "what it holds depends on the flax that wrote it, and is not read",
+}
 
 
 def step_of(directory: Path) -> int | None:
@@ -55,8 +60,8 @@ def latest_run(root: Path) -> Path | None:
 
 
 def is_run(directory: Path) -> bool:
-    """Whether this is one run directory, complete or not: by its index, its pickle or its name."""
-    if any((directory / name).is_file() for name in (INDEX, "model/graphstate.pkl")):
+    """Whether this is one run directory, complete or not: by its index, by what many hosts leave, or by its name."""
+    if any((directory / name).is_file() for name in (INDEX, *_MANY_HOSTS)):
         return True
     return directory.is_dir() and step_of(directory) is not None and not is_root(directory)
 
@@ -79,11 +84,9 @@ def check_run(directory: Path) -> None:
             f"{directory} is incomplete, it has no {' and no '.join(missing)}: its writer was stopped, or not all was "
             "copied; give another run"
         )
-    if (directory / "model" / "graphstate.pkl").is_file():
-        raise WeightsError(
-            f"{directory} holds model/graphstate.pkl; a pickle can run any program and is not read: save the run with "
-            "tensorstore"
-        )
+    for name, reason in _MANY_HOSTS.items():
+        if (directory / name).is_file():
+            raise WeightsError(f"{directory} holds {name}; {reason}: save the run with tensorstore")
 
 
 def resolve_run(path: Path) -> Path:

@@ -36,6 +36,8 @@ TINY_DRAFT = {
 
 
 def _draw(rng, path, shape):
+    if path == ("mask_embedding",):
+        return rng.normal(0, 1, shape)
     if path[-2] == "q_norm":
         # Sharp attention: a mean over a long context is the same for every slot.
         return rng.uniform(1.5, 3.5, shape)

@@ -343,8 +343,8 @@ def test_a_draft_that_config_json_can_not_say_is_not_written(changes, said):
     ("settings", "name"),
     [
         ({"use_mask_embedding": True}, "dflash_config.use_mask_embedding is not of the canonical draft"),
-        ({"mlp_bias": True}, "dflash_config.mlp_bias is not of the canonical draft"),
-        ({"fc_bias": True}, "dflash_config.fc_bias is not of the canonical draft"),
+        ({"mlp_bias": 1}, "dflash_config.mlp_bias must be true or false, got 1"),
+        ({"use_qk_norm": None}, "dflash_config.use_qk_norm must be true or false, got None"),
         ({"input_embedding_scale": 8.0}, "input_embedding_scale must be 1.0, got 8.0"),
         ({"output_multiplier": 0.5}, "output_multiplier must be 1.0, got 0.5"),
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping must be None, got 30.0"),
@@ -352,6 +352,16 @@ def test_a_draft_that_config_json_can_not_say_is_not_written(changes, said):
 )
 def test_what_another_export_does_otherwise_is_refused_by_name(settings, name):
     assert name in refusal(read_draft_config, DRAFT | {"dflash_config": DRAFT["dflash_config"] | settings})
+
+
+def test_what_older_drafts_have_beyond_the_canonical_form_comes_back():
+    extras = {"learned_mask": True, "fc_bias": True, "mlp_bias": True, "qk_norm": False}
+    config = dataclasses.replace(DRAFT_EXPECTED, **extras)
+    written = write_draft_config(config, "float32")
+    assert written["dflash_config"].items() >= {"learned_mask": True, "use_qk_norm": False}.items()
+    assert read_draft_config(written) == config
+    plain = write_draft_config(DRAFT_EXPECTED, "float32")["dflash_config"]
+    assert not plain.keys() & {"learned_mask", "fc_bias", "mlp_bias", "use_qk_norm"}
 
 
 def test_settings_that_change_nothing_are_taken():

@@ -1,0 +1,170 @@
+"""Drafts of older trainers as canonical ones: the same network, in our conventions.
+
+What theirs does otherwise, and what becomes of it:
+
+- a learned mask vector, biases in fc and MLP, no q/k norm: kept, as the extras of `DraftConfig`;
+- q/k norm without weights *after* RoPE: norm and rotation change places, except for YaRN's factor m, which such a norm
+  divides out. So q and k are multiplied by m (the norm's epsilon then weighs the same) and the norm's weights are 1/m;
+- query head h reads kv head h % G (tiled): the query heads are reordered;
+- `target_layer_ids` may name a layer's *input*: then the output of the layer before it is meant;
+- YaRN's range of frequencies is rounded whatever `truncate` says.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dflash.config import (
+    ConfigError,
+    DraftConfig,
+    TargetConfig,
+    read_draft_config,
+    read_target_config,
+    write_rope,
+)
+from dflash.models.draft import Draft
+from dflash.models.layers import rope_attention_factor
+from dflash.weights.easydel import join_draft, plan
+from dflash.weights.huggingface import WeightsError, read_json
+
+_NORMS = ("/q_norm/scale/value", "/k_norm/scale/value")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class OlderDraft:
+    """An older draft as read: `config` in canonical terms, `arrays` in its own order of heads, by EasyDeL's paths.
+
+    `normed` says whether q and k are normed after RoPE.
+    """
+
+    config: DraftConfig
+    arrays: Mapping[str, np.ndarray]
+    source: str
+
+
+def output_ids(ids: Any, outputs: bool, source: str) -> list[int]:
+    """The layers whose outputs are read. Raises ConfigError where the input of layer 0 is meant, which is no output."""
+    if not isinstance(ids, list) or not ids or not all(type(i) is int for i in ids):
+        raise ConfigError(f"{source}: target_layer_ids must be a list of layer numbers, got {ids!r}")
+    if outputs:
+        return ids
+    if 0 in ids:
+        raise ConfigError(
+            f"{source}: its target_layer_ids {ids} name inputs of layers, and the input of layer 0 is the embedding, "
+            "no layer's output: such a draft has no canonical equivalent"
+        )
+    return [i - 1 for i in ids]
+
+
+def older_config(
+    sizes: Mapping[str, Any],
+    layer_ids: list[int],
+    target: Mapping[str, Any],
+    *,
+    fc_bias: bool,
+    qk_norm: bool,
+    source: str,
+) -> DraftConfig:
+    """The canonical config: `sizes` and `target` (vocabulary, positions, rope) by Hugging Face's keys.
+
+    Raises ConfigError with every fault.
+    """
+    scaling = dict(target.get("rope_scaling") or {})
+    if scaling.get("rope_type", scaling.get("type")) == "yarn":
+        scaling["truncate"] = True
+    extras = {"learned_mask": True, "fc_bias": fc_bias, "mlp_bias": True, "use_qk_norm": qk_norm}
+    vocab_size = target.get("vocab_size")
+    # The mask is a vector; the id is nowhere used.
+    unused = vocab_size - 1 if type(vocab_size) is int else 0
+    raw = dict(sizes) | dict(target) | {"rope_scaling": scaling or None, "architectures": ["DFlashDraftModel"]}
+    raw |= {"attention_bias": True, "hidden_act": "silu" if raw.get("hidden_act") == "swish" else raw.get("hidden_act")}
+    raw["dflash_config"] = {"target_layer_ids": layer_ids, "mask_token_id": unused, **extras}
+    config = read_draft_config(raw, source)
+    count = sizes.get("num_context_features")
+    if count not in (None, config.num_features):
+        raise ConfigError(f"{source}: num_context_features is {count}, but target_layer_ids are {layer_ids}")
+    return config
+
+
+def target_settings(target: TargetConfig) -> dict[str, Any]:
+    """What an older config leaves to its target, by Hugging Face's keys."""
+    return {
+        "vocab_size": target.vocab_size,
+        "max_position_embeddings": target.max_position,
+        "num_target_layers": target.num_layers,
+        **write_rope(target.rope),
+    }
+
+
+def recorded_target(recorded: Any, source: str) -> TargetConfig:
+    """The config of the target that a trainer recorded the directory of. Raises ConfigError when it is not there."""
+    if not isinstance(recorded, str) or not (Path(recorded) / "config.json").is_file():
+        raise ConfigError(
+            f"{source} leaves vocabulary and rotary settings to its target, and the one it names ({recorded!r}) is not "
+            "here: name the target's snapshot directory (--target)"
+        )
+    return read_target_config(read_json(Path(recorded), "config.json"), recorded)
+
+
+def recorded_cache(recorded: Any) -> dict[str, Any]:
+    """The meta data of the teacher cache that a trainer recorded the path of; empty when it is not there."""
+    path = Path(recorded) if isinstance(recorded, str) and recorded else None
+    if path is not None and (path / "meta.json").is_file():
+        return read_json(path, "meta.json")
+    if path is not None and path.suffix == ".npz" and path.is_file():
+        with np.load(path) as arrays:
+            meta = json.loads(str(arrays["meta"]))
+        return meta if isinstance(meta, dict) else {}
+    return {}
+
+
+def wanted_arrays(config: DraftConfig) -> dict[str, tuple[int, ...]]:
+    """Paths and shapes of an older draft's arrays: EasyDeL's, without q/k norms."""
+    shapes = {path: shape for _, parts in plan(config) for path, shape in parts.items()}
+    return {path: shape for path, shape in shapes.items() if not path.endswith(_NORMS)}
+
+
+def check_arrays(older: OlderDraft) -> None:
+    """Raises WeightsError with every array that is missing, left over, misshapen or no float."""
+    wanted = wanted_arrays(older.config)
+    faults = [f"missing {path} {list(shape)}" for path, shape in wanted.items() if path not in older.arrays]
+    for path, value in older.arrays.items():
+        if path not in wanted:
+            faults.append(f"unexpected {path} {list(value.shape)}")
+        elif value.shape != wanted[path]:
+            faults.append(f"{path} is {list(value.shape)}, must be {list(wanted[path])}")
+        elif value.dtype.name not in ("float32", "float16", "bfloat16"):
+            faults.append(f"{path} is {value.dtype.name}, must be one of float32, float16, bfloat16")
+    if faults:
+        raise WeightsError(f"{older.source} does not fit its config ({len(faults)} faults): " + "; ".join(faults))
+
+
+def _canonical(c: DraftConfig, older: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    groups, repeats = c.num_kv_heads, c.num_heads // c.num_kv_heads
+    order = np.arange(c.num_heads).reshape(repeats, groups).T.reshape(-1)
+    factor = np.float32(rope_attention_factor(c.rope) if c.qk_norm else 1.0)
+    arrays = {path: np.asarray(value, np.float32) for path, value in older.items()}
+    for i in range(c.num_layers):
+        attention = f"model/layers/{i}/attn"
+        q, k, out = (f"{attention}/{part}_proj" for part in "qko")
+        for path in (f"{q}/kernel/value", f"{q}/bias/value"):
+            value = arrays[path]
+            heads = value.reshape(*value.shape[:-1], c.num_heads, c.head_dim)[..., order, :]
+            arrays[path] = heads.reshape(value.shape) * factor
+        for path in (f"{k}/kernel/value", f"{k}/bias/value"):
+            arrays[path] = arrays[path] * factor
+        rows = arrays[f"{out}/kernel/value"].reshape(c.num_heads, c.head_dim, -1)[order]
+        arrays[f"{out}/kernel/value"] = rows.reshape(-1, rows.shape[-1])
+        if c.qk_norm:
+            arrays |= {f"{attention}{norm}": np.full(c.head_dim, 1 / factor, np.float32) for norm in _NORMS}
+    return arrays
+
+
+def convert(older: OlderDraft, dtype: str) -> Draft:
+    """The canonical draft, in `dtype` (float32 or bfloat16). Raises WeightsError when its arrays do not fit."""
+    check_arrays(older)
+    return join_draft(older.config, _canonical(older.config, older.arrays), dtype)
