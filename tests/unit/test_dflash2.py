@@ -2,6 +2,10 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import dflash
 from dflash import decode, load_target
 from dflash.config import ConfigError, ConvConfig, SelectorConfig, read_draft_config, write_draft_config
 from dflash.models.conv import DynamicConv
@@ -215,3 +220,58 @@ def test_the_selector_and_the_convolutions_learn(batch, draw_draft):
     )
     losses = [float(trainer.step(batch)["weighted"]) for _ in range(8)]
     assert losses[-1] < 0.8 * losses[0]
+
+
+SHARDED = """
+import sys
+from pathlib import Path
+import jax, jax.numpy as jnp, numpy as np, optax
+from dflash.teacher_cache import open_cache
+from dflash.training import trainer as module
+from dflash.training.batches import TrainingBatches
+from dflash.training.objective import Objective
+from dflash.weights.easydel import read_run
+
+where = Path(sys.argv[1])
+draft, tables, cache = read_run(where / "run-0"), np.load(where / "tables.npz"), open_cache(where / "cache")
+batch = TrainingBatches(
+    cache, cache.rows(False), batch_size=8, num_anchors=2, block_size=8, embedding=tables["embedding"], seed=0
+)(0)
+module.make_optimizer = lambda config: optax.GradientTransformation(
+    lambda params: jax.tree.map(jnp.zeros_like, params),
+    lambda gradient, state, params: (jax.tree.map(jnp.zeros_like, params), gradient),
+)
+found = {}
+for dp, tp in ((1, 1), (4, 2), (2, 4), (1, 8)):
+    config = module.TrainConfig(batch_size=8, num_anchors=2, dp=dp, tp=tp, objective=Objective(chunk=10), remat=tp > 2)
+    trainer = module.Trainer(draft, tables["head"], tables["embedding"][5], config)
+    sums = trainer.step(batch)
+    found[dp, tp] = float(sums["weighted"]), float(sums["accepted"]), jax.tree.leaves(trainer.state[1])
+whole = found.pop((1, 1))
+for said, (loss, accepted, gradient) in found.items():  # float32 noise reaches 3e-5 of a leaf's largest entry
+    np.testing.assert_allclose(loss, whole[0], rtol=1e-5, err_msg=str(said))
+    assert accepted == whole[1]
+    for got, plain in zip(gradient, whole[2], strict=True):
+        np.testing.assert_allclose(got, plain, rtol=0, atol=1e-4 * float(jnp.abs(plain).max()), err_msg=str(said))
+print("same")
+"""
+
+
+@pytest.mark.slow
+def test_many_devices_give_the_gradient_of_one(write_sequences, draw_draft, tmp_path):
+    rng = np.random.default_rng(6)
+    cache = write_sequences(tmp_path / "cache")
+    assert cache.directory == tmp_path / "cache"
+    write_run(draw_draft(0, **SECOND), tmp_path, 0, optimizer_state=None, provenance={}, keep=None)
+    np.savez(tmp_path / "tables.npz", **{n: rng.normal(size=(199, 64)).astype("f") for n in ("head", "embedding")})
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", SHARDED, str(tmp_path)],
+        env=env | {"TF_CPP_MIN_LOG_LEVEL": "2"},
+        cwd=Path(dflash.__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip() == "same"
