@@ -74,12 +74,29 @@ class TargetConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ConvConfig:
+    """DFlash 2: convolutions over `kernel_size` slots, whose kernels are computed once for `group_size` channels."""
+
+    kernel_size: int
+    group_size: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class SelectorConfig:
+    """DFlash 2: a choice among the `top_k` likeliest tokens of a slot, by a product of rank `rank`."""
+
+    rank: int
+    top_k: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class DraftConfig:
     """A DFlash draft in its canonical form (the conventions of PyPI `dflash==0.1.0`).
 
     `target_layer_ids[k]` names the target layer whose *output* is context feature k. `windows` and `causal` are per
-    layer; a causal layer hides later block slots. `block_size` counts the anchor. The last four say what drafts of
-    older trainers have and canonical ones don't: a mask vector of their own, biases in fc and MLP, no q/k norm.
+    layer; a causal layer hides later block slots. `block_size` counts the anchor. Drafts of older
+    trainers may have what canonical ones don't: a mask vector of their own, biases in fc and MLP, no q/k norm. A DFlash
+    2 draft has `conv` and `selector`.
     """
 
     vocab_size: int
@@ -102,6 +119,8 @@ class DraftConfig:
     fc_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = True
+    conv: ConvConfig | None = None
+    selector: SelectorConfig | None = None
 
     @property
     def num_layers(self) -> int:
@@ -309,7 +328,7 @@ def read_target_config(raw: dict[str, Any], source: str = "config.json") -> Targ
     return config
 
 
-DRAFT_ARCHITECTURES = ("DFlashDraftModel",)
+DRAFT_ARCHITECTURES = ("DFlashDraftModel", "DFlash2DraftModel")
 # What drafts of older trainers have beyond the canonical form: field -> key in dflash_config, and the canonical value.
 _EXTRAS = {
     "learned_mask": ("learned_mask", False),
@@ -332,13 +351,34 @@ def _read_extras(reader: "_Reader", nested: dict[str, Any]) -> dict[str, bool]:
     return values
 
 
+def _read_second(
+    reader: _Reader, merged: dict[str, Any], hidden_size: int, vocab_size: int
+) -> tuple[ConvConfig, SelectorConfig]:
+    """What a DFlash 2 draft has beside a DFlash one's parts."""
+    limits = {
+        "conv_kernel_size": _MAX_LAYERS,
+        "conv_group_size": hidden_size,
+        "selector_rank": hidden_size,
+        "selector_top_k": vocab_size,
+    }
+    values = list[int]()
+    for key, most in limits.items():
+        value = merged.get(key)
+        fits = _is_integer(value) and 1 <= (value or 0) <= most
+        reader.check(fits, f"{key} must be an integer from 1 to {most}, got {value!r}")
+        values.append(value if isinstance(value, int) and fits else 1)
+    kernel, group, rank, top_k = values
+    reader.check(hidden_size % group == 0, f"conv_group_size must divide hidden_size {hidden_size}, got {group}")
+    return ConvConfig(kernel_size=kernel, group_size=group), SelectorConfig(rank=rank, top_k=top_k)
+
+
 def read_draft_config(raw: dict[str, Any], source: str = "config.json") -> DraftConfig:
     """The draft that a `DFlashDraftModel` config.json describes. Raises ConfigError with every fault in it."""
     reader = _Reader(raw, source)
     architectures = raw.get("architectures")
     reader.check(
-        isinstance(architectures, list) and architectures[:1] == list(DRAFT_ARCHITECTURES),
-        f"architectures must be {list(DRAFT_ARCHITECTURES)}, got {architectures}",
+        isinstance(architectures, list) and architectures[:1] in ([name] for name in DRAFT_ARCHITECTURES),
+        f"architectures must be one of {list(DRAFT_ARCHITECTURES)}, got {architectures}",
     )
     nested = raw.get("dflash_config") or {}
     if not isinstance(nested, dict):
@@ -381,6 +421,8 @@ def read_draft_config(raw: dict[str, Any], source: str = "config.json") -> Draft
     attention_bias = reader.flag("attention_bias")
     rope = _read_rope(reader, max_position, 10000.0)
     vocab_size = reader.number("vocab_size")
+    second = isinstance(architectures, list) and architectures[:1] == ["DFlash2DraftModel"]
+    conv, selector = _read_second(reader, merged, hidden_size, vocab_size) if second else (None, None)
     intermediate_size = reader.number("intermediate_size")
     eps = reader.number("rms_norm_eps", 1e-6, kind=float, minimum=0)
     reader.finish()
@@ -406,6 +448,8 @@ def read_draft_config(raw: dict[str, Any], source: str = "config.json") -> Draft
         num_target_layers=num_target_layers,
         attention_bias=attention_bias,
         **extras,
+        conv=conv,
+        selector=selector,
     )
 
 
@@ -451,8 +495,18 @@ def write_draft_config(config: DraftConfig, dtype: str) -> dict[str, Any]:
     windows = {w for w in config.windows if w is not None}
     if len(windows) > 1:
         raise ConfigError(f"sliding_window is one key for all layers; can't write windows={list(config.windows)}")
+    if (config.conv is None) != (config.selector is None):
+        raise ConfigError("a DFlash 2 draft has both convolutions and a selector; this one has only one of them")
+    second: dict[str, int] = {}
+    if config.conv is not None and config.selector is not None:
+        second = {
+            "conv_kernel_size": config.conv.kernel_size,
+            "conv_group_size": config.conv.group_size,
+            "selector_rank": config.selector.rank,
+            "selector_top_k": config.selector.top_k,
+        }
     out = {
-        "architectures": ["DFlashDraftModel"],
+        "architectures": [DRAFT_ARCHITECTURES[bool(second)]],
         "model_type": "qwen3",
         "dtype": dtype,
         "vocab_size": config.vocab_size,
@@ -476,6 +530,7 @@ def write_draft_config(config: DraftConfig, dtype: str) -> dict[str, Any]:
             "mask_token_id": config.mask_token_id,
             "block_size": config.block_size,
             **draft_extras(config),
+            **second,
         },
         **write_rope(config.rope),
     }

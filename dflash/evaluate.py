@@ -59,6 +59,8 @@ def check_fit(draft: Draft, cache: SequenceCache | WindowCache) -> None:
         faults.append(f"its hidden size is {c.hidden_size}, the cache's {cache.hidden_size}")
     if cache.max_block_size is not None and c.block_size > cache.max_block_size:
         faults.append(f"its blocks have {c.block_size} slots, the cache's labels serve {cache.max_block_size}")
+    if c.selector is not None and isinstance(cache, WindowCache) and not cache.has_anchor_ids:
+        faults.append("its selector follows the anchor, and this old cache does not say which token that is")
     if faults:
         raise ConfigError("the draft does not fit the teacher cache: " + "; ".join(faults))
 
@@ -66,8 +68,7 @@ def check_fit(draft: Draft, cache: SequenceCache | WindowCache) -> None:
 @partial(jax.jit, static_argnames=("graph", "chunk"))
 def _best(graph: Any, weights: Any, batch: Batch, mask_embedding: Array, head: Array, chunk: int) -> Array:
     draft = nnx.merge(graph, weights)
-    _, best = predict_blocks(draft, batch, mask_embedding, head, vocab_size=head.shape[0], chunk=chunk)
-    return best
+    return predict_blocks(draft, batch, mask_embedding, head, vocab_size=head.shape[0], chunk=chunk).best
 
 
 class Evaluator:

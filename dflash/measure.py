@@ -17,6 +17,7 @@ from flax import nnx
 from jax import Array
 
 from dflash.cost_model import StepTimes
+from dflash.decoding.loop import drafted_tokens
 from dflash.device import weight_bytes
 from dflash.interval import ratio_interval
 from dflash.kv_cache import KVCache
@@ -146,8 +147,7 @@ def draft_step(target: Llama, draft: Draft, *, block_size: int, batch: int, cont
     def run(weights: Any, cache: KVCache, block: Array, features: Array) -> tuple[Array, KVCache]:
         target, draft = nnx.merge(target_graph, weights[0]), nnx.merge(draft_graph, weights[1])
         x = draft.block(draft.masked(target.embed(block).astype(draft.dtype), block_size), cache)
-        slots = x.reshape(hidden, batch, block_size)[:, :, 1:].reshape(hidden, -1)
-        drafted = target.most_likely(slots.astype(target.dtype))
+        drafted = drafted_tokens(target, draft, x, block[:, 0])
         return drafted, draft.append_context([features] * len(ids), cache)
 
     capacity = -(-(context + block_size) // 64) * 64

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import jax.numpy as jnp
 import tyro
 
-from dflash.config import ConfigError
+from dflash.config import ConfigError, ConvConfig, SelectorConfig, TargetConfig
 from dflash.device import device_facts, open_default_device
 from dflash.evaluate import check_fit
 from dflash.models.draft import Draft
@@ -40,6 +40,16 @@ class Train:
     """Layers of a new draft."""
     init_layers: tuple[int, ...] = ()
     """Layers of the target that a new draft's layers start as copies of, one for each; without any, random weights."""
+    architecture: Literal["dflash", "dflash2"] = "dflash"
+    """dflash2: a new draft has convolutions over a block's slots, and chooses among each slot's likeliest tokens."""
+    conv_kernel_size: int = 3
+    """dflash2: slots that a convolution reads."""
+    conv_group_size: int = 64
+    """dflash2: channels that share a computed kernel; divides the hidden size."""
+    selector_rank: int = 64
+    """dflash2: rank of the product that says how well one token follows another."""
+    selector_top_k: int = 8
+    """dflash2: tokens of a slot that are chosen among."""
     block_size: int | None = None
     """Slots of a block, the anchor included; by default those of init-from's draft, 8 for a new one."""
     mask_token_id: int | None = None
@@ -102,6 +112,24 @@ def _config(args: Train) -> TrainConfig:
     return TrainConfig(**common, objective=objective)
 
 
+def _second(args: Train, target: TargetConfig) -> dict[str, Any]:
+    """The parts of a DFlash 2 draft, checked; nothing for a DFlash one."""
+    if args.architecture == "dflash":
+        return {}
+    least = {name: getattr(args, name) for name in ("conv_kernel_size", "selector_rank", "selector_top_k")}
+    faults = [f"{name} is at least 1, got {value}" for name, value in least.items() if value < 1]
+    if args.conv_group_size < 1 or target.hidden_size % args.conv_group_size:
+        faults.append(f"conv_group_size must divide the hidden size {target.hidden_size}, got {args.conv_group_size}")
+    if args.selector_top_k > target.vocab_size:
+        faults.append(f"selector_top_k is at most the vocabulary {target.vocab_size}, got {args.selector_top_k}")
+    if faults:
+        raise ConfigError("; ".join(faults))
+    return {
+        "conv": ConvConfig(kernel_size=args.conv_kernel_size, group_size=args.conv_group_size),
+        "selector": SelectorConfig(rank=args.selector_rank, top_k=args.selector_top_k),
+    }
+
+
 def _start(args: Train, borrowed: Borrowed, target_layer_ids: tuple[int, ...]) -> Draft:
     """The draft before the first step."""
     if args.block_size is not None and args.block_size < 2:
@@ -118,6 +146,7 @@ def _start(args: Train, borrowed: Borrowed, target_layer_ids: tuple[int, ...]) -
         target_layer_ids=target_layer_ids,
         mask_token_id=args.mask_token_id,
         seed=args.seed,
+        **_second(args, borrowed.config),
     )
     # What the head was trained to read; norm weights of 1 would start hundreds of nats away.
     draft.norm.weight[...] = jnp.asarray(borrowed.norm, jnp.float32)

@@ -59,6 +59,12 @@ def _greedy_tokens(target: Llama, x: Array, batch: int) -> Array:
     return target.most_likely(x).reshape(batch, -1)
 
 
+def drafted_tokens(target: Llama, draft: Draft, x: Array, anchors: Array) -> Array:
+    """The draft's columns of whole blocks [H, B*S] behind anchors int32 [B] -> the tokens that it drafts [B, S-1]."""
+    slots = x.reshape(x.shape[0], anchors.shape[0], -1)[:, :, 1:].reshape(x.shape[0], -1)
+    return draft.choose(slots, target.logits(slots.astype(target.dtype)), anchors)
+
+
 def propose(target: Llama, draft: Draft, state: State, block_size: int) -> Array:
     """[anchor, drafted tokens] int32 [B, S] of every row."""
     assert state.draft_cache is not None
@@ -67,9 +73,7 @@ def propose(target: Llama, draft: Draft, state: State, block_size: int) -> Array
     block = jnp.concatenate([state.anchor[:, None], masks], axis=1)
     with jax.named_scope("propose"):
         x = draft.masked(target.embed(block).astype(draft.dtype), block_size)
-        x = draft.block(x, state.draft_cache)
-        slots = x.reshape(-1, batch, block_size)[:, :, 1:].reshape(x.shape[0], -1)
-        drafted = _greedy_tokens(target, slots.astype(target.dtype), batch)
+        drafted = drafted_tokens(target, draft, draft.block(x, state.draft_cache), state.anchor)
     places = state.count[:, None] + jnp.arange(block_size - 1)
     scripted = jnp.take_along_axis(state.script, jnp.minimum(places, state.script.shape[1] - 1), axis=1)
     drafted = jnp.where(scripted >= 0, scripted, drafted)

@@ -36,8 +36,9 @@ def _propose(graphs: Any, weights: Any, features: list[Array], context: Array, b
     """block int32 [1, S] after `context` int32 [1] tokens of features [H, T] -> drafted tokens [S-1]."""
     target, draft = (nnx.merge(g, w) for g, w in zip(graphs, weights, strict=True))
     x = draft.masked(target.embed(block).astype(draft.dtype), block.shape[1])
-    x = draft.uncached(features, context[:, None], x)
-    return jnp.argmax(target.logits(x[:, 1:].astype(target.dtype)), axis=0)
+    slots = draft.uncached(features, context[:, None], x)[:, 1:]
+    logits = target.logits(slots.astype(target.dtype))
+    return draft.choose(slots, logits, block[:, 0])[0] if draft.selector is not None else jnp.argmax(logits, axis=0)
 
 
 def _padded(tokens: Sequence[int]) -> Array:

@@ -3,9 +3,11 @@
 Its context is the target's hidden states of the committed tokens, projected to keys and values (never queries). The
 anchor, the newest token, has no hidden state yet: it enters as a block token. Embedding and LM head are the target's.
 Canonical form: PyPI `dflash==0.1.0` (q/k norm with weights before RoPE, no bias in fc and MLP, mask = the embedding of
-`mask_token_id`); a draft of an older trainer keeps what it has beyond that (`DraftConfig`).
+`mask_token_id`); a draft of an older trainer keeps what it has beyond that (`DraftConfig`). DFlash 2 adds convolutions
+over a block's slots and a choice among each slot's candidates.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import jax.numpy as jnp
@@ -14,7 +16,9 @@ from jax import Array
 
 from dflash.config import DraftConfig
 from dflash.kv_cache import KVCache, attention_mask
-from dflash.models.layers import Linear, RMSNorm, SwiGLU, attend, rope_tables, rotate
+from dflash.models.conv import DynamicConv
+from dflash.models.layers import Linear, RMSNorm, SwiGLU, attend, most_likely, rope_tables, rotate
+from dflash.models.selector import CandidateSelector
 
 Rope = tuple[Array, Array]
 
@@ -49,26 +53,48 @@ class DraftAttention(nnx.Module):
 
 
 class DraftLayer(nnx.Module):
-    """x += attention(norm x, context); x += mlp(norm x). The context is not normed again."""
+    """x += attention(norm x, context); x += mlp(norm x). The context is not normed again.
+
+    In a DFlash 2 draft each of the two sits between the halves of a convolution over the block.
+    """
 
     def __init__(self, config: DraftConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
         self.attention = DraftAttention(config, dtype=dtype, rngs=rngs)
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, bias=config.mlp_bias, dtype=dtype, rngs=rngs)
+        self.attention_conv, self.mlp_conv = (
+            None if config.conv is None else DynamicConv(config.hidden_size, config.conv, dtype=dtype, rngs=rngs)
+            for _ in range(2)
+        )
 
-    def uncached(self, x: Array, context: Array, ropes: tuple[Rope, Rope], visible: Array) -> Array:
-        """Block columns x [H, B*T] over context columns [H, B*C] and themselves -> [H, B*T].
+    def __call__(self, x: Array, slots: int, attend_to: Callable[[Array], Array]) -> Array:
+        """Block columns x [H, N], `slots` of them a block -> [H, N]. `attend_to` maps normed columns to mixed ones."""
+        x = x + _around(self.attention_conv, attend_to, self.attention_norm(x), slots)
+        return x + _around(self.mlp_conv, self.mlp, self.mlp_norm(x), slots)
+
+    def uncached(self, x: Array, context: Array, ropes: tuple[Rope, Rope], visible: Array, slots: int) -> Array:
+        """Block columns x [H, B*T], `slots` of them a block, over context columns [H, B*C] and themselves -> [H, B*T].
 
         `ropes` are the context's and the block's; visible bool [B, T, C + T].
         """
-        normed = self.attention_norm(x)
-        of_context = self.attention.keys_values(context, ropes[0])
-        of_block = self.attention.keys_values(normed, ropes[1])
-        k, v = (jnp.concatenate(pair, axis=3) for pair in zip(of_context, of_block, strict=True))
-        keys, values = k.transpose(2, 0, 1, 3), v.transpose(2, 0, 3, 1)
-        x = x + self.attention.mix(normed, ropes[1], keys, values, visible)
-        return x + self.mlp(self.mlp_norm(x))
+
+        def attend_to(normed: Array) -> Array:
+            of_context = self.attention.keys_values(context, ropes[0])
+            of_block = self.attention.keys_values(normed, ropes[1])
+            k, v = (jnp.concatenate(pair, axis=3) for pair in zip(of_context, of_block, strict=True))
+            keys, values = k.transpose(2, 0, 1, 3), v.transpose(2, 0, 3, 1)
+            return self.attention.mix(normed, ropes[1], keys, values, visible)
+
+        return self(x, slots, attend_to)
+
+
+def _around(conv: DynamicConv | None, sublayer: Callable[[Array], Array], x: Array, slots: int) -> Array:
+    """A sublayer over normed columns [H, N], between the two halves of its convolution where there is one."""
+    if conv is None:
+        return sublayer(x)
+    x, kernels = conv.prepare(x, slots)
+    return conv.finish(sublayer(x), kernels, slots)
 
 
 class Draft(nnx.Module):
@@ -83,6 +109,11 @@ class Draft(nnx.Module):
         self.layers = nnx.List(DraftLayer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_layers))
         self.norm = RMSNorm(size, config.rms_norm_eps, dtype=dtype)
         self.mask_embedding = nnx.Param(jnp.zeros(size, dtype)) if config.learned_mask else None
+        self.selector = (
+            None
+            if config.selector is None
+            else CandidateSelector(config.vocab_size, size, config.selector, dtype=dtype, rngs=rngs)
+        )
 
     def masked(self, x: Array, block_size: int) -> Array:
         """Embedded blocks [H, N*S] with a learned mask in every slot but the anchor's; as they came without one."""
@@ -129,12 +160,21 @@ class Draft(nnx.Module):
         T = x.shape[1] // cache.lengths.shape[0]
         rope = self._rope(cache.positions(T))
         for i, layer in enumerate(self.layers):
-            normed = layer.attention_norm(x)
-            filled = cache.append(i, *layer.attention.keys_values(normed, rope))
-            visible = filled.visible(i, T, self.config.causal[i])
-            x = x + layer.attention.mix(normed, rope, filled.keys[i], filled.values[i], visible)
-            x = x + layer.mlp(layer.mlp_norm(x))
+            x = layer(x, T, partial(self._attend_to, i, rope, cache))
         return self.norm(x)
+
+    def _attend_to(self, i: int, rope: Rope, cache: KVCache, normed: Array) -> Array:
+        """Layer i's attention of a block's columns [H, B*T] over the committed context and the block -> [H, B*T]."""
+        attention = self.layers[i].attention
+        filled = cache.append(i, *attention.keys_values(normed, rope))
+        visible = filled.visible(i, rope[0].shape[2], self.config.causal[i])
+        return attention.mix(normed, rope, filled.keys[i], filled.values[i], visible)
+
+    def choose(self, x: Array, logits: Array, anchors: Array) -> Array:
+        """Drafted columns [H, B*T] and their logits [V, B*T], behind anchors int32 [B] -> tokens int32 [B, T]."""
+        if self.selector is None:
+            return most_likely(logits).reshape(anchors.shape[0], -1)
+        return self.selector.select(x.astype(self.dtype), logits, anchors)
 
     def uncached(
         self, features: list[Array], anchors: Array, x: Array, start: Array | None = None, *, remat: bool = False
@@ -159,7 +199,7 @@ class Draft(nnx.Module):
         blocks = jnp.repeat(jnp.arange(A), T)
         own = jnp.broadcast_to(blocks[:, None] == blocks, (B, A * T, A * T))
         real = jnp.concatenate([before, own], axis=2)
-        run = nnx.remat(DraftLayer.uncached) if remat else DraftLayer.uncached
+        run = nnx.remat(DraftLayer.uncached, static_argnums=5) if remat else DraftLayer.uncached
         for i, layer in enumerate(self.layers):
             visible = real & attention_mask(
                 block_positions[:, :, None],
@@ -167,5 +207,5 @@ class Draft(nnx.Module):
                 window=self.config.windows[i],
                 causal=self.config.causal[i],
             )
-            x = run(layer, x, context, (context_rope, block_rope), visible)
+            x = run(layer, x, context, (context_rope, block_rope), visible, T)
         return self.norm(x)

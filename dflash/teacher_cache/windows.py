@@ -122,6 +122,11 @@ class WindowCache:
         return self.meta.hidden_size
 
     @property
+    def has_anchor_ids(self) -> bool:
+        """Whether it holds the anchors' token ids beside their embeddings; the first versions do not."""
+        return "anchor_ids" in self._arrays
+
+    @property
     def max_block_size(self) -> int | None:
         """Labels were made for blocks of this size."""
         return self.meta.block_size

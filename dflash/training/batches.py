@@ -23,13 +23,15 @@ class Batch:
     """B rows with C context tokens and A anchors each, for blocks of S slots. Host arrays.
 
     features uint16 [B, C, K*H] bits of bfloat16; starts int32 [B], the position of context token 0; anchors int32
-    [B, A], how many context tokens come before the anchor; anchor_embedding [B, A, H] in the target's dtype; labels
-    int32 [B, A, S-1], the tokens after the anchor; mask float32 [B, A, S-1], 1 where a label counts.
+    [B, A], how many context tokens come before the anchor; anchor_ids int32 [B, A] and anchor_embedding [B, A, H] in
+    the target's dtype; labels int32 [B, A, S-1], the tokens after the anchor; mask float32 [B, A, S-1], 1 where a label
+    counts.
     """
 
     features: np.ndarray
     starts: np.ndarray
     anchors: np.ndarray
+    anchor_ids: np.ndarray
     anchor_embedding: np.ndarray
     labels: np.ndarray
     mask: np.ndarray
@@ -61,6 +63,7 @@ def sequence_batch(
         features=features,
         starts=np.asarray(cache.pos_start[rows], np.int32),
         anchors=places,
+        anchor_ids=tokens[:, :, 0],
         anchor_embedding=embedding[tokens[:, :, 0]],
         labels=tokens[:, :, 1:],
         mask=mask,
@@ -73,10 +76,12 @@ def window_batch(cache: WindowCache, rows: np.ndarray, block_size: int) -> Batch
     n = len(rows)
     bits = np.ascontiguousarray(samples.context_features).view(np.uint16).reshape(n, cache.context, -1)
     labels = samples.target_ids[:, None, : block_size - 1].astype(np.int32)
+    ids = samples.anchor_ids  # some old caches leave them out; `check_fit` refuses those where they are needed
     return Batch(
         features=bits,
         starts=samples.ctx_pos_start.astype(np.int32),
         anchors=np.full((n, 1), cache.context, np.int32),
+        anchor_ids=np.zeros((n, 1), np.int32) if ids is None else ids[:, None].astype(np.int32),
         anchor_embedding=samples.anchor_embedding[:, None],
         labels=labels,
         mask=np.ones(labels.shape, np.float32),
@@ -137,7 +142,7 @@ def widened(batch: Batch, num_anchors: int) -> Batch:
     def widen(x: np.ndarray) -> np.ndarray:
         return np.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2))
 
-    names = ("anchors", "anchor_embedding", "labels", "mask")
+    names = ("anchors", "anchor_ids", "anchor_embedding", "labels", "mask")
     return dataclasses.replace(batch, **{n: widen(getattr(batch, n)) for n in names}) if missing else batch
 
 

@@ -143,6 +143,47 @@ def _whole(run: _Running, axis: str | None) -> tuple[Array, Array, Array]:
     return (top - _sum(run.gold, axis)) + jnp.log(total), best, shrink / total
 
 
+def top_tokens(
+    x: Array, head: Array, *, k: int, chunk: int, axis: str | None = None, vocab_size: int | None = None
+) -> Array:
+    """The `k` likeliest tokens of each column of x [H, N], int32 [N, k], the likeliest first. Not differentiable.
+
+    `chunk`, `axis` and `vocab_size` as in `cross_entropy`; of equals the lowest ids.
+    """
+    rows, N = head.shape[0], x.shape[1]
+    V = rows * (1 if axis is None else lax.axis_size(axis)) if vocab_size is None else vocab_size
+    dtype = jnp.promote_types(x.dtype, head.dtype)
+    chunk, offset = min(chunk, rows), _first_row(head, axis)
+    x = lax.stop_gradient(x).astype(dtype)
+
+    def largest(logits: Array, tokens: Array) -> tuple[Array, Array]:
+        kept, places = lax.top_k(logits, min(k, logits.shape[1]))
+        return kept, jnp.take_along_axis(tokens, places, axis=1)
+
+    def step(i: Array, seen: tuple[Array, Array]) -> tuple[Array, Array]:
+        start = jnp.minimum(i * chunk, rows - chunk)
+        part = lax.dynamic_slice_in_dim(head, start, chunk).astype(dtype)
+        tokens = offset + start + jnp.arange(chunk, dtype=jnp.int32)
+        fresh = (tokens >= offset + i * chunk) & (tokens < V)
+        logits = jnp.einsum("vh,hn->nv", part, x, precision=precision(dtype), preferred_element_type=jnp.float32)
+        found = largest(jnp.where(fresh, logits, -jnp.inf), jnp.broadcast_to(tokens, (N, chunk)))
+        return largest(*(jnp.concatenate(pair, axis=1) for pair in zip(seen, found, strict=True)))
+
+    nothing = jnp.full((N, k), -jnp.inf, jnp.float32), jnp.full((N, k), V - 1, jnp.int32)
+    best = lax.fori_loop(0, -(-rows // chunk), step, nothing)
+    if axis is not None:
+        best = largest(*(lax.all_gather(part, axis, axis=1, tiled=True) for part in best))
+    return best[1]
+
+
+def head_rows(head: Array, tokens: Array, axis: str | None = None) -> Array:
+    """Rows of the head [V, H] (with `axis`, of all shards of it) of tokens int32 [...] -> [..., H]. A constant."""
+    local = tokens - _first_row(head, axis)
+    mine = (local >= 0) & (local < head.shape[0])
+    rows = head[jnp.clip(local, 0, head.shape[0] - 1)]
+    return lax.stop_gradient(_sum(jnp.where(mine[..., None], rows, 0), axis))
+
+
 def _first_row(head: Array, axis: str | None) -> Array:
     """The token of this device's first row, int32 []."""
     return jnp.int32(0) if axis is None else lax.axis_index(axis).astype(jnp.int32) * head.shape[0]

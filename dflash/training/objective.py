@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +10,9 @@ from jax import Array
 
 from dflash.config import ConfigError
 from dflash.models.draft import Draft
+from dflash.models.layers import precision
 from dflash.training.batches import Batch
-from dflash.training.loss import KINDS, cross_entropy, position_weights
+from dflash.training.loss import KINDS, cross_entropy, head_rows, position_weights, top_tokens
 
 # What `block_sums` gives.
 SUMS = ("weighted", "weight", "nll", "right", "labels", "accepted", "blocks")
@@ -55,6 +56,19 @@ def block_hidden(draft: Draft, batch: Batch, mask_embedding: Array, *, remat: bo
     return hidden.reshape(H, B * A, drafted + 1)[:, :, 1:].reshape(H, -1)
 
 
+class Predictions(NamedTuple):
+    """What a draft says of the drafted slots of blocks, each [B, A, S-1].
+
+    nll float32: of the label, over the whole vocabulary. choice_nll float32: the selector's, among its candidates; 0
+    where the label is none of them, and for a draft without a selector. best int32: what the draft says; a selector is
+    told the label before, as it will have chosen it wherever the slot counts for an accept length.
+    """
+
+    nll: Array
+    choice_nll: Array
+    best: Array
+
+
 def predict_blocks(
     draft: Draft,
     batch: Batch,
@@ -65,16 +79,26 @@ def predict_blocks(
     chunk: int,
     axis: str | None = None,
     remat: bool = False,
-) -> tuple[Array, Array]:
-    """Negative log-likelihood of every label, float32 [B, A, S-1], and what the draft says instead, int32 the same.
+) -> Predictions:
+    """The draft's word on every drafted slot of a batch.
 
     head [V, H], or this device's rows of it when `axis` names the mesh axis that splits them.
     """
     x = block_hidden(draft, batch, mask_embedding, remat=remat)
-    nll, best = cross_entropy(
-        x, jnp.asarray(batch.labels).reshape(-1), head, chunk=chunk, vocab_size=vocab_size, axis=axis
-    )
-    return nll.reshape(batch.labels.shape), best.reshape(batch.labels.shape)
+    shape, labels = batch.labels.shape, jnp.asarray(batch.labels)
+    sharding: dict[str, Any] = {"chunk": chunk, "vocab_size": vocab_size, "axis": axis}
+    nll, best = cross_entropy(x, labels.reshape(-1), head, **sharding)
+    choice = jnp.zeros_like(nll)
+    if draft.selector is not None:
+        previous = jnp.concatenate([jnp.asarray(batch.anchor_ids)[:, :, None], labels[:, :, :-1]], axis=2).reshape(-1)
+        candidates = top_tokens(x, head, k=draft.selector.top_k, **sharding)
+        logits = jnp.einsum("nkh,hn->nk", head_rows(head, candidates, axis), x, precision=precision(x.dtype))
+        scores = logits + draft.selector.follow(draft.selector.hidden(x), previous, candidates)
+        is_label = candidates == labels.reshape(-1, 1)
+        likelihood = jnp.where(is_label, jax.nn.log_softmax(scores.astype(jnp.float32), axis=1), 0)
+        choice = -likelihood.sum(axis=1)
+        best = jnp.take_along_axis(candidates, scores.argmax(axis=1)[:, None], axis=1)[:, 0]
+    return Predictions(nll.reshape(shape), choice.reshape(shape), best.reshape(shape))
 
 
 def accept_lens(best: Array, labels: Array) -> Array:
@@ -82,13 +106,14 @@ def accept_lens(best: Array, labels: Array) -> Array:
     return jnp.cumprod((best == labels).astype(jnp.int32), axis=-1).sum(axis=-1)
 
 
-def block_sums(nll: Array, best: Array, batch: Batch, objective: Objective) -> dict[str, Array]:
+def block_sums(predictions: Predictions, batch: Batch, objective: Objective) -> dict[str, Array]:
     """Sums over the blocks of a batch, float32 scalars: what losses and means are made of.
 
     weighted / weight is the loss: nats per label whatever the kind of weights, as SpecForge has it (speculators
-    divides by the counted slots; for D-PACE that makes the step grow with the draft's skill). `accepted` counts over
-    `blocks`, those whose labels all count.
+    divides by the counted slots; for D-PACE that makes the step grow with the draft's skill). A selector's likelihood
+    counts as much as the network's. `accepted` counts over `blocks`, those whose labels all count.
     """
+    nll, choice_nll, best = predictions
     S = nll.shape[-1]
     mask = jnp.asarray(batch.mask)
     weights = position_weights(
@@ -100,7 +125,7 @@ def block_sums(nll: Array, best: Array, batch: Batch, objective: Objective) -> d
     ).reshape(mask.shape)
     whole = mask.min(axis=-1)
     return {
-        "weighted": (weights * nll).sum(),
+        "weighted": (weights * (nll + choice_nll)).sum(),
         "weight": weights.sum(),
         "nll": (mask * nll).sum(),
         "right": (mask * (best == batch.labels)).sum(),

@@ -110,7 +110,7 @@ def _local_sums(
 ) -> dict[str, Array]:
     """`block_sums` of this device's rows, computed in the config's dtype."""
     draft = nnx.merge(graph, jax.tree.map(lambda p: p.astype(config.dtype), params))
-    nll, best = predict_blocks(
+    predictions = predict_blocks(
         draft,
         batch,
         mask_embedding,
@@ -120,7 +120,7 @@ def _local_sums(
         axis="tp" if config.tp > 1 else None,
         remat=config.remat,
     )
-    return block_sums(nll, best, batch, config.objective)
+    return block_sums(predictions, batch, config.objective)
 
 
 def _local_gradient(
@@ -264,5 +264,7 @@ def step_flops(draft: DraftConfig, batch: Batch) -> float:
     context = B * C * (2 * 2 * draft.num_features * H * H + draft.num_layers * 3 * 2 * H * kv)
     per_layer = 2 * H * (2 * inner + kv + 3 * draft.intermediate_size) + 4 * inner * (C + drafted + 1)
     blocks = B * A * (drafted + 1) * draft.num_layers * 3 * per_layer
-    head = B * A * drafted * 4 * H * draft.vocab_size
+    # A selector's candidates take a product with the head more.
+    products = 2 if draft.selector is None else 3
+    head = B * A * drafted * products * 2 * H * draft.vocab_size
     return float(context + blocks + head)

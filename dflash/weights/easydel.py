@@ -68,6 +68,19 @@ def plan(c: DraftConfig) -> Plan:
         yield from _linear(f"{ours}.attention.out", f"{theirs}/attn/", ["o"], queries, [H], bias)
         yield from _linear(f"{ours}.mlp.gate_up", f"{theirs}/mlp/", ["gate", "up"], H, [I, I], c.mlp_bias)
         yield from _linear(f"{ours}.mlp.down", f"{theirs}/mlp/", ["down"], I, [H], c.mlp_bias)
+        if c.conv is not None:
+            size = c.conv.kernel_size
+            for conv in ("attention_conv", "mlp_conv"):
+                kernels = 2 * size * (H // c.conv.group_size)
+                yield f"{ours}.{conv}.base", {f"model/{theirs}/{conv}/base_kernel/value": (H, size, 2)}
+                kernel = f"model/{theirs}/{conv}/kernel_projection/kernel/value"
+                yield f"{ours}.{conv}.kernel.weight", {kernel: (H, kernels)}
+    if c.selector is not None:
+        rank = c.selector.rank
+        for name in ("predecessor", "successor"):
+            path = f"model/candidate_selector/{name}_codebook/value"
+            yield f"selector.{name}", {path: (rank, c.vocab_size)}
+        yield "selector.hidden.weight", {"model/candidate_selector/hidden_projection/kernel/value": (H, rank)}
     for name, (path, size) in norms.items():
         yield f"{name}.weight", {f"model/{path}/scale/value": (size,)}
 

@@ -75,6 +75,8 @@ def _reader_faults(c: DraftConfig, consumer: Consumer) -> list[str]:
     last = c.num_target_layers - 1
     if consumer != "z-lab" and last in c.target_layer_ids:
         faults.append(f"{consumer} can't read the output of the target's last layer ({last})")
+    if consumer != "z-lab" and c.conv is not None:
+        faults.append(f"{consumer} knows no DFlash 2 draft")
     if consumer == "sglang-jax":
         if c.rope.kind != "default":
             faults.append(f"sglang-jax reads no rope_scaling; the draft's rope is {c.rope.kind}")

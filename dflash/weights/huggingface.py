@@ -167,6 +167,15 @@ def _draft_plan(c: DraftConfig) -> Plan:
             yield f"{path}.attention.q_norm.weight", _one(f"{attention}q_norm.weight", D)
             yield f"{path}.attention.k_norm.weight", _one(f"{attention}k_norm.weight", D)
         yield from _swiglu_plan(f"{path}.mlp", f"{prefix}mlp.", H, c.intermediate_size, c.mlp_bias)
+        if c.conv is not None:
+            for name in ("attention_conv", "mlp_conv"):
+                kernels = 2 * c.conv.kernel_size * (H // c.conv.group_size)
+                yield f"{path}.{name}.base", _one(f"{prefix}{name}.base_kernel", 2, c.conv.kernel_size, H)
+                yield f"{path}.{name}.kernel.weight", _one(f"{prefix}{name}.kernel_projection.weight", kernels, H)
+    if c.selector is not None:
+        for name in ("predecessor", "successor"):
+            yield f"selector.{name}", _one(f"candidate_selector.{name}_codebook", c.vocab_size, c.selector.rank)
+        yield "selector.hidden.weight", _one("candidate_selector.hidden_projection.weight", c.selector.rank, H)
     yield "norm.weight", _one("norm.weight", H)
 
 

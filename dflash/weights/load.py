@@ -11,7 +11,9 @@ from jax.sharding import Mesh
 
 from dflash.config import (
     ConfigError,
+    ConvConfig,
     DraftConfig,
+    SelectorConfig,
     TargetConfig,
     build_target_layer_ids,
     check_draft,
@@ -138,10 +140,14 @@ def new_draft(
     block_size: int,
     target_layer_ids: tuple[int, ...] | None = None,
     mask_token_id: int | None = None,
+    conv: ConvConfig | None = None,
+    selector: SelectorConfig | None = None,
     dtype: jnp.dtype = jnp.float32,
     seed: int = 0,
 ) -> Draft:
     """An untrained draft for a target of this config, with its heads and MLP width; random weights from `seed`.
+
+    With `conv` and `selector` a DFlash 2 draft, which at first proposes what the DFlash draft of this seed would.
 
     `target_layer_ids` default to as many as there are draft layers, `mask_token_id` to the last of the vocabulary
     (unused in most: vocabularies are padded). Raises ConfigError.
@@ -167,6 +173,8 @@ def new_draft(
         mask_token_id=target.vocab_size - 1 if mask_token_id is None else mask_token_id,
         target_layer_ids=ids,
         num_target_layers=target.num_layers,
+        conv=conv,
+        selector=selector,
     )
     check_draft(config, target)
     return Draft(config, dtype=dtype, rngs=nnx.Rngs(seed))

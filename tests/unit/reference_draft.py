@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM
 
 def load_draft(directory):
     """The draft in `directory`; every weight comes from the file and every tensor of the file is used."""
-    draft, info = reference.DFlashDraftModel.from_pretrained(
+    name = json.loads((directory / "config.json").read_text())["architectures"][0]
+    draft, info = getattr(reference, name).from_pretrained(
         directory, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
     )
     faults = {key: sorted(map(str, value)) for key, value in info.items() if value}

@@ -22,7 +22,7 @@ from dflash.training.batches import (
 )
 
 V, H, S = 199, 64, 8
-FIELDS = ("features", "starts", "anchors", "anchor_embedding", "labels", "mask")
+FIELDS = ("features", "starts", "anchors", "anchor_ids", "anchor_embedding", "labels", "mask")
 
 
 @pytest.fixture(scope="module")

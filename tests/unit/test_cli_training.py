@@ -142,6 +142,16 @@ def test_short_blocks_first_then_longer_ones_from_that_draft(run, made):
     assert provenance["init_from_sha256"] == draft_hash(made / "short")
 
 
+def test_a_dflash2_draft_is_trained_exported_and_decoded_with(run, made):
+    second = ("--architecture", "dflash2", "--conv-group-size", 16, "--selector-rank", 8, "--selector-top-k", 4)
+    assert run("train", "cache", "second", *SHORT, *second)[0] == 0
+    assert run("export", "second", "second-hf", "--dtype", "float32")[0] == 0
+    figures = [run("evaluate", "cache", draft)[1] for draft in ("second", "second-hf")]
+    assert figures[0] == figures[1] != ""
+    greedy = run("generate", "Why?", "--mode", "greedy", "--max-new-tokens", 8)[1].splitlines()[0]
+    assert run("generate", "Why?", "--draft", "second", "--max-new-tokens", 8)[1].splitlines()[0] == greedy
+
+
 def test_windows_train_from_a_draft_and_evaluate(run, made):
     windows = ("--form", "windows", "--ctx-len", 33, "--num-blocks", 6, "--rollout-steps", 3)
     windows += ("--rollout-accept-len-mode", "geometric", "--position-offsets", 0, 4096)
@@ -172,6 +182,8 @@ def test_windows_train_from_a_draft_and_evaluate(run, made):
         (("export", "nowhere", "new"), "nowhere"),
         (("train", "cache", "new", "--init-layers", 1, 4), "one layer of the target, 0..3"),
         (("train", "cache", "new", "--block-size", 1), "block_size is at least 2"),
+        (("train", "cache", "new", "--architecture", "dflash2", "--conv-group-size", 7), "must divide the hidden size"),
+        (("train", "cache", "new", "--architecture", "dflash2", "--selector-top-k", 0), "selector_top_k is at least 1"),
     ],
 )
 def test_mistakes_are_refused_in_a_sentence(run, made, command, said):

@@ -10,13 +10,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from dflash import ConfigError, WeightsError, decode, load_draft, load_target
-from dflash.config import RopeConfig, check_draft, read_draft_config, read_target_config
+from dflash.config import ConvConfig, RopeConfig, SelectorConfig, check_draft, read_draft_config, read_target_config
 from dflash.tiny import tiny_config, write_tiny_target
 from dflash.weights.export import check_directory, check_export, export_draft, parse_size
 from dflash.weights.huggingface import draft_tensors, read_draft, read_tensors
 from dflash.weights.load import read_any_draft
 
 FULL = {"windows": (None, None), "causal": (False, False), "num_target_layers": 4}
+SECOND = {"conv": ConvConfig(kernel_size=3, group_size=16), "selector": SelectorConfig(rank=8, top_k=5)}
 YARN = RopeConfig(theta=1e4, kind="yarn", factor=4.0, original_max_position=32)
 
 
@@ -127,6 +128,8 @@ def test_speculators_counts_layers_from_the_embedding(draw_draft, target_dir, tm
         ("z-lab", {"block_size": 1}, "its block_size is 1"),
         ("sglang-jax", {"target_layer_ids": (0, 3)}, "sglang-jax can't read the output of the target's last layer (3)"),
         ("speculators", {"target_layer_ids": (0, 3)}, "speculators can't read the output of the target's last layer"),
+        ("sglang-jax", SECOND, "sglang-jax knows no DFlash 2 draft"),
+        ("speculators", SECOND, "speculators knows no DFlash 2 draft"),
         ("sglang-jax", {"rope": YARN}, "sglang-jax reads no rope_scaling; the draft's rope is yarn"),
         ("sglang-jax", {"windows": (None, 16)}, "sglang-jax has neither sliding windows nor causal blocks"),
         ("speculators", {"causal": (True, True)}, "speculators' full-attention layers see the whole block"),

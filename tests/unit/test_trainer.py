@@ -17,7 +17,7 @@ import dflash
 from dflash import ConfigError
 from dflash.training import trainer as trainer_module
 from dflash.training.batches import TrainingBatches
-from dflash.training.objective import SUMS, Objective, accept_lens, block_sums, means, predict_blocks
+from dflash.training.objective import SUMS, Objective, Predictions, accept_lens, block_sums, means, predict_blocks
 from dflash.training.trainer import TrainConfig, Trainer, learning_rate, make_optimizer, step_flops
 from dflash.weights.easydel import write_run
 
@@ -290,17 +290,17 @@ def test_figures_of_blocks():
     nll = jnp.asarray([[[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]])
     mask = np.array([[[1, 1, 1], [1, 1, 0]]], np.float32)
     empty = np.zeros(0)
-    parts = {"features": empty, "starts": empty, "anchors": empty, "anchor_embedding": empty}
+    parts = {"features": empty, "starts": empty, "anchors": empty, "anchor_ids": empty, "anchor_embedding": empty}
     batch = trainer_module.Batch(**parts, labels=labels, mask=mask)
     # The second block's last label doesn't count, so its accept length is not known.
-    found = means(block_sums(nll, best, batch, Objective(weights="uniform")))
+    found = means(block_sums(Predictions(nll, jnp.zeros_like(nll), best), batch, Objective(weights="uniform")))
     assert found == {"loss": 3.0, "cross_entropy": 3.0, "token_acc": pytest.approx(3 / 5), "accept_len_mean": 2.0}
-    decay = means(block_sums(nll, best, batch, Objective(weights="decay", gamma=1.0)))
+    decay = means(block_sums(Predictions(nll, jnp.zeros_like(nll), best), batch, Objective(weights="decay", gamma=1.0)))
     w = np.exp(-np.arange(3.0))
     expected = (w @ [1, 2, 3] + w[:2] @ [4, 5]) / (w.sum() + w[:2].sum())
     assert decay == found | {"loss": pytest.approx(expected)}
     nothing = dataclasses.replace(batch, mask=np.zeros_like(mask))
-    assert set(means(block_sums(nll, best, nothing, Objective())).values()) == {0.0}
+    assert set(means(block_sums(Predictions(nll, jnp.zeros_like(nll), best), nothing, Objective())).values()) == {0.0}
 
 
 # ---- the optimizer

@@ -1,0 +1,47 @@
+"""The candidate selector of a DFlash 2 draft: of each slot's likeliest tokens, the one that follows its predecessor.
+
+A draft's slots are predicted side by side, none knowing what the others say. The selector goes through them from left
+to right and adds to each candidate's logit how well it follows the token chosen before it, a product of rank r.
+Canonical form: PyPI `dflash==0.1.0`.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from dflash.config import SelectorConfig
+from dflash.models.layers import Linear, precision
+
+
+class CandidateSelector(nnx.Module):
+    """score(c) = logit(c) + successor[c] . (predecessor[previous] * hidden(x)); codebooks [V, r].
+
+    The successors start at zero: a new selector chooses what the draft says.
+    """
+
+    def __init__(self, vocab_size: int, hidden_size: int, config: SelectorConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.top_k = config.top_k
+        self.predecessor = nnx.Param(rngs.normal((vocab_size, config.rank), dtype))
+        self.successor = nnx.Param(jnp.zeros((vocab_size, config.rank), dtype))
+        self.hidden = Linear(hidden_size, config.rank, dtype=dtype, rngs=rngs)
+
+    def follow(self, hidden: Array, previous: Array, candidates: Array) -> Array:
+        """How well each candidate follows: hidden [r, N], previous int32 [N], candidates int32 [N, k] -> [N, k]."""
+        wanted = self.predecessor[...][previous] * hidden.T
+        return jnp.einsum("nr,nkr->nk", wanted, self.successor[...][candidates], precision=precision(hidden.dtype))
+
+    def select(self, x: Array, logits: Array, anchors: Array) -> Array:
+        """Drafted slots [H, B*T] and their logits [V, B*T], behind anchors int32 [B] -> tokens int32 [B, T]."""
+        B = anchors.shape[0]
+        unary, candidates = jax.lax.top_k(logits.T.reshape(B, -1, logits.shape[0]), self.top_k)
+        hidden = self.hidden(x).reshape(-1, B, unary.shape[1])
+
+        def choose(previous: Array, slot: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+            unary, candidates, hidden = slot
+            best = jnp.argmax(unary + self.follow(hidden, previous, candidates), axis=1)
+            token = jnp.take_along_axis(candidates, best[:, None], axis=1)[:, 0]
+            return token, token
+
+        slots = (unary.swapaxes(0, 1), candidates.swapaxes(0, 1), jnp.moveaxis(hidden, 2, 0))
+        return jax.lax.scan(choose, anchors, slots)[1].T
