@@ -373,7 +373,10 @@ def test_settings_that_change_nothing_are_taken():
 
 def test_every_fault_of_a_draft_is_told_at_once():
     faults = {
-        "architectures": (["Qwen3ForCausalLM"], "architectures must be ['DFlashDraftModel'], got ['Qwen3ForCausalLM']"),
+        "architectures": (
+            ["Qwen3ForCausalLM"],
+            "architectures must be one of ['DFlashDraftModel', 'DFlash2DraftModel'], got ['Qwen3ForCausalLM']",
+        ),
         "vocab_size": (None, "vocab_size is missing"),
         "num_hidden_layers": (0, "num_hidden_layers must be int >= 1, got 0"),
         "is_causal": ("no", "is_causal must be true or false, got 'no'"),
