@@ -12,6 +12,7 @@ What theirs does otherwise, and what becomes of it:
 
 import dataclasses
 import json
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -116,8 +117,13 @@ def recorded_cache(recorded: Any) -> dict[str, Any]:
     if path is not None and (path / "meta.json").is_file():
         return read_json(path, "meta.json")
     if path is not None and path.suffix == ".npz" and path.is_file():
-        with np.load(path) as arrays:
-            meta = json.loads(str(arrays["meta"]))
+        try:
+            with path.open("rb") as file, np.load(file) as arrays:
+                meta = json.loads(str(arrays["meta"]))
+        except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
+            raise ConfigError(
+                f"{path} is no teacher cache with meta data ({error}): move it away, or mend it"
+            ) from None
         return meta if isinstance(meta, dict) else {}
     return {}
 

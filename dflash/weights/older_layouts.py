@@ -145,7 +145,7 @@ def read_older_export(directory: Path) -> OlderDraft:
             "have no canonical equivalent there"
         )
     for name in [name for name in tensors if ".gate_up_proj." in name]:
-        halves = np.split(tensors.pop(name), 2)
+        halves = np.array_split(tensors.pop(name), 2)  # an odd one does not fit, as is told below
         tensors |= {name.replace("gate_up", part): half for part, half in zip(("gate", "up"), halves, strict=True)}
     arrays = {_exported_array(name): value.T if value.ndim == 2 else value for name, value in tensors.items()}
     nested = raw["dflash_config"]

@@ -360,6 +360,8 @@ def test_a_linen_draft_has_block_size_and_layers_of_its_cache(target, arrays, tm
     write_linen(tmp_path / "out", arrays, {"cache": str(tmp_path / "cache.npz")})
     config = load_draft(tmp_path / "out", target).config
     assert (config.target_layer_ids, config.block_size) == ((2, 0), BLOCK)
+    (tmp_path / "cache.npz").write_bytes(b"PK\x03\x04 cut")
+    assert "is no teacher cache with meta data" in refusal(ConfigError, tmp_path / "out", target)
     write_linen(tmp_path / "untold", arrays, {"cache": None} | WITH_IDS)
     assert "has no block_size, nor is its teacher cache here" in refusal(ConfigError, tmp_path / "untold", target)
 
