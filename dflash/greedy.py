@@ -16,14 +16,11 @@ from dflash.models.llama import Llama
 Rows = list[list[int]]
 
 
-def decode_groups(decoder: Decoder, states: Sequence[State]) -> tuple[list[State], list[float]]:
-    """Decodes prefilled states to their end: the states, and the seconds of each."""
-    done, seconds = [], []
-    for state in states:
-        start = time.perf_counter()
-        done.append(decoder.steps(state))
-        seconds.append(time.perf_counter() - start)
-    return done, seconds
+def timed_decode(decoder: Decoder, state: State) -> tuple[State, float]:
+    """Decodes a prefilled state to its end, and the seconds that took."""
+    start = time.perf_counter()
+    state = decoder.steps(state)
+    return state, time.perf_counter() - start
 
 
 class Greedy:
@@ -76,10 +73,15 @@ class Greedy:
         decoder.take_weights()
         return decoder
 
-    def round(self) -> None:
-        """Decodes every group."""
-        states, self.seconds = decode_groups(self.decoder, [prefill(self.decoder, r) for r in self.greedy_requests])
-        self.tokens, _, self.produced = map(list, zip(*map(read_state, states), strict=True))
+    def decode(self, group: int) -> None:
+        """Decodes one group; the first of them begins a round."""
+        if group == 0:
+            self.seconds, self.tokens, self.produced = [], [], []
+        state, seconds = timed_decode(self.decoder, prefill(self.decoder, self.greedy_requests[group]))
+        tokens, _, produced = read_state(state)
+        self.seconds.append(seconds)
+        self.tokens.append(tokens)
+        self.produced.append(produced)
 
     def outputs(self, count: int) -> list[Rows]:
         """The first `count` tokens of every row, past stop tokens and budget: what a scripted draft has to know.

@@ -11,7 +11,7 @@ from scipy.special import stdtrit
 
 # Fewer rounds say nothing of their own noise.
 LEAST_ROUNDS = 3
-# Above this, in a fraction of the speed-up, rounds contradict each other: their median is no measurement.
+# Rounds that differ by more, as a fraction, and leave the speed-up less certain than this, are no measurement.
 TOO_NOISY = 0.10
 # A round this many standard deviations off the others is an outlier.
 _FAR = 5.0
@@ -72,12 +72,14 @@ class Noise:
     """What disturbed the rounds, all as seen in the speed-up of each pair.
 
     spread    standard deviation over rounds, a fraction of the speed-up; from the median absolute deviation
+    within    half the 95% interval of these prompts, a fraction of the speed-up; inf for too few rounds to tell
     drift     second half of the rounds against the first, a fraction; 0.0 where chance explains it
     outliers  rounds far from the others
     rounds    of so many
     """
 
     spread: float
+    within: float
     drift: float
     outliers: int
     rounds: int
@@ -89,8 +91,12 @@ class Noise:
             return None
         if abs(self.drift) > TOO_NOISY:
             return f"it drifted by {self.drift:+.0%} between the halves of its rounds (at most {TOO_NOISY:.0%})"
-        if self.spread > TOO_NOISY:
-            return f"its rounds differ by {self.spread:.0%} (at most {TOO_NOISY:.0%})"
+        # What differs much can still be known well, by enough rounds.
+        if min(self.spread, self.within) > TOO_NOISY:
+            return (
+                f"its rounds differ by {self.spread:.0%}, which leaves the speed-up certain within {self.within:.0%} "
+                f"(at most {TOO_NOISY:.0%})"
+            )
         if 4 * self.outliers > self.rounds:
             return f"{self.outliers} of {self.rounds} rounds are outliers (at most a quarter)"
         return None
@@ -118,4 +124,7 @@ def noise(baseline: np.ndarray, candidate: np.ndarray) -> Noise:
             drift = 0.0
     # Rounds that are equal to the tick of the clock would make every other one far.
     far = int((np.abs(off) > max(_FAR * spread, 0.01)).sum()) if count > 2 * LEAST_ROUNDS else 0
-    return Noise(spread=math.expm1(spread), drift=math.expm1(drift), outliers=far, rounds=count)
+    ratio, _, high = ratio_interval(a, b, by_prompt=False)
+    return Noise(
+        spread=math.expm1(spread), within=high / ratio - 1, drift=math.expm1(drift), outliers=far, rounds=count
+    )

@@ -20,7 +20,7 @@ from dflash.cost_model import StepTimes
 from dflash.decoding.decode import RequestError, compiled_decoder, prefill, read_state
 from dflash.decoding.script import ScriptedDraft
 from dflash.gate import status
-from dflash.greedy import Greedy, Rows, decode_groups
+from dflash.greedy import Greedy, Rows, timed_decode
 from dflash.interval import noise, ratio_interval, rounds_to_add
 from dflash.measure import experts_awake
 from dflash.models.draft import Draft
@@ -83,21 +83,23 @@ class PairedRun:
         self.prefill_s: list[float] = []
         self.divergence: dict[str, int] | None = None
         self._differing: list[tuple[list[Rows], list[Rows]]] = []
+        self._seconds: list[float] = []
         self._outcome: list[tuple[Rows, Rows, Rows]] = []
 
-    def round(self) -> None:
-        """Decodes every group with the draft."""
-        ready = []
-        for request in self._requests:
-            start = time.perf_counter()
-            ready.append(prefill(self.dflash, request))
-            self.prefill_s.append(time.perf_counter() - start)
-        states, seconds = decode_groups(self.dflash, ready)
-        self.dflash_s.append(seconds)
-        self._outcome = [read_state(s) for s in states]
+    def decode(self, group: int) -> None:
+        """Decodes one group with the draft; the first of them begins a round."""
+        if group == 0:
+            self._seconds, self._outcome = [], []
+        start = time.perf_counter()
+        ready = prefill(self.dflash, self._requests[group])
+        self.prefill_s.append(time.perf_counter() - start)
+        state, seconds = timed_decode(self.dflash, ready)
+        self._seconds.append(seconds)
+        self._outcome.append(read_state(state))
 
     def pair(self) -> None:
-        """Pairs the latest round with the latest of greedy decoding, and compares their tokens."""
+        """Ends the round: pairs it with the latest of greedy decoding, and compares their tokens."""
+        self.dflash_s.append(self._seconds)
         if not self.with_baseline:
             return
         self.baseline_s.append(self.greedy.seconds)

@@ -1,7 +1,7 @@
-"""Cases of one workload, measured in turn: a round is one decode of every case, and a greedy one in their middle.
+"""Cases of one workload, in turn: each group of prompts is decoded by every case, and greedily in their middle.
 
-So greedy decoding is timed once for all of them, and no further from any than half a round: what disturbs the machine
-for longer disturbs both sides of every pair. A case that fails leaves, and the others go on.
+So greedy decoding is timed once for all of them, and no further from any than half a group's turn: what disturbs the
+machine for longer disturbs both sides of every pair. A case that fails leaves, and the others go on.
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ import re
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import TypeVar
 
 import jax
@@ -79,22 +80,22 @@ def take_turns(
     def running(names: Iterable[str]) -> dict[str, PairedRun]:
         return {name: run for name in names if isinstance(run := made[name], PairedRun)}
 
-    def decode(runs: Mapping[str, PairedRun]) -> None:
-        for name, run in runs.items():
-            if (failed := attempt(run.round)) is not None:
+    def decode(names: Iterable[str], group: int) -> None:
+        for name, run in running(names).items():
+            if (failed := attempt(partial(run.decode, group))) is not None:
                 made[name] = failed
 
     def take(names: Sequence[str]) -> None:
+        """A round of these cases."""
         middle = len(names) // 2
-        decode(running(names[:middle]))
-        failed = attempt(greedy.round) if baseline and running(names) else None
-        if failed is None:
-            decode(running(names[middle:]))
-        for name, run in running(names).items():
-            if failed is None:
-                run.pair()
-            else:
-                made[name] = dataclasses.replace(failed, sentence=f"its greedy baseline: {failed.sentence}")
+        for group in range(len(greedy.groups)):
+            decode(names[:middle], group)
+            if baseline and running(names) and (failed := attempt(partial(greedy.decode, group))) is not None:
+                said = dataclasses.replace(failed, sentence=f"its greedy baseline: {failed.sentence}")
+                made.update(dict.fromkeys(running(names), said))
+            decode(names[middle:], group)
+        for run in running(names).values():
+            run.pair()
 
     names = list(cases)
     for _ in range(WARMUP + rounds):

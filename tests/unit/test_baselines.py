@@ -120,6 +120,17 @@ def test_an_unexplained_speed_up_is_judged_all_the_same():
     assert judge(figures(2.7, **far), HELD).verdict == "fail"
 
 
+def test_noise_hides_a_speed_up_and_not_what_is_counted_or_timed_by_itself():
+    noisy = {"status": "invalid", "too_noisy": "its rounds differ by 30%"}
+    assert judge(figures(0.5, **noisy), HELD).verdict == "invalid"
+    worse = judge(figures(9.0, **noisy, acceptance_length=2.0), HELD)
+    assert worse.verdict == "fail"
+    assert "acceptance_length 2.00 <" in worse.sentence
+    slower = judge(figures(9.0, **noisy, verify_ratio=9.0, verify_ratio_ci95=[8.0, 10.0]), HELD)
+    assert (slower.verdict, "verify_ratio 9.00 (8.00 to 10.00) >" in slower.sentence) == ("fail", True)
+    assert judge(figures(9.0, **noisy, acceptance_length=2.0), {}).verdict == "invalid"
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

@@ -192,12 +192,19 @@ def test_rounds_that_contradict_each_other():
     rng = np.random.default_rng(9)
     baseline, candidate = np.exp(rng.normal(0, 0.3, (2, 20)))
     assert noise(baseline, candidate).too_noisy.startswith("its rounds differ by ")
-    assert Noise(spread=0.01, drift=0.0, outliers=3, rounds=10).too_noisy == (
-        "3 of 10 rounds are outliers (at most a quarter)"
-    )
-    assert Noise(spread=0.1, drift=-0.1, outliers=5, rounds=20).too_noisy is None
+    quiet = {"spread": 0.01, "within": 0.01, "drift": 0.0, "outliers": 0}
+    assert Noise(**quiet | {"outliers": 3}, rounds=10).too_noisy == "3 of 10 rounds are outliers (at most a quarter)"
+    assert Noise(spread=0.1, within=0.2, drift=-0.1, outliers=5, rounds=20).too_noisy is None
+
+
+def test_rounds_that_differ_say_something_when_they_are_many():
+    rng = np.random.default_rng(9)
+    baseline, candidate = np.exp(rng.normal(0, 0.2, (2, 200)))
+    assert noise(baseline[:6], candidate[:6]).too_noisy.startswith("its rounds differ by ")
+    seen = noise(baseline, candidate)
+    assert (seen.too_noisy, seen.spread > 0.1) == (None, True)
 
 
 def test_rounds_too_few_to_be_called_noisy():
     assert noise(np.array([6.0, 3.0]), np.array([2.0, 2.0])).too_noisy is None
-    assert noise(np.array([6.0]), np.array([2.0])) == Noise(spread=0.0, drift=0.0, outliers=0, rounds=1)
+    assert noise(np.array([6.0]), np.array([2.0])) == Noise(spread=0.0, within=np.inf, drift=0.0, outliers=0, rounds=1)

@@ -43,8 +43,10 @@ def paired(target, draft, groups=GROUPS, rounds=2, **settings):
 def take(run, rounds=1):
     for _ in range(rounds):
         if run.with_baseline:
-            run.greedy.round()
-        run.round()
+            for group in range(len(run.greedy.groups)):
+                run.greedy.decode(group)
+        for group in range(len(run.greedy.groups)):
+            run.decode(group)
         run.pair()
 
 

@@ -10,12 +10,12 @@ from dflash.turns import Failure, attempt, take_turns
 class Greedy:
     """In the place of greedy decoding: counts its rounds."""
 
-    def __init__(self, order=None, fails_at=None):
+    def __init__(self, order=None, fails_at=None, groups=1):
         self.rounds, self.fails_at = 0, fails_at
-        self.order = [] if order is None else order
+        self.order, self.groups = [] if order is None else order, range(groups)
 
-    def round(self):
-        self.rounds += 1
+    def decode(self, group):
+        self.rounds += group == 0
         self.order += ["-"]
         if self.rounds == self.fails_at:
             raise MemoryError
@@ -32,8 +32,8 @@ class Run(PairedRun):
     def pair(self):
         self.beside.append(self.greedy.rounds)
 
-    def round(self):
-        self.rounds += 1
+    def decode(self, group):
+        self.rounds += group == 0
         self.order.append(self.name)
         if self.rounds == self.fails_at:
             raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 7 bytes.\nand much more")
@@ -56,6 +56,16 @@ def test_one_greedy_round_serves_every_case():
     assert greedy.rounds == 4  # one of warm-up
     assert a.beside == b.beside == c.beside == [1, 2, 3, 4]
     assert "".join(order) == "a-bc" + "c-ba" + "a-bc" + "c-ba"
+
+
+def test_each_group_has_its_turn_of_every_case():
+    """So what is compared lies as close together as can be."""
+    order = []
+    greedy = Greedy(order, groups=2)
+    runs = [Run(greedy, name, order) for name in "abc"]
+    turns(greedy, runs, rounds=1)
+    assert "".join(order) == "a-bca-bc" + "c-bac-ba"
+    assert runs[0].beside == [1, 2]
 
 
 def test_rounds_are_added_for_the_cases_that_need_them():
