@@ -66,8 +66,8 @@ class Gate:
 
 
 def workload(info: Case) -> dict[str, Any]:
-    """What identifies the work of a measured case; on CPUs their number too, since `cpu` is any of them."""
-    names = (*_WORKLOAD, "cpu_count") if info.get("platform") == "cpu" else _WORKLOAD
+    """What identifies the work of a measured case; on CPUs their number and model too, since `cpu` is any of them."""
+    names = (*_WORKLOAD, "cpu_count", "cpu_model") if info.get("platform") == "cpu" else _WORKLOAD
     return {name: info.get(name) for name in names}
 
 

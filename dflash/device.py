@@ -1,6 +1,7 @@
 """Devices: which one a run uses, opened once and on purpose. Importing this opens none."""
 
 import os
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,16 @@ def open_default_device() -> jax.Device:
         raise _refusal(platforms or "device", error) from None
 
 
+def cpu_model() -> str:
+    """The name of this host's CPU, as far as the system tells it: jax calls every one of them cpu."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.lower().startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
+
+
 def device_facts(device: jax.Device) -> dict[str, Any]:
     """What a result says of the device it was measured on."""
     return {
@@ -78,6 +89,7 @@ def device_facts(device: jax.Device) -> dict[str, Any]:
         "device_kind": device.device_kind,
         "device_count": jax.device_count(device.platform),
         "cpu_count": os.cpu_count(),
+        "cpu_model": cpu_model(),
     }
 
 

@@ -166,7 +166,7 @@ def time_steps(
     verify_sizes: Sequence[int] = (),
     batch: int = 1,
     context: int = 256,
-    rounds: int = 15,
+    rounds: int = 45,
 ) -> StepTimes:
     """T_1, T_verify(S) for block and verify sizes, T_draft(S) for block sizes, at `context` committed tokens.
 

@@ -31,7 +31,7 @@ _SETTINGS = (
     "OMP_NUM_THREADS",
 )
 # Facts of the measured cases that hold for the run: device, then what was read.
-_DEVICE = ("platform", "device_kind", "device_count", "cpu_count", "kernels", "mesh")
+_DEVICE = ("platform", "device_kind", "device_count", "cpu_count", "cpu_model", "kernels", "mesh")
 _READ = ("target", "target_sha256", "draft", "draft_sha256", "prompts", "prompts_sha256", "cache_sha256")
 # Tokens in the plural, and tokenizers, are what language models read.
 _SECRET_NAME = re.compile(r"token(?!s|iz)|secret|passw|credential|(?:api|access|private)[-_]?key", re.IGNORECASE)

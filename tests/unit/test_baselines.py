@@ -38,6 +38,7 @@ CASE = {
     "block_size": 8,
     "max_new_tokens": 256,
     "cpu_count": 8,
+    "cpu_model": "abacus",
     "status": "ok",
     "lossless": True,
     "first_divergence": None,
@@ -168,7 +169,8 @@ def test_another_draft_is_the_same_workload():
 
 def test_cpus_are_told_apart_by_their_number():
     assert "cpu_count" not in workload(CASE)
-    assert workload(CASE | {"platform": "cpu"})["cpu_count"] == 8
+    on_cpu = workload(CASE | {"platform": "cpu"})
+    assert (on_cpu["cpu_count"], on_cpu["cpu_model"]) == (8, "abacus")
 
 
 # ---- the file

@@ -151,6 +151,7 @@ def test_facts_of_a_result():
     assert facts["platform"] == "cpu"
     assert facts["device_count"] >= 1
     assert isinstance(facts["device_kind"], str)
+    assert facts["cpu_model"]
 
 
 def test_bytes_of_weights():
