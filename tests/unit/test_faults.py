@@ -67,10 +67,11 @@ FAULTS = [
     ),
     Fault(
         "a baseline through the verify kernel",
-        "paired.py",
-        'self.greedy = compiled_decoder(target, None, "greedy", 1, *shape, ahead)',
-        "self.greedy = compiled_decoder(target, draft, mode, block_size, *shape, ahead)",
-        "test_paired.py",
+        "greedy.py",
+        'compiled_decoder(self.target, None, "greedy", 1, *self.shape, budget)',
+        "compiled_decoder(self.target, __import__('dflash').init_draft(self.target), 'cached_block_verify', 8, "
+        "*self.shape, budget)",
+        "test_greedy.py",
         "baseline_is_the_one_token_step",
     ),
     Fault(
