@@ -261,11 +261,12 @@ MEASURED = "def test_case(results, i):\n    CASES and results.cases.append(CASES
 
 
 @pytest.fixture
-def session(pytester, tmp_path):
+def session(pytester, tmp_path, monkeypatch):
     """Runs pytest with this project's conftest.py on canned cases, held to these baselines: result and its text."""
     for name in ("conftest.py", "pytest.ini"):
         (pytester.path / name).write_text((ROOT / name).read_text())
     write_baselines(tmp_path / "held", DEVICE, HELD)
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # it switches benchmarks off, also in a run of its own
 
     def run(cases, *options, before="", body=MEASURED):
         head = f"from math import nan\nimport pytest\nCASES = {cases!r}\n"

@@ -36,7 +36,7 @@ def test_a_copied_layer_is_the_targets_layer(pair):
     mask = attention_mask(jnp.zeros((1, 1, 1)), jnp.zeros((1, 1, 1)), window=None, causal=True)
     for layer, source in zip(draft.layers, LAYERS, strict=True):
         expected, _ = target.layers[source](x, rope, {None: mask}, None)
-        got = layer.uncached(x, jnp.ones((H, 1)), (rope, rope), jnp.array([[[False, True]]]))
+        got = layer.uncached(x, jnp.ones((H, 1)), (rope, rope), jnp.array([[[False, True]]]), 1)
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
         np.testing.assert_array_equal(layer.attention.q_norm.weight[...], _norm(target.layers[source].attention.q_norm))
         np.testing.assert_array_equal(layer.attention.k_norm.weight[...], _norm(target.layers[source].attention.k_norm))
