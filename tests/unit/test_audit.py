@@ -178,6 +178,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_is_a_defect(run, name):
     """By the caches or by the tokens, and never a near tie: not even where it parts two rows at one by luck."""

@@ -198,6 +198,7 @@ def test_the_choice_is_likelihood_among_the_candidates(batch, draw_draft):
     assert inside >= 2
 
 
+@pytest.mark.slow
 def test_the_selector_and_the_convolutions_learn(batch, draw_draft):
     draft = draw_draft(0, **SECOND)
     rng = np.random.default_rng(6)

@@ -169,6 +169,7 @@ def read(path):
 # ---- markers, and which device is opened
 
 
+@pytest.mark.slow
 def test_folders_make_the_markers(run, tmp_path):
     """cpu, slow and tpu share nothing and leave nothing out; bench is beside them, on the device of --run-on."""
     for kind in ("tpu", "gpu"):
@@ -182,6 +183,7 @@ def test_folders_make_the_markers(run, tmp_path):
             assert expected == {m for m in markers if m in ("cpu", "slow", "tpu", "gpu", "bench")}, name
 
 
+@pytest.mark.slow
 def test_a_marker_selects_its_folder(run):
     result = run("--co", "-q", "-m", "tpu", "--run-on=cpu")
     names = [line for line in result.text.splitlines() if "::" in line]
@@ -239,6 +241,7 @@ def test_workers_write_no_benchmark_file(run, folder, tmp_path):
     assert not json_file.exists()
 
 
+@pytest.mark.slow
 def test_workers_do_not_share_a_tpu(run, project):
     result = run("-n", "2", "-m", "tpu")
     assert result.status == 4
@@ -250,6 +253,7 @@ def test_workers_do_not_share_a_tpu(run, project):
     result.says("a TPU belongs to one process", "add -n 0")
 
 
+@pytest.mark.slow
 def test_a_missing_tpu_is_a_skip_unless_it_is_required(run, project):
     cwd = project("tests/tpu/test_x.py", "def test_x(device): pass\ndef test_y(device): pass")
     skipped = run("-m", "tpu", cwd=cwd)
@@ -446,6 +450,7 @@ def test_the_summary_has_both_tables(measured):
     )
 
 
+@pytest.mark.slow
 def test_a_saved_draft_named_by_the_environment(run, folder, draft_folder, tmp_path):
     """And held to a floor that nothing reaches."""
     json_file = tmp_path / "x.json"
@@ -467,6 +472,7 @@ def test_a_saved_draft_named_by_the_environment(run, folder, draft_folder, tmp_p
     assert {b["extra_info"]["max_new_tokens"] for b in benchmarks.values()} == {6, 9}
 
 
+@pytest.mark.slow
 def test_acceptance_of_each_category(run, tmp_path):
     """Of prompts with categories; a draft is named, since an untrained one is not worth the time."""
     folder = write_tiny_tokenizer(write_tiny_target(tmp_path / "target", num_hidden_layers=5, vocab_size=260))
@@ -489,6 +495,7 @@ def test_acceptance_of_each_category(run, tmp_path):
     result.says("< 4.50 over all categories")
 
 
+@pytest.mark.slow
 def test_without_a_baseline_there_is_no_speedup(run, folder, tmp_path):
     json_file = tmp_path / "x.json"
     arguments = small(folder, "-k", "block and untrained", "--min-speedup=1000", f"--benchmark-json={json_file}")
@@ -503,6 +510,7 @@ def test_without_a_baseline_there_is_no_speedup(run, folder, tmp_path):
     assert info["tok_s_total"] > 0
 
 
+@pytest.mark.slow
 def test_other_tokens_than_the_targets_make_a_case_invalid(run, folder, tmp_path):
     json_file = tmp_path / "x.json"
     arguments = small(folder, "-k", "block and untrained", f"--benchmark-json={json_file}", "-p", "sabotage_probe")
@@ -516,6 +524,7 @@ def test_other_tokens_than_the_targets_make_a_case_invalid(run, folder, tmp_path
     assert info["first_divergence"]["token"] >= 1
 
 
+@pytest.mark.slow
 def test_rounds_are_added_until_the_interval_is_narrow(run, folder, tmp_path):
     """The time limit ends them: nothing is narrower than 0. Their seconds are in the file, as the first ones' are."""
     json_file = tmp_path / "x.json"
@@ -639,6 +648,7 @@ def test_of_no_comparison():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_with_every_extra_a_skipped_comparison_fails(run, project, workers):
     cwd = project("tests/unit/test_x.py", SKIPS)
@@ -684,6 +694,7 @@ def test_of_nothing():
 """
 
 
+@pytest.mark.slow
 def test_model_tests_wait_for_the_model(run, project, tmp_path):
     """Not in the cache: skipped before any fixture, with the way to get it; with every extra it is fetched."""
     cwd = project("tests/unit/test_x.py", MODEL)

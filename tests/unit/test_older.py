@@ -456,6 +456,7 @@ def test_a_file_that_is_no_msgpack(target, arrays, tmp_path):
 # ---- what can be done with it
 
 
+@pytest.mark.slow
 def test_a_converted_draft_decodes_and_is_written_again(target, arrays, tmp_path):
     run = write_older_run(tmp_path / "root", arrays, CONFIG | WITH_IDS)
     draft = load_draft(run, target)
@@ -476,6 +477,7 @@ def test_a_runs_hash_follows_its_weights(arrays, tmp_path):
     assert first == third != second
 
 
+@pytest.mark.slow
 def test_decoding_and_training_put_the_learned_mask_in(draw_draft, write_sequences, tmp_path):
     """With the mask token's embedding as its vector such a draft is the canonical one, whatever its own mask token."""
     target = load_target(write_tiny_target(tmp_path / "t", num_hidden_layers=4, vocab_size=7))

@@ -129,6 +129,7 @@ def collected(bash, tmp_path, command, **env):
     return [line for line in said.splitlines() if "::" in line]
 
 
+@pytest.mark.slow
 def test_the_gate_measures_and_audits_and_needs_a_baseline(bash, tmp_path):
     (step,) = steps("tpu", "pytest")
     assert gates(step) == ["--update-baselines", "--require-baseline"]
@@ -146,6 +147,7 @@ def test_the_gate_measures_and_audits_and_needs_a_baseline(bash, tmp_path):
     assert any("block-b16-n1024" in name for name in names)
 
 
+@pytest.mark.slow
 def test_the_tests_of_each_push_are_those_of_a_cpu(bash, tmp_path):
     (step,) = steps("tests", "pytest")
     assert step["run"].endswith(" -n 2")
