@@ -453,6 +453,17 @@ def read_draft_config(raw: dict[str, Any], source: str = "config.json") -> Draft
     )
 
 
+def range_faults(draft: DraftConfig, num_layers: int, vocab_size: int) -> list[str]:
+    """What of a draft names a layer or a token that a target of this size has not."""
+    faults = []
+    beyond = [i for i in draft.target_layer_ids if not 0 <= i < num_layers]
+    if beyond:
+        faults.append(f"it reads layers {beyond} of a target with layers 0..{num_layers - 1}")
+    if not 0 <= draft.mask_token_id < vocab_size:
+        faults.append(f"its mask token {draft.mask_token_id} is outside the vocabulary of {vocab_size}")
+    return faults
+
+
 def check_draft(draft: DraftConfig, target: TargetConfig) -> None:
     """Raises ConfigError with every reason why this draft can't propose for this target."""
     faults = []
@@ -460,11 +471,7 @@ def check_draft(draft: DraftConfig, target: TargetConfig) -> None:
         faults.append(f"its hidden size is {draft.hidden_size}, the target's {target.hidden_size}")
     if draft.vocab_size != target.vocab_size:
         faults.append(f"its vocabulary has {draft.vocab_size} tokens, the target's {target.vocab_size}")
-    beyond = [i for i in draft.target_layer_ids if not 0 <= i < target.num_layers]
-    if beyond:
-        faults.append(f"it reads layers {beyond} of a target with layers 0..{target.num_layers - 1}")
-    if not 0 <= draft.mask_token_id < target.vocab_size:
-        faults.append(f"its mask token {draft.mask_token_id} is outside the vocabulary of {target.vocab_size}")
+    faults += range_faults(draft, target.num_layers, target.vocab_size)
     if faults:
         raise ConfigError("the draft does not fit the target: " + "; ".join(faults) + ". Give the draft of this target")
 

@@ -204,8 +204,13 @@ def space(caches: Path, results: Path) -> list[Finding]:
     return [_space(name, *place) for name, place in places.items()]
 
 
+def _nearest(path: Path) -> Path:
+    """The path, or the nearest folder above it that is there."""
+    return next(p for p in (path, *path.parents) if p.exists())
+
+
 def _space(name: str, path: Path, elsewhere: str) -> Finding:
-    there = next(p for p in (path, *path.parents) if p.exists())
+    there = _nearest(path)
     free = shutil.disk_usage(there).free
     found = f"{path}: {free / 1e9:.1f} GB free"
     if not os.access(there, os.W_OK):
@@ -231,7 +236,7 @@ def programs() -> Finding:
         return Finding(name="compile cache", verdict="note", found="off", advice=advice)
     found = f"{directory}: {state}"
     local = "://" not in directory
-    if local and not os.access(next(p for p in (Path(directory), *Path(directory).parents) if p.exists()), os.W_OK):
+    if local and not os.access(_nearest(Path(directory)), os.W_OK):
         advice = "JAX_COMPILATION_CACHE_DIR must be a folder that may be written"
         return Finding(name="compile cache", verdict="mend", found=f"{found}, and may not be written", advice=advice)
     return Finding(name="compile cache", verdict="ok", found=found)

@@ -64,36 +64,26 @@ def _names(text: str) -> list[str]:
     return _each(text, _name)
 
 
-def _floor(text: str) -> float | None:
-    if not text:
-        return None
+def _number(text: str, expected: str, fits: Callable[[float], bool]) -> float:
     try:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    if not fits(value):
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
     return value
+
+
+def _floor(text: str) -> float | None:
+    return _number(text, "a number above 0", lambda v: 0 < v < math.inf) if text else None
 
 
 def _fraction(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"expected a number from 0 to below 1, got {text!r}")
-    return value
+    return _number(text, "a number from 0 to below 1", lambda v: 0 <= v < 1)
 
 
 def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected seconds, 0 or more, got {text!r}")
-    return value
+    return _number(text, "seconds, 0 or more", lambda v: 0 <= v < math.inf)
 
 
 def _option(group: pytest.OptionGroup, name: str, env: str, default: str, text: str, **more: Any) -> None:

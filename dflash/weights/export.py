@@ -18,6 +18,7 @@ from dflash.config import (
     TargetConfig,
     check_draft,
     draft_extras,
+    range_faults,
     read_draft_config,
     read_target_config,
     write_draft_config,
@@ -59,11 +60,7 @@ def _own_faults(c: DraftConfig) -> list[str]:
         faults.append(f"{extras} is not of the canonical draft: no other program reads it, each would drop it silently")
     if len(set(c.target_layer_ids)) < c.num_features:
         faults.append(f"target_layer_ids {list(c.target_layer_ids)} name a layer twice")
-    beyond = [i for i in c.target_layer_ids if not 0 <= i < c.num_target_layers]
-    if beyond:
-        faults.append(f"it reads layers {beyond} of a target with layers 0..{c.num_target_layers - 1}")
-    if not 0 <= c.mask_token_id < c.vocab_size:
-        faults.append(f"its mask token {c.mask_token_id} is outside the vocabulary of {c.vocab_size}")
+    faults += range_faults(c, c.num_target_layers, c.vocab_size)
     if c.block_size < 2:
         faults.append(f"its block_size is {c.block_size}, an anchor and at least one drafted token are 2")
     return faults

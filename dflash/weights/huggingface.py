@@ -204,6 +204,11 @@ def read_json(directory: Path, name: str) -> dict[str, Any]:
     return value
 
 
+def holds_weights(directory: Path) -> bool:
+    """Whether a directory has the weights of a snapshot, whole or in parts."""
+    return any((directory / n).is_file() for n in ("model.safetensors", "model.safetensors.index.json"))
+
+
 def _weight_files(directory: Path) -> list[Path]:
     """The safetensors files of a snapshot, by its index or the single file; names never leave the directory."""
     if (directory / "model.safetensors").is_file():

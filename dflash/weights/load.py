@@ -67,8 +67,7 @@ def read_any_draft(name_or_dir: str | Path, dtype: str = "float32", target: Targ
 
 def _is_training_run(directory: Path) -> bool:
     """Whether this is a run directory or a root of them, and no exported draft."""
-    exported = any((directory / n).is_file() for n in ("model.safetensors", "model.safetensors.index.json"))
-    return not exported and (is_run(directory) or is_root(directory))
+    return not huggingface.holds_weights(directory) and (is_run(directory) or is_root(directory))
 
 
 def is_own_run(name_or_dir: str | Path) -> bool:

@@ -10,7 +10,7 @@ from flax.serialization import msgpack_restore
 
 from dflash.config import ConfigError, TargetConfig
 from dflash.weights.easydel import resolve_run
-from dflash.weights.huggingface import WeightsError, read_json, read_tensors
+from dflash.weights.huggingface import WeightsError, holds_weights, read_json, read_tensors
 from dflash.weights.older import (
     OlderDraft,
     older_config,
@@ -237,8 +237,7 @@ def read_older(path: Path, target: TargetConfig | None) -> OlderDraft | None:
     file = linen_step(path)
     if file is not None:
         return read_linen(file, target)
-    exported = any((path / n).is_file() for n in ("model.safetensors", "model.safetensors.index.json"))
-    if exported:
+    if holds_weights(path):
         return read_older_export(path) if is_older_export(path) else None
     if not (is_run(path) or is_root(path)):
         return None
