@@ -1,6 +1,9 @@
 """What several unit tests need: drafts whose proposals differ, caches to train them on, the schema of provenance."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -102,3 +105,39 @@ def check_provenance():
     jsonschema = pytest.importorskip("jsonschema")
     schema = json.loads((Path(dflash.__file__).parent / "data" / "results.schema.json").read_text())
     return jsonschema.Draft202012Validator({"$ref": "#/$defs/provenance", "$defs": schema["$defs"]}).validate
+
+
+@pytest.fixture(scope="session")
+def reference():
+    """The reference draft and what it needs; skips, with a sentence, where one of them is missing."""
+    for package in ("torch", "transformers"):
+        pytest.importorskip(package)
+    if not os.environ.get("DFLASH_REFERENCE_DIR"):
+        pytest.skip(
+            "DFLASH_REFERENCE_DIR must name a directory that holds the reference: "
+            "pip install --no-deps --target DIR dflash==0.1.0"
+        )
+
+
+@pytest.fixture
+def on_eight_devices(tmp_path):
+    """Runs a script, given this test's folder, in a process that has eight CPU devices; it must say `same`."""
+
+    def run(script):
+        env = {
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+            "JAX_PLATFORMS": "cpu",
+            "TF_CPP_MIN_LOG_LEVEL": "2",
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(tmp_path)],
+            env=os.environ | env,
+            cwd=Path(dflash.__file__).parents[1],
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.strip() == "same"
+
+    return run

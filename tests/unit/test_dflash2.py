@@ -2,10 +2,6 @@
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +9,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-import dflash
 from dflash import decode, load_target
 from dflash.config import ConfigError, ConvConfig, SelectorConfig, read_draft_config, write_draft_config
 from dflash.models.conv import DynamicConv
@@ -259,20 +254,10 @@ print("same")
 
 
 @pytest.mark.slow
-def test_many_devices_give_the_gradient_of_one(write_sequences, draw_draft, tmp_path):
+def test_many_devices_give_the_gradient_of_one(write_sequences, draw_draft, on_eight_devices, tmp_path):
     rng = np.random.default_rng(6)
     cache = write_sequences(tmp_path / "cache")
     assert cache.directory == tmp_path / "cache"
     write_run(draw_draft(0, **SECOND), tmp_path, 0, optimizer_state=None, provenance={}, keep=None)
     np.savez(tmp_path / "tables.npz", **{n: rng.normal(size=(199, 64)).astype("f") for n in ("head", "embedding")})
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-c", SHARDED, str(tmp_path)],
-        env=env | {"TF_CPP_MIN_LOG_LEVEL": "2"},
-        cwd=Path(dflash.__file__).parents[1],
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.strip() == "same"
+    on_eight_devices(SHARDED)

@@ -1,7 +1,6 @@
 """Our draft against the reference implementation (PyPI `dflash==0.1.0`, torch): the same weights, the same numbers."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -61,15 +60,8 @@ def decode_requests():
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory, draw_draft):
+def job(tmp_path_factory, draw_draft, reference):
     """A directory with what the reference is asked and, when this returns, what it answered."""
-    for package in ("torch", "transformers"):
-        pytest.importorskip(package)
-    if not os.environ.get("DFLASH_REFERENCE_DIR"):
-        pytest.skip(
-            "DFLASH_REFERENCE_DIR must name a directory that holds the reference: "
-            "pip install --no-deps --target DIR dflash==0.1.0"
-        )
     job, rng = tmp_path_factory.mktemp("reference"), np.random.default_rng(7)
     write_tiny_target(job / "target", "llama", num_hidden_layers=2)
     write_tiny_target(job / "small", "llama", num_hidden_layers=4, vocab_size=SMALL_VOCAB)

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -63,14 +62,7 @@ def draft(target, prompts, greedy, tmp_path_factory):
 
 
 @pytest.mark.model
-def test_the_reference_decodes_with_it_block_by_block_as_we_do(target, prompts, greedy, draft, tmp_path):
-    for package in ("torch", "transformers"):
-        pytest.importorskip(package)
-    if not os.environ.get("DFLASH_REFERENCE_DIR"):
-        pytest.skip(
-            "DFLASH_REFERENCE_DIR must name a directory that holds the reference: "
-            "pip install --no-deps --target DIR dflash==0.1.0"
-        )
+def test_the_reference_decodes_with_it_block_by_block_as_we_do(reference, target, prompts, greedy, draft, tmp_path):
     stops = list(load_tokenizer(TARGET).stop_token_ids)
     # In one file, in several, and rounded: every form is read back by both sides.
     forms = {"float32": (prompts, None), "float16": (prompts[:2], 2_000_000)}

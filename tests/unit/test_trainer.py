@@ -1,10 +1,6 @@
 """The training step against unsharded, unchunked references: its gradients, its optimizer, and that it learns."""
 
 import dataclasses
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +9,6 @@ import optax
 import pytest
 from flax import nnx
 
-import dflash
 from dflash import ConfigError
 from dflash.training import trainer as trainer_module
 from dflash.training.batches import TrainingBatches
@@ -200,25 +195,11 @@ print("same")
 
 
 @pytest.mark.slow
-def test_devices_parts_and_chunks_give_the_gradient_of_plain_blocks(cache, draft, tables, tmp_path):
+def test_devices_parts_and_chunks_give_the_gradient_of_plain_blocks(cache, draft, tables, on_eight_devices, tmp_path):
     write_run(draft, tmp_path, 0, optimizer_state=None, provenance={}, keep=None)
     np.savez(tmp_path / "tables.npz", **tables)
     (tmp_path / "cache").symlink_to(cache.directory)
-    env = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_PLATFORMS": "cpu",
-        "TF_CPP_MIN_LOG_LEVEL": "2",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", SHARDED, str(tmp_path)],
-        env=env,
-        cwd=Path(dflash.__file__).parents[1],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.strip() == "same"
+    on_eight_devices(SHARDED)
 
 
 def test_a_device_too_few_is_refused(draft, tables):
