@@ -19,11 +19,14 @@ class Floors:
 def status(info: dict[str, Any]) -> str:
     """ok, or what is to be said of the case's speed-up before it is believed.
 
+    no-draft      nothing was drafted: the target's server alone was measured (`no_draft` says why)
     no-baseline   greedy decoding did not run beside it
     invalid       tokens differ, nothing was measured, or the rounds are too noisy (`too_noisy` says how)
     quick         too few rounds to know their noise
     unexplained   measured, and further from what its steps predict than the cost model is good for (`residual`)
     """
+    if info.get("no_draft"):
+        return "no-draft"
     if info["lossless"] is None:
         return "no-baseline"
     if not info["lossless"] or info["speedup_x"] is None or info.get("too_noisy"):
@@ -38,6 +41,8 @@ def status(info: dict[str, Any]) -> str:
 
 def doubt(info: dict[str, Any]) -> str | None:
     """Why a case's speed-up can be held against nothing, in one clause; None where it can."""
+    if info["status"] == "no-draft":
+        return f"no-draft: the target alone was measured, since {info['no_draft']}"
     if info["status"] == "no-baseline":
         return "no-baseline: greedy decoding must run beside it, to compare with and to prove the tokens"
     if info["lossless"] is False:
@@ -64,6 +69,8 @@ def remark(info: dict[str, Any]) -> str | None:
 
 
 def _block_cost(info: dict[str, Any]) -> str:
+    if info["block_ratio"] is None:  # over HTTP no block is timed
+        return "what a block costs is unknown"
     predicted = info.get("predicted_block_ratio")
     text = f"a block costs {info['block_ratio']:.2f} one-token steps"
     return text if predicted is None else f"{text} ({predicted:.2f} by its steps timed alone)"
@@ -77,12 +84,16 @@ def failures(info: dict[str, Any], floors: Floors) -> list[str]:
     """
     why = doubt(info)
     # Noise fails a speed-up that something was asked of; wrong tokens, or none, fail whatever was asked.
-    unmeasured = info["status"] == "no-baseline" or info["lossless"] is False or info["speedup_x"] is None
+    unmeasured = info["status"] in ("no-draft", "no-baseline") or info["lossless"] is False or info["speedup_x"] is None
     if unmeasured or (why and floors.speedup_x is not None):
         return [f"speedup_x is {why}"]
     said = []
     acceptance = info["acceptance_length"]
-    if floors.acceptance_length is not None and acceptance < floors.acceptance_length:
+    if acceptance is None and floors.acceptance_length is not None:
+        said.append(
+            f"acceptance_length must reach {floors.acceptance_length:.2f}, and is unknown: {info['acceptance_unknown']}"
+        )
+    elif floors.acceptance_length is not None and acceptance < floors.acceptance_length:
         said.append(
             f"acceptance_length {acceptance:.2f} < {floors.acceptance_length:.2f}: the draft is accepted less "
             f"({_block_cost(info)})"
@@ -91,7 +102,9 @@ def failures(info: dict[str, Any], floors: Floors) -> list[str]:
         return said
     low, high = info.get("speedup_x_timing_ci95") or info["speedup_x_ci95"]
     interval = f"speedup_x {info['speedup_x']:.2f} ({low:.2f} to {high:.2f})"
-    if floors.speedup_x is not None and high < floors.speedup_x:
+    if floors.speedup_x is not None and high < floors.speedup_x and acceptance is None:
+        said.append(f"{interval} < {floors.speedup_x:.2f}; what is accepted is unknown")
+    elif floors.speedup_x is not None and high < floors.speedup_x:
         needed = floors.speedup_x * acceptance / info["speedup_x"]
         # Without a floor of its own, acceptance can't be ruled out.
         moved = "the cost of a block" if floors.acceptance_length is not None else "acceptance or the cost of a block"

@@ -6,6 +6,7 @@ The root conftest.py adds them to pytest; `--help` lists them with their environ
 import argparse
 import math
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +15,7 @@ import pytest
 
 from dflash import baselines
 from dflash.device import KINDS
+from dflash.serving.plan import SERVERS
 from dflash.weights.load import UNTRAINED
 
 T = TypeVar("T")
@@ -208,6 +210,7 @@ def add_options(parser: pytest.Parser, root: Path) -> None:
         action="store_true",
         help="take over the cases that an earlier run with the same --benchmark-json or --report measured already",
     )
+    _add_server_options(group)
     _option(group, "--run-name", "RUN_NAME", "", "name kept in the results", metavar="NAME")
     _option(
         group,
@@ -247,4 +250,49 @@ def add_options(parser: pytest.Parser, root: Path) -> None:
         "fraction that --update-baselines puts between a figure and its floor, at least",
         type=_fraction,
         metavar="X",
+    )
+
+
+def _add_server_options(group: pytest.OptionGroup) -> None:
+    """Of bench/test_serving.py alone; the target, draft, prompts, batch size and rounds are everybody's."""
+    _option(
+        group,
+        "--server",
+        "DFLASH_SERVER",
+        "",
+        "measure this kind of server too; openai is one of unknown kind at --base-url",
+        choices=("", *SERVERS),
+    )
+    _option(
+        group,
+        "--server-python",
+        "DFLASH_SERVER_PYTHON",
+        sys.executable,
+        "Python interpreter that has the server",
+        metavar="FILE",
+    )
+    words = {"metavar": "WORDS"}
+    _option(group, "--server-args", "DFLASH_SERVER_ARGS", "", "words added to the server's command line", **words)
+    _option(group, "--draft-server-args", "DFLASH_DRAFT_SERVER_ARGS", "", "more of them, with the draft", **words)
+    _option(
+        group,
+        "--base-url",
+        "DFLASH_BASE_URL",
+        "",
+        "a server that runs already, instead of one started here",
+        metavar="URL",
+    )
+    _option(group, "--draft-base-url", "DFLASH_DRAFT_BASE_URL", "", "the same, with the draft", metavar="URL")
+    _option(group, "--served-model", "DFLASH_SERVED_MODEL", "", "name in requests, where it is another", metavar="NAME")
+    _option(
+        group,
+        "--ready-timeout",
+        "DFLASH_READY_TIMEOUT",
+        "900",
+        "seconds until a server must be ready",
+        type=_seconds,
+        metavar="S",
+    )
+    _option(
+        group, "--server-logs", "DFLASH_SERVER_LOGS", "server-logs", "directory of the servers' logs", metavar="DIR"
     )

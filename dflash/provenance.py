@@ -51,8 +51,11 @@ def redact(command: Sequence[str]) -> list[str]:
         name, sign, _ = word.partition("=")
         if follows and not word.startswith("-"):
             word = _HIDDEN
-        elif sign and _names_secret(name):
+        elif sign and " " not in name and _names_secret(name):
             word = f"{name}={_HIDDEN}"
+        elif " " in word:  # a command line in one word, as --server-args has it
+            option = f"{name}=" if sign and " " not in name else ""
+            word = option + " ".join(redact(word.removeprefix(option).split(" ")))
         for value in held:
             word = word.replace(value, _HIDDEN)
         words.append(_SECRET_VALUE.sub(_HIDDEN, word))

@@ -11,12 +11,14 @@ from dflash.cli.evaluate import evaluate
 from dflash.cli.export import export
 from dflash.cli.generate import generate
 from dflash.cli.report import export_results, report
+from dflash.cli.serve_bench import serve_bench
 from dflash.cli.train import train
 from dflash.config import ConfigError
 from dflash.decoding.decode import RequestError
 from dflash.device import DeviceError
 from dflash.prompts import PromptError
 from dflash.report.run import ReportError
+from dflash.serving.server import ServingError
 from dflash.teacher_cache.arrays import CacheError
 from dflash.tokenizer import TokenizerError
 from dflash.training.run import TrainingError
@@ -30,6 +32,7 @@ USER_ERRORS = (
     PromptError,
     ReportError,
     RequestError,
+    ServingError,
     SnapshotError,
     TokenizerError,
     TrainingError,
@@ -49,9 +52,13 @@ def main() -> int:
     app.command(name="export")(export)
     app.command(name="audit")(audit)
     app.command(name="doctor")(doctor)
+    app.command(name="serve-bench")(serve_bench)
     try:
         app.cli(prog="dflash", description="DFlash: lossless speculative decoding, measured.")
     except USER_ERRORS as error:
         print(f"dflash: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("dflash: interrupted", file=sys.stderr)
+        return 130
     return 0

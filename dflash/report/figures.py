@@ -74,9 +74,9 @@ def speedups(run: Run) -> Plot | None:
 def _other_axes(case: Info, key: str) -> tuple[str, ...]:
     """What a line of cases has in common when only `key` differs, in words; the proposer first."""
     # A script's name says how much is accepted, and that grows with the block: all of it is one line.
-    whole = case.get("proposer") == f"a{case['block_size'] - 1}"
+    whole = case.get("proposer") == f"a{(case['block_size'] or 0) - 1}"
     words = {
-        "mode": "block" if case["mode"] == "cached_block_verify" else "sequential",
+        "mode": {"cached_block_verify": "block", "served": "served"}.get(case["mode"], "sequential"),
         "block_size": f"{case['block_size']} slots",
         "batch_size": f"batch {case.get('batch_size')}",
         "max_new_tokens": f"{case.get('max_new_tokens')} tokens",
@@ -91,7 +91,7 @@ def _other_axes(case: Info, key: str) -> tuple[str, ...]:
 def _against(run: Run, key: str, label: str) -> Plot | None:
     """Speed-up against one workload axis, a line for each case that is otherwise the same."""
     lines: dict[tuple[str, ...], list[Info]] = {}
-    for case in _measured(run):
+    for case in [c for c in _measured(run) if c[key] is not None]:
         lines.setdefault(_other_axes(case, key), []).append(case)
     lines = {k: sorted(v, key=lambda c: c[key]) for k, v in lines.items() if len({c[key] for c in v}) > 1}
     if not lines:

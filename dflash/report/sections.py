@@ -54,15 +54,17 @@ def headline(run: Run) -> Headline:
         verdict, tone = " ".join(said[::-1] if failed else said), "bad" if failed else tone
     good = [c for c in run.decodes if c["speedup_x"] is not None and c["lossless"]]
     if not good:
-        words = "nothing was proven equal to greedy decoding"
+        alone = (f"the target alone was measured, since {c['no_draft']}" for c in run.decodes if c.get("no_draft"))
+        words = next(alone, "nothing was proven equal to greedy decoding")
         return Headline(figure="No speed-up", words=words, verdict=verdict, tone=tone)
     best = max(good, key=_rank)
     own, drafted = is_own(best), best.get("draft") or best["case"]
     who = f"the draft ({drafted})" if own else f"a scripted draft ({best['proposer']})"
+    tokens = best["acceptance_length"]
+    accepted = "" if tokens is None else f"{tokens:.2f} tokens a block of {best['block_size']}, "
     words = (
         f"the speed of greedy decoding on {best.get('device_kind', 'this device')} with {who}: 95% interval "
-        f"{_interval(best)}, {best['acceptance_length']:.2f} tokens a block of {best['block_size']}, "
-        f"case {best['case']}."
+        f"{_interval(best)}, {accepted}case {best['case']}."
     )
     ceiling = max((c for c in good if not is_own(c)), key=_rank, default=best)
     if own and ceiling["speedup_x"] > best["speedup_x"]:
@@ -115,7 +117,7 @@ def speedup_section(run: Run) -> Section:
     rows = [
         [
             c["case"],
-            f"{number(c['accept_len_mean'])} of {c['block_size'] - 1}",
+            "n/a" if c["block_size"] is None else f"{number(c['accept_len_mean'])} of {c['block_size'] - 1}",
             number(c["tok_s_total"], 1),
             number(c["baseline_tok_s_total"], 1),
             "n/a" if c["speedup_x"] is None else f"{c['speedup_x']:.2f}×",
@@ -128,11 +130,17 @@ def speedup_section(run: Run) -> Section:
     section = Section(key="speedup", title="Speed-up over greedy decoding")
     if rows:
         section.tables = [Table(header=header, rows=rows, verdict=7)]
-        section.sentences = [
-            "Greedy decoding and DFlash run in turn, round by round; both clocks start after prefill. "
-            "A case named a3, a7, ... is scripted: it costs what the draft costs and is right for that many tokens, "
-            "which shows the machine and no draft."
-        ]
+        if any(c["mode"] != "served" for c in run.decodes):
+            section.sentences = [
+                "Greedy decoding and DFlash run in turn, round by round; both clocks start after prefill. A case named "
+                "a3, a7, ... is scripted: it costs what the draft costs and is right for that many tokens, which shows "
+                "the machine and no draft."
+            ]
+        if any(c["mode"] == "served" for c in run.decodes):
+            section.sentences.append(
+                "A case named served-... was asked of a server over HTTP, without a draft and with one: its clocks run "
+                "over whole rounds, with prefill, queue and transport."
+            )
         section.sentences += [
             f"{c['case']}: {c['residual']}" for c in run.decodes if isinstance(c.get("residual"), str)
         ]
@@ -148,6 +156,10 @@ def speedup_section(run: Run) -> Section:
 def _remark(case: Info) -> str | None:
     """What doubts a case, then what the cost model advises for a draft's own."""
     said = []
+    if case.get("no_draft"):
+        said.append(f"the target alone was measured, since {case['no_draft']}")
+    elif case.get("acceptance_unknown"):
+        said.append(f"what is accepted is unknown: {case['acceptance_unknown']}")
     if case.get("too_noisy"):
         said.append(f"too noisy: {case['too_noisy']}")
     if case["status"] == "unexplained" and case.get("residual") is not None:

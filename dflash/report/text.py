@@ -35,7 +35,7 @@ def speedup_table(cases: Sequence[dict[str, Any]]) -> list[str]:
             [
                 c["case"],
                 number(c["accept_len_mean"]),
-                str(c["block_size"] - 1),
+                "n/a" if c["block_size"] is None else str(c["block_size"] - 1),
                 number(c["tok_s_total"], 1),
                 number(c["baseline_tok_s_total"], 1),
                 number(c["speedup_x"]) + ("x" if c["speedup_x"] is not None else ""),

@@ -29,6 +29,8 @@ def benchmark(**info):
         (["HF_TOKEN=abc", "x"], ["HF_TOKEN=***", "x"]),
         (["--target=https://me:pass@host/x"], ["--target=https://***@host/x"]),
         (["--draft=hf_abcdefgh"], ["--draft=***"]),
+        (["--server-args=--tp-size 4 --api-key abc"], ["--server-args=--tp-size 4 --api-key ***"]),
+        (["--server-args", "--api-key abc --hf-token=x"], ["--server-args", "--api-key *** --hf-token=***"]),
         (["--run-name=tokens of hf_x", "secret"], ["--run-name=tokens of hf_x", "secret"]),
     ],
 )

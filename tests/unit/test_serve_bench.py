@@ -1,0 +1,112 @@
+"""A real server on this host: `transformers serve` with SmolLM2, by the command line and by the URL.
+
+DFLASH_SERVER_PYTHON names an interpreter that has it, by default this one (the extra `serving`).
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dflash
+from dflash import decode, load_target, load_tokenizer
+from dflash.prompts import load_prompts
+from dflash.serving.plan import Request, make_plan
+from dflash.serving.run import served_run
+
+pytestmark = [pytest.mark.slow, pytest.mark.oracle, pytest.mark.model]
+PYTHON = os.environ.get("DFLASH_SERVER_PYTHON") or sys.executable
+ARGUMENTS = "--dtype float32 --device cpu"
+BUDGET = 12
+
+
+@pytest.fixture(scope="module", autouse=True)
+def offline(smollm2):
+    """The server is installed, and asks no network for anything."""
+    needs = "import fastapi, openai, torch, transformers, uvicorn"
+    if subprocess.run([PYTHON, "-c", needs], capture_output=True).returncode:
+        pytest.skip(f'{PYTHON} has no `transformers serve`: pip install -e ".[serving]"')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        yield
+
+
+@pytest.fixture(scope="module")
+def tokenizer(smollm2):
+    return load_tokenizer(smollm2)
+
+
+@pytest.fixture(scope="module")
+def prompts(tokenizer):
+    return load_prompts("builtin").take(2).encode(tokenizer)
+
+
+@pytest.fixture(scope="module")
+def url(smollm2, tmp_path_factory):
+    """A server that runs for all tests here."""
+    asked = {"arguments": ARGUMENTS, "log_dir": tmp_path_factory.mktemp("logs"), "ready_timeout_s": 300.0}
+    plan = make_plan(Request(server="transformers", target=str(smollm2), python=PYTHON, **asked))
+    assert "has no DFLASH" not in plan.no_draft  # no draft was given at all
+    with plan.open(drafting=False) as server:
+        yield server.url
+
+
+def measure(tokenizer, prompts, rounds=1, **asked):
+    plan = make_plan(Request(server="openai", **asked))
+    with served_run(plan, tokenizer, prompts, max_new_tokens=BUDGET, concurrency=2, rounds=rounds) as run:
+        for _ in range(rounds):
+            run.baseline_round()
+            run.round()
+    return run
+
+
+def test_it_answers_as_greedy_decoding_does(url, smollm2, tokenizer, prompts):
+    run = measure(tokenizer, prompts, target=str(smollm2), base_url=url, served_model=str(smollm2))
+    stops = tokenizer.stop_token_ids
+    greedy = {"mode": "greedy", "max_new_tokens": BUDGET, "stop_token_ids": stops}
+    expected = decode(load_target(smollm2), None, prompts, **greedy)
+    answers = run.target.rounds[0].answers
+    assert [list(a.tokens) for a in answers] == [[t for t in row if t not in stops] for row in expected.tokens]
+    assert [a.counted for a in answers] == [len(row) for row in expected.tokens]
+    assert not any(a.exact for a in answers)
+    assert run.info()["status"] == "no-draft"
+
+
+def test_two_that_run_already_are_compared(url, smollm2, tokenizer, prompts):
+    same = {"target": str(smollm2), "served_model": str(smollm2), "base_url": url, "draft_base_url": url}
+    info = measure(tokenizer, prompts, **same).info()
+    assert info["lossless"] is True
+    assert info["interleaved"]
+    assert info["over_budget"] == 0
+    assert info["speedup_x"] > 0
+    assert info["status"] == "quick"
+    assert info["acceptance_length"] is None
+    assert "block size is unknown" in info["acceptance_unknown"]
+
+
+def test_the_command_starts_it_and_ends_it(smollm2, tmp_path):
+    words = ["--server", "transformers", "--server-python", PYTHON, f"--server-args={ARGUMENTS}"]
+    words += ["--target", str(smollm2), "--num-prompts", "2", "--max-new-tokens", "8", "--rounds", "1"]
+    words += ["--json", "served.json", "--log-dir", "logs", "--ready-timeout", "300"]
+    environment = os.environ | {"PYTHONPATH": str(Path(dflash.__file__).parents[1]), "HF_TOKEN": "hf_averysecretword"}
+    done = subprocess.run(
+        [sys.executable, "-m", "dflash", "serve-bench", *words],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "no-draft: the target alone was measured, since no draft was given" in done.stdout
+    (benchmark,) = json.loads((tmp_path / "served.json").read_text())["benchmarks"]
+    info = benchmark["extra_info"]
+    assert info["server"].startswith("transformers ")
+    assert info["baseline_tok_s_total"] > 0
+    assert info["speedup_x"] is None
+    log = (tmp_path / "logs" / "target.log").read_text()
+    assert "Finished server process" in log
+    assert "POST /v1/completions" in log
+    assert "hf_averysecretword" not in log

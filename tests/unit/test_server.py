@@ -1,0 +1,152 @@
+"""A server's process: it is waited for, always ended with its children, and what it says when it fails is shown."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dflash.serving import server as module
+from dflash.serving.server import ServingError, free_port, redacted, started
+
+STUB = Path(__file__).with_name("stub_server.py")
+
+
+def alive(pid):
+    """Whether a process runs; one that ended and was not waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def ends(pid, seconds=10.0):
+    deadline = time.monotonic() + seconds
+    while alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not alive(pid)
+
+
+@pytest.fixture
+def start(tmp_path):
+    """A stub in a process of its own, with a child; leaves the child's id in child.txt."""
+
+    def start(command=None, timeout_s=20, **settings):
+        port = free_port()
+        given = json.dumps({"child": str(tmp_path / "child.txt")} | settings)
+        command = command or [sys.executable, str(STUB), given, "--host", "127.0.0.1", "--port", str(port)]
+        url = f"http://127.0.0.1:{port}"
+        return started(command, url, health="/health", log=tmp_path / "logs" / "target.log", timeout_s=timeout_s)
+
+    return start
+
+
+def python(code):
+    return [sys.executable, "-c", code]
+
+
+def test_a_server_and_its_children_end_with_the_block(start, tmp_path):
+    with start() as server:
+        child = int((tmp_path / "child.txt").read_text())
+        assert alive(server.process.pid)
+        assert alive(child)
+        assert server.death() is None
+        assert server.ready_s > 0
+    assert not alive(server.process.pid)
+    assert ends(child)
+    log = (tmp_path / "logs" / "target.log").read_text()
+    assert log.startswith("$ ")
+    assert "the stub starts" in log
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
+def test_a_server_ends_when_the_block_fails(start, tmp_path, error):
+    with pytest.raises(error), start() as server:
+        raise error
+    assert not alive(server.process.pid)
+    assert ends(int((tmp_path / "child.txt").read_text()))
+
+
+def test_a_server_that_ignores_the_request_to_end_is_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "GRACE_S", 0.3)
+    deaf = (
+        "import signal, http.server, sys\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "class H(http.server.BaseHTTPRequestHandler):\n"
+        "    def do_GET(self): self.send_response(200); self.end_headers()\n"
+        "http.server.HTTPServer(('127.0.0.1', int(sys.argv[1])), H).serve_forever()"
+    )
+    port = free_port()
+    log, url = tmp_path / "log", f"http://127.0.0.1:{port}"
+    with started([*python(deaf), str(port)], url, health="/", log=log, timeout_s=20) as server:
+        pass
+    assert server.process.returncode == -signal.SIGKILL
+
+
+def test_a_failed_start_shows_the_last_lines_without_secrets(start, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_TOKEN", "hf_averysecretword")
+    code = "import os, sys\nfor i in range(50): print(i)\nprint('no chip', os.environ['HF_TOKEN'])\nsys.exit(3)"
+    with pytest.raises(ServingError, match="ended by itself with exit code 3") as caught, start(python(code)):
+        pass
+    said = str(caught.value)
+    assert "no chip ***" in said
+    assert "\n  49\n" in said
+    assert "\n  9\n" not in said
+    log = (tmp_path / "logs" / "target.log").read_text()
+    assert "hf_averysecretword" not in log
+    assert "\n9\n" in log
+
+
+def test_a_server_that_is_never_ready_is_ended(start, tmp_path):
+    never = start(healthy=False, timeout_s=5)
+    with pytest.raises(ServingError, match=r"(?s)ready within 5 s.*--ready-timeout.*the stub starts"), never:
+        pass
+    assert ends(int((tmp_path / "child.txt").read_text()))
+
+
+def test_a_command_that_does_not_exist_is_named(start):
+    with pytest.raises(ServingError, match="/nowhere/python: No such file"), start(["/nowhere/python"]):
+        pass
+
+
+def test_a_server_that_dies_later_says_how(start):
+    with start() as server:
+        os.kill(server.process.pid, signal.SIGKILL)
+        server.process.wait(10)
+        assert "signal SIGKILL" in server.death()
+        assert "the stub starts" in server.death()
+
+
+def test_redacted_keeps_all_but_secrets(monkeypatch):
+    monkeypatch.setenv("MY_TOKEN", "abcdefghijk")
+    text = "two tokens of a tokenizer\n  key abcdefghijk, hf_aaaaaaaaaa and --api-key xyz"
+    assert redacted(text) == "two tokens of a tokenizer\n  key ***, *** and --api-key ***"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_us_ends_the_server(tmp_path, number):
+    child, port = tmp_path / "child.txt", free_port()
+    words = [sys.executable, str(STUB), json.dumps({"child": str(child)}), "--host", "127.0.0.1", "--port", str(port)]
+    code = (
+        "import pathlib, sys, time\n"
+        "from dflash.serving.server import started\n"
+        f"with started({words!r}, 'http://127.0.0.1:{port}', health='/health', "
+        f"log=pathlib.Path({str(tmp_path / 'log')!r}), timeout_s=20) as server:\n"
+        "    print(server.process.pid, flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    ours = subprocess.Popen(
+        python(code), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=STUB.parents[2]
+    )
+    pid = int(ours.stdout.readline())
+    assert alive(pid)
+    ours.send_signal(number)
+    assert ours.wait(30) != 0
+    ours.stdout.close()
+    assert not alive(pid)
+    assert ends(int(child.read_text()))
