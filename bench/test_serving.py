@@ -1,8 +1,8 @@
 """What DFlash gains in a server of another project, over HTTP: `--server KIND`, or `--base-url URL`.
 
-The same as `python -m dflash serve-bench`, with the options of a benchmark run: `--batch-size` requests at a time, the
-longest of `--max-new-tokens`. No device is opened for it here; on a TPU, which belongs to one process, select this file
-alone.
+The same as `python -m dflash serve-bench`, with the options of a benchmark run: the first of every list, `--batch-size`
+requests at a time, the longest of `--max-new-tokens`. No device is opened for it here; on a TPU, which belongs to one
+process, select this file alone.
 """
 
 from pathlib import Path
@@ -29,11 +29,12 @@ def plan(pytestconfig: pytest.Config) -> Plan:
     options = pytestconfig.option
     if not options.server and not options.base_url:
         pytest.skip("no server: --server KIND starts one, --base-url URL names one that runs")
+    draft = options.draft[0]
     asked = Request(
         server=options.server or OPENAI,
         target=options.target,
-        draft="" if options.draft == UNTRAINED else options.draft,
-        block_size=max(options.block_sizes) if options.draft != UNTRAINED else None,
+        draft="" if draft == UNTRAINED else draft,
+        block_size=max(options.block_sizes) if draft != UNTRAINED else None,
         python=options.server_python,
         arguments=options.server_args,
         draft_arguments=options.draft_server_args,
@@ -54,18 +55,18 @@ def test_served(benchmark: BenchmarkFixture, plan: Plan, results: Results, pytes
     options = pytestconfig.option
     try:
         tokenizer = load_tokenizer(options.target)
-        prompt_set = load_prompts(options.prompts).take(options.num_prompts)
+        prompt_set = load_prompts(options.prompts[0]).take(options.num_prompts)
         prompts = prompt_set.encode(tokenizer)
     except (PromptError, TokenizerError, ImportError) as error:
         pytest.exit(str(error), pytest.ExitCode.USAGE_ERROR)
-    sizes = {"max_new_tokens": max(options.max_new_tokens), "concurrency": options.batch_size}
+    sizes = {"max_new_tokens": max(options.max_new_tokens), "concurrency": options.batch_size[0]}
     try:
         with served_run(plan, tokenizer, prompts, **sizes, rounds=options.rounds) as run:
             benchmark.pedantic(run.round, setup=run.baseline_round, rounds=options.rounds)
     except ServingError as error:
         pytest.fail(str(error), pytrace=False)
     info = run.info()
-    info |= case_facts(plan, info) | {"prompts": options.prompts, "prompts_sha256": prompt_set.sha256}
+    info |= case_facts(plan, info) | {"prompts": options.prompts[0], "prompts_sha256": prompt_set.sha256}
     info |= {"run_name": options.run_name or None}
     benchmark.extra_info.update(info)
     results.cases.append(info)

@@ -100,7 +100,7 @@ def check_export(config: DraftConfig, consumer: Consumer, target: TargetConfig |
         raise ConfigError(f"the draft can't be exported for {consumer}: " + "; ".join(faults))
 
 
-def check_directory(directory: Path, target: TargetConfig, consumer: Consumer = "z-lab") -> DraftConfig:
+def check_directory(directory: Path, target: TargetConfig) -> DraftConfig:
     """The config of a `DFlashDraftModel` directory that a server may get: before one is started with it.
 
     Its tensors are exactly those of its config, in their shapes, and it fits the target. Raises ConfigError with every
@@ -111,7 +111,7 @@ def check_directory(directory: Path, target: TargetConfig, consumer: Consumer = 
     faults = []
     for check in (
         lambda: check_draft_tensors(directory, config),
-        lambda: check_export(config, consumer, target),
+        lambda: check_export(config, "z-lab", target),
     ):
         try:
             check()
