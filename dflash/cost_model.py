@@ -19,7 +19,10 @@ EXPLAINED_WITHIN = 0.10
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class StepTimes:
-    """The three terms of the cost model, median seconds, measured in turn; and the interval of T_verify(B) / T_1."""
+    """The three terms of the cost model in seconds, measured in turn; and the interval of T_verify(B) / T_1.
+
+    `step_s` is a median, the others that times the median of how many one-token steps of the same round they took.
+    """
 
     step_s: float
     verify_s: Mapping[int, float]

@@ -19,7 +19,7 @@ from jax import Array
 from dflash.cost_model import StepTimes
 from dflash.decoding.loop import drafted_tokens
 from dflash.device import weight_bytes
-from dflash.interval import ratio_interval
+from dflash.interval import pair_ratio_interval
 from dflash.kv_cache import KVCache
 from dflash.metrics import expected_awake
 from dflash.models.draft import Draft
@@ -167,10 +167,14 @@ def time_steps(
     batch: int = 1,
     context: int = 256,
     rounds: int = 45,
+    within: float = 0.015,
+    time_limit_s: float = 20.0,
 ) -> StepTimes:
     """T_1, T_verify(S) for block and verify sizes, T_draft(S) for block sizes, at `context` committed tokens.
 
-    The interval of T_verify(S) / T_1 is there for each.
+    What counts is how many one-token steps of the same round each took: the median of that, with an interval for
+    T_verify(S) / T_1. That of the largest block size is a gate's, and is timed on, with the one-token step alone, until
+    its interval is no wider than `within` on either side, for `time_limit_s` at most.
     """
     ids = draft.config.target_layer_ids
     verify = partial(verify_step, target, batch=batch, context=context)
@@ -180,13 +184,35 @@ def time_steps(
     for size in block_sizes:
         timed[f"draft {size}"] = draft_step(target, draft, block_size=size, batch=batch, context=context)
     seconds = in_turn(timed, rounds=rounds)
-    medians = {name: float(np.median(s)) for name, s in seconds.items()}
-    verified = [n for n in medians if n.startswith("verify")]
+    pairs = {name: (s, seconds["step"]) for name, s in seconds.items() if name != "step"}
+    gated = f"verify {max(block_sizes)}"
+    pairs[gated] = _until_sure({n: timed[n] for n in (gated, "step")}, pairs[gated], within, time_limit_s)
+    ratios = {name: pair_ratio_interval(*pair) for name, pair in pairs.items()}
+    step_s = float(np.median(seconds["step"]))
+
+    def of(kind: str) -> dict[int, tuple[float, float, float]]:
+        return {int(n.split()[1]): r for n, r in ratios.items() if n.startswith(kind)}
+
     return StepTimes(
-        step_s=medians["step"],
-        verify_s={int(n.split()[1]): medians[n] for n in verified},
-        draft_s={int(n.split()[1]): s for n, s in medians.items() if n.startswith("draft")},
+        step_s=step_s,
+        verify_s={size: ratio * step_s for size, (ratio, _, _) in of("verify").items()},
+        draft_s={size: ratio * step_s for size, (ratio, _, _) in of("draft").items()},
         context=context,
         batch=batch,
-        verify_ratio_ci95={int(n.split()[1]): ratio_interval(seconds[n], seconds["step"])[1:] for n in verified},
+        verify_ratio_ci95={size: (low, high) for size, (_, low, high) in of("verify").items()},
     )
+
+
+def _until_sure(
+    timed: Mapping[str, Timed], taken: tuple[np.ndarray, np.ndarray], within: float, time_limit_s: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Seconds of two functions with as many rounds more as make their ratio certain; [rounds] each."""
+    first, second = taken
+    deadline = time.monotonic() + time_limit_s
+    while len(first) and time.monotonic() < deadline:
+        ratio, _, high = pair_ratio_interval(first, second)
+        if high <= (1 + within) * ratio:
+            break
+        more = in_turn(timed, rounds=max(1, len(first) // 2), warmup=0)
+        first, second = (np.concatenate([s, m]) for s, m in zip((first, second), more.values(), strict=True))
+    return first, second

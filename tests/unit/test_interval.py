@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dflash.baselines import TOLERANCE
-from dflash.interval import Noise, noise, ratio_interval, rounds_to_add
+from dflash.interval import Noise, noise, pair_ratio_interval, ratio_interval, rounds_to_add
 
 DRAWS = 1000
 
@@ -96,6 +96,35 @@ def test_drift_does_not_widen_the_interval():
     ratio, low, high = ratio_interval(baseline, candidate)
     assert ratio == pytest.approx(3, rel=0.02)
     assert high - low < 0.03 * 3 * 2
+
+
+@pytest.mark.parametrize("lasting", [1, 5, 20])
+def test_interval_of_short_calls_holds_the_truth_where_noise_lasts(lasting):
+    """What disturbs one of the two for some rounds is no news in each of them."""
+    rng = np.random.default_rng(11)
+    held = 0
+    for _ in range(DRAWS):
+        disturbed = np.repeat(rng.normal(0, 0.03, 480 // lasting), lasting)
+        drift = np.linspace(0, 0.5, 480)
+        baseline, candidate = np.exp(drift + disturbed + rng.normal(0, 0.02, 480)), np.exp(drift)
+        _, low, high = pair_ratio_interval(1.2 * baseline, candidate, draws=200)
+        held += low <= 1.2 <= high
+    assert 0.93 <= held / DRAWS < 1
+
+
+def test_a_slow_down_of_short_calls_is_found_through_bursts():
+    """A tenth of the time one of the two is half as fast again: the ratio is that of the rest."""
+    rng = np.random.default_rng(12)
+    candidate = np.exp(rng.normal(0, 0.03, 360))
+    candidate[100:136] *= 1.5
+    ratio, low, high = pair_ratio_interval(np.ones(360), candidate)
+    assert 1 / ratio == pytest.approx(1, abs=0.01)
+    assert high / low < 1.04
+
+
+def test_fewer_short_calls_than_stretches_have_no_interval():
+    assert pair_ratio_interval(np.full(11, 3.0), np.full(11, 2.0)) == (1.5, 0, math.inf)
+    assert pair_ratio_interval(np.full(12, 3.0), np.full(12, 2.0)) == pytest.approx((1.5, 1.5, 1.5))
 
 
 def test_swapped_roles_give_the_reciprocal():

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from dflash import init_draft, load_target, metrics
+from dflash import init_draft, load_target, measure, metrics
 from dflash.measure import draft_step, experts_awake, in_turn, read_bandwidth, step_bytes, time_steps, verify_step
 from dflash.tiny import write_tiny_target
 
@@ -138,7 +138,7 @@ def test_rows_of_a_step_differ(target):
 
 
 def test_time_steps(target, draft):
-    times = time_steps(target, draft, [4], verify_sizes=[3], context=20, rounds=2)
+    times = time_steps(target, draft, [4], verify_sizes=[3], context=20, rounds=2, time_limit_s=0)
     assert times.step_s > 0
     assert sorted(times.verify_s) == [3, 4]
     assert sorted(times.draft_s) == [4]
@@ -147,3 +147,22 @@ def test_time_steps(target, draft):
     # Two rounds have no interval.
     assert times.verify_ratio_ci95 == {3: (0, np.inf), 4: (0, np.inf)}
     assert times.block_ratio(4) == pytest.approx((times.verify_s[4] + times.draft_s[4]) / times.step_s)
+
+
+def test_the_largest_verify_step_is_timed_until_it_is_sure(target, draft, monkeypatch):
+    """A clock that only some calls move: every other round of the verify step takes 5% longer."""
+    calls = 0
+
+    def tick(timed, *, rounds, warmup=2):
+        nonlocal calls
+        calls += rounds
+        long = 1 + 0.05 * (np.arange(rounds) % 2)
+        return {name: long * 1.2 if name == "verify 4" else np.ones(rounds) for name in timed}
+
+    monkeypatch.setattr(measure, "in_turn", tick)
+    monkeypatch.setattr(measure.time, "monotonic", lambda: 0.0)
+    times = time_steps(target, draft, [2, 4], context=20, rounds=5)
+    low, high = times.verify_ratio_ci95[4]
+    assert low <= times.verify_ratio(4) <= high <= 1.015 * times.verify_ratio(4)
+    assert calls > 5
+    assert times.verify_ratio_ci95[2] == (0, np.inf)  # five rounds, as at first
