@@ -4,6 +4,7 @@ Nothing else here imports EasyDeL. Its directories are read without it (`dflash.
 """
 
 import contextlib
+import json
 import logging
 import os
 import sys
@@ -11,10 +12,21 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from importlib import import_module, metadata
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import Mesh
+
+from dflash.config import read_target_config
+from dflash.models.layers import precision
+from dflash.models.llama import Llama
+from dflash.weights.easydel_target import from_state, to_state
+from dflash.weights.huggingface import DTYPES, read_json
 
 VERSION = "0.3.0"
 _ENVIRONMENT = {
@@ -28,7 +40,8 @@ _ENVIRONMENT = {
     "LOGGING_LEVEL_ED": "WARNING",
 }
 # What is used of it. They are imported at once, inside of what puts the process back.
-_MODULES = ("easydel", "easydel.layers.rotary", "easydel.modules.gpt_oss", "easydel.modules.llama")
+_FAMILIES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "gpt_oss": "GptOss"}
+_MODULES = ("easydel", "easydel.layers.rotary", *(f"easydel.modules.{family}" for family in _FAMILIES))
 
 
 class EasyDelError(RuntimeError):
@@ -77,6 +90,69 @@ def load() -> ModuleType:
         raise EasyDelError(f"EasyDeL must be {VERSION}, the version that was examined; got {found}: install that one")
     with isolated():
         try:
-            return [import_module(name) for name in _MODULES][0]
+            modules = [import_module(name) for name in _MODULES]
+            return modules[0]
         except ImportError as error:
             raise EasyDelError(f"EasyDeL can't be imported ({error}): pip install 'dflash-bench[easydel]'") from error
+
+
+def _settings(dtype: jnp.dtype) -> dict[str, Any]:
+    """The one attention of its that is right on a CPU: the others ignore sinks, or compute in bfloat16."""
+    names = ("attn_dtype", "kvdtype", "attn_softmax_dtype")
+    return {"attn_mechanism": "vanilla", **dict.fromkeys(names[:2], dtype), names[2]: jnp.float32}
+
+
+def load_model(directory: Path, dtype: str = "float32") -> Any:
+    """EasyDeL's model of a Hugging Face snapshot, read as it reads it itself (with torch), on one device."""
+    auto = load().AutoEasyDeLModelForCausalLM
+    with isolated():
+        return auto.from_pretrained(
+            str(directory),
+            from_torch=True,
+            dtype=DTYPES[dtype],
+            param_dtype=DTYPES[dtype],
+            precision=precision(DTYPES[dtype]),
+            # Its default takes every weight through float16.
+            torch_load_mode="streaming",
+            sharding_axis_dims=(1, 1, 1, 1, 1),
+            config_kwargs=_settings(DTYPES[dtype]),
+            verbose=False,
+        )
+
+
+def _parameters(model: Any) -> dict[str, nnx.Variable]:
+    """The weights of a model by their paths joined with "/"."""
+    return {"/".join(map(str, path)): v for path, v in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+
+
+def to_target(model: Any, dtype: str = "float32", mesh: Mesh | None = None) -> Llama:
+    """Our target with the weights of EasyDeL's model (Llama, Qwen or GPT-OSS); see `from_state` for what is shared.
+
+    Give the model up before the target is used, and no weight is held twice. Raises ConfigError or WeightsError.
+    """
+    config = read_target_config(json.loads(model.config.to_json_string(use_diff=False)), "the model's config")
+    return from_state(config, {path: v.get_value() for path, v in _parameters(model).items()}, dtype, mesh)
+
+
+def from_target(target: Llama, directory: Path) -> Any:
+    """EasyDeL's model with the weights of our target, on one device; `directory` has the target's config.json."""
+    load()
+    raw = read_json(Path(directory), "config.json")
+    family, dtype = target.config.family, target.dtype
+    module, name = sys.modules[f"easydel.modules.{family}"], _FAMILIES[family]
+    with isolated():
+        config = getattr(module, f"{name}Config")(**raw, sharding_axis_dims=(1, 1, 1, 1, 1), **_settings(dtype))
+        kind = getattr(module, f"{name}ForCausalLM")
+        model = kind.lazy_init(
+            config=config, dtype=dtype, param_dtype=dtype, precision=precision(dtype), rngs=nnx.Rngs(0)
+        )
+        arrays = dict(to_state(target))
+        graph, state = nnx.split(model)
+        flat = []
+        for path, variable in nnx.to_flat_state(state):
+            shape = variable.get_value()
+            # What is no weight counts random draws, of which there are none.
+            value = arrays.pop("/".join(map(str, path)), None)
+            flat.append((path, variable.replace(jnp.zeros(shape.shape, shape.dtype) if value is None else value)))
+        assert not arrays, sorted(arrays)
+        return nnx.merge(graph, nnx.from_flat_state(flat))

@@ -78,9 +78,13 @@ with isolated():
 
 def test_it_is_put_back_after_a_failure(monkeypatch):
     monkeypatch.delenv("EASYDEL_AUTO", raising=False)
-    with pytest.raises(KeyError), easydel.isolated():
-        assert os.environ["EASYDEL_AUTO"] == "0"
-        raise KeyError
+
+    def fail():
+        with easydel.isolated():
+            raise KeyError(os.environ["EASYDEL_AUTO"])
+
+    with pytest.raises(KeyError, match="0"):
+        fail()
     assert "EASYDEL_AUTO" not in os.environ
 
 
