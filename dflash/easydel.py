@@ -141,7 +141,8 @@ def from_target(target: Llama, directory: Path) -> Any:
     family, dtype = target.config.family, target.dtype
     module, name = sys.modules[f"easydel.modules.{family}"], _FAMILIES[family]
     with isolated():
-        config = getattr(module, f"{name}Config")(**raw, sharding_axis_dims=(1, 1, 1, 1, 1), **_settings(dtype))
+        settings = {"sharding_axis_dims": (1, 1, 1, 1, 1), **_settings(dtype)}
+        config = getattr(module, f"{name}Config")(**raw | settings)
         kind = getattr(module, f"{name}ForCausalLM")
         model = kind.lazy_init(
             config=config, dtype=dtype, param_dtype=dtype, precision=precision(dtype), rngs=nnx.Rngs(0)
@@ -150,9 +151,8 @@ def from_target(target: Llama, directory: Path) -> Any:
         graph, state = nnx.split(model)
         flat = []
         for path, variable in nnx.to_flat_state(state):
-            shape = variable.get_value()
-            # What is no weight counts random draws, of which there are none.
-            value = arrays.pop("/".join(map(str, path)), None)
-            flat.append((path, variable.replace(jnp.zeros(shape.shape, shape.dtype) if value is None else value)))
+            empty, value = variable.get_value(), arrays.pop("/".join(map(str, path)), None)
+            # What is no weight counts random draws, of which there are none; a tied head has none of its own.
+            flat.append((path, variable.replace(jnp.zeros(empty.shape, empty.dtype) if value is None else value)))
         assert not arrays, sorted(arrays)
         return nnx.merge(graph, nnx.from_flat_state(flat))
