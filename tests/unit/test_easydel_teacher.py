@@ -104,7 +104,9 @@ def test_features_for_a_cache_are_those_of_our_forward(target, teacher):
     wanted = FeatureReader(target, (1, 0))(rows, starts)
     for got, expected in zip(found, wanted, strict=True):
         # Of the same numbers, up to rounding, rounded to bfloat16.
-        np.testing.assert_allclose(from_bits(got), from_bits(expected), rtol=2**-7, atol=1e-4)
+        np.testing.assert_allclose(
+            from_bits(got).astype(np.float32), from_bits(expected).astype(np.float32), rtol=2**-7, atol=1e-4
+        )
 
 
 def test_from_the_command_line(tmp_path, monkeypatch, capsys):
