@@ -11,6 +11,7 @@ import tyro
 from dflash import metrics
 from dflash.decoding.decode import RequestError
 from dflash.device import device_facts, open_default_device
+from dflash.easydel import load
 from dflash.easydel_teacher import CORRECTIONS, Deviation, audit_teacher
 from dflash.weights.load import load_target, target_directory
 
@@ -34,6 +35,7 @@ class AuditTeacher:
 
 def audit_teacher_command(args: Annotated[AuditTeacher, tyro.conf.arg(name="")]) -> None:
     """Audit EasyDeL's forward as a teacher against ours; exit code 1 where the corrected one is still another model."""
+    load()  # before a large target is read for nothing
     device = open_default_device()
     if args.num_tokens < 0:
         raise RequestError(f"num_tokens must be at least 1, or 0 for enough of them, got {args.num_tokens}")

@@ -9,6 +9,8 @@ import sys
 import pytest
 
 from dflash import easydel
+from dflash.cli import main
+from dflash.tiny import write_tiny_target, write_tiny_tokenizer
 
 _LOOK = """
 import json, logging, os, sys, warnings
@@ -98,6 +100,21 @@ def test_where_it_is_missing_or_another_the_error_says_what_to_do(monkeypatch):
     monkeypatch.setattr(easydel.metadata, "version", lambda name: "0.4.0")
     with pytest.raises(easydel.EasyDelError, match=r"must be 0\.3\.0.*got 0\.4\.0"):
         easydel.load()
+
+
+@pytest.mark.parametrize("command", [["audit-teacher"], ["build-cache", "cache", "--teacher", "easydel"]])
+def test_a_command_that_needs_it_says_so_in_one_sentence(command, monkeypatch, capsys, tmp_path):
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    folder = write_tiny_tokenizer(write_tiny_target(tmp_path / "target", num_hidden_layers=4))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(easydel.metadata, "version", missing)
+    more = ["--target-layer-ids", "0"] if "build-cache" in command else []
+    monkeypatch.setattr(sys, "argv", ["dflash", *command, "--target", str(folder), *more])
+    assert main() == 2
+    assert capsys.readouterr().err.startswith("dflash: EasyDeL is not installed: pip install")
+    assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.oracle
