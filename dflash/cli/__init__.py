@@ -5,6 +5,7 @@ import sys
 import tyro
 
 from dflash.cli.audit import audit
+from dflash.cli.audit_teacher import audit_teacher_command
 from dflash.cli.build_cache import build_cache
 from dflash.cli.doctor import doctor
 from dflash.cli.evaluate import evaluate
@@ -16,6 +17,7 @@ from dflash.cli.train import train
 from dflash.config import ConfigError
 from dflash.decoding.decode import RequestError
 from dflash.device import DeviceError
+from dflash.easydel import EasyDelError
 from dflash.prompts import PromptError
 from dflash.report.run import ReportError
 from dflash.serving.server import ServingError
@@ -29,6 +31,7 @@ USER_ERRORS = (
     CacheError,
     ConfigError,
     DeviceError,
+    EasyDelError,
     PromptError,
     ReportError,
     RequestError,
@@ -51,6 +54,7 @@ def main() -> int:
     app.command(name="export-results")(export_results)
     app.command(name="export")(export)
     app.command(name="audit")(audit)
+    app.command(name="audit-teacher")(audit_teacher_command)
     app.command(name="doctor")(doctor)
     app.command(name="serve-bench")(serve_bench)
     try:

@@ -1,6 +1,7 @@
 """`python -m dflash build-cache`: target -> teacher cache."""
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -8,6 +9,7 @@ import tyro
 
 from dflash.config import build_target_layer_ids
 from dflash.device import open_default_device
+from dflash.easydel_teacher import TeacherReader, load_teacher
 from dflash.teacher_cache.build import Source, WindowConfig, build_sequences, build_windows
 from dflash.teacher_cache.conversations import ConversationConfig, load_openings
 from dflash.tokenizer import load_tokenizer
@@ -28,6 +30,9 @@ class BuildCache:
     """Snapshot directory of the target, or smollm2-135m."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype that the target computes in; features are stored in bfloat16."""
+    teacher: Literal["dflash", "easydel"] = "dflash"
+    """Whose forward gives the features: our own, or EasyDeL's with its deviations corrected (audit-teacher shows them).
+    Text is always the target's own."""
     num_context_features: int = 4
     """How many layers of the target the draft reads, evenly spread."""
     target_layer_ids: tuple[int, ...] = ()
@@ -91,6 +96,9 @@ def build_cache(args: Annotated[BuildCache, tyro.conf.arg(name="")]) -> None:
         snapshot_dir=args.target,
         snapshot_hash=snapshot_hash(directory),
     )
+    if args.teacher == "easydel":
+        teacher = load_teacher(target, directory)
+        source = dataclasses.replace(source, teacher=teacher.name, make_reader=partial(TeacherReader, teacher))
     ids = args.target_layer_ids or build_target_layer_ids(target.config.num_layers, args.num_context_features)
     conversations = ConversationConfig(
         source=args.prompts,

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -61,18 +61,31 @@ class FeatureReader:
         for padded, row in zip(tokens, rows, strict=True):
             padded[: len(row)] = row
         positions = np.asarray(starts, np.int32)[:, None] + np.arange(length, dtype=np.int32)
-        bits = np.asarray(_features(self._graph, self._weights, tokens, positions, self._layer_ids))
+        bits = self._bits(tokens, positions)
         return [bits[i, : len(row)] for i, row in enumerate(rows)]
+
+    def _bits(self, tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """tokens and positions int32 [B, T] -> bits of bfloat16, uint16 [B, T, K*H]."""
+        return np.asarray(_features(self._graph, self._weights, tokens, positions, self._layer_ids))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
-    """The target that a cache is made with: its snapshot's name and hash go into the cache."""
+    """The target that a cache is made with: its snapshot's name and hash go into the cache.
+
+    Features are the target's own, unless another `teacher`'s forward gives them: `make_reader` of layer ids.
+    """
 
     target: Llama
     tokenizer: Tokenizer
     snapshot_dir: str
     snapshot_hash: str
+    teacher: str = "dflash"
+    make_reader: Callable[[Sequence[int]], FeatureReader] | None = None
+
+    def reader(self, layer_ids: Sequence[int]) -> FeatureReader:
+        """What reads the outputs of these layers."""
+        return FeatureReader(self.target, layer_ids) if self.make_reader is None else self.make_reader(layer_ids)
 
 
 def check_layer_ids(target: Llama, layer_ids: Sequence[int]) -> None:
@@ -104,6 +117,7 @@ def _common_meta(source: Source, conversations: ConversationConfig, layer_ids: S
         "num_context_features": len(layer_ids),
         "dtype": "bf16_u16",
         "computed_in": str(source.target.dtype),
+        "teacher": source.teacher,
         "conversations": dataclasses.asdict(conversations),
     }
 
@@ -133,7 +147,7 @@ def build_sequences(
     with ArrayWriter(Path(directory), settings) as writer:
         with _too_little_leaves_nothing(writer):
             made = write_conversations(target, source.tokenizer, conversations, writer.building / "conversations.jsonl")
-        _write_sequences(writer, made, FeatureReader(target, layer_ids), settings, batch_size)
+        _write_sequences(writer, made, source.reader(layer_ids), settings, batch_size)
         counts = {"num_sequences": len(made), "num_tokens": sum(len(c.prompt) + len(c.answer) for c in made)}
         return writer.finish(settings | counts | _text_record(writer.building, made))
 
@@ -288,7 +302,7 @@ def build_windows(
         with _too_little_leaves_nothing(writer):
             made = write_conversations(target, source.tokenizer, conversations, writer.building / "conversations.jsonl")
             contexts = window_contexts(made, config)
-        _fill_windows(writer, target, config, contexts, FeatureReader(target, layer_ids), batch_size)
+        _fill_windows(writer, target, config, contexts, source.reader(layer_ids), batch_size)
         return writer.finish(meta | _text_record(writer.building, made))
 
 

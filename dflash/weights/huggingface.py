@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -272,23 +271,40 @@ def _shard(shape: tuple[int, ...], mesh: Mesh | None) -> NamedSharding | None:
     return NamedSharding(mesh, PartitionSpec("tp" if split and "tp" in mesh.shape else None))
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Opened:
+    """A target that can be read: how every weight is made, and what gives one tensor of the file by its name."""
+
+    config: TargetConfig
+    plan: dict[str, Source]
+    read: Callable[[str], Any]
+
+
 def _fill(
-    build: Callable[[], _Module], plan: dict[str, Source], headers: dict[str, Header], dtype: str, mesh: Mesh | None
+    build: Callable[[], _Module], plan: dict[str, Source], read: Callable[[str], Any], dtype: str, mesh: Mesh | None
 ) -> _Module:
-    """A module of the built kind whose weights come from the files; no weight is initialised first."""
+    """A module of the built kind whose weights are made of what is read; no weight is initialised first."""
     model = nnx.eval_shape(build)
     graph, state = nnx.split(model)
     flat = dict(nnx.to_flat_state(state))
     paths = {".".join(map(str, path)): path for path in flat}
     assert paths.keys() == plan.keys(), sorted(paths.keys() ^ plan.keys())
-    kind = np.float32 if dtype == "float32" else ml_dtypes.bfloat16
-    handles = {h.file: safe_open(h.file, framework="numpy") for h in headers.values()}
+    kind = jnp.dtype(DTYPES[dtype])
     for name, source in tqdm(plan.items(), desc="weights", unit="tensor", leave=False, disable=None):
-        value = source.combine([handles[headers[t].file].get_tensor(t) for t in source.tensors]).astype(kind)
+        value = source.combine([read(tensor) for tensor in source.tensors])
+        value = value if value.dtype == kind else value.astype(kind)
         expected = flat[paths[name]].get_value().shape
         assert value.shape == expected, (name, value.shape, expected)
-        flat[paths[name]] = flat[paths[name]].replace(jax.device_put(value, _shard(value.shape, mesh)))
+        # device_put copies, and what is a model's array already may be shared with it.
+        if mesh is not None or not isinstance(value, jax.Array):
+            value = jax.device_put(value, _shard(value.shape, mesh))
+        flat[paths[name]] = flat[paths[name]].replace(value)
     return nnx.merge(graph, nnx.from_flat_state(list(flat.items())))
+
+
+def _tensor_reader(headers: Mapping[str, Header]) -> Callable[[str], np.ndarray]:
+    handles = {h.file: safe_open(h.file, framework="numpy") for h in headers.values()}
+    return lambda name: handles[headers[name].file].get_tensor(name)
 
 
 def _check_dtype(dtype: str) -> None:
@@ -296,24 +312,48 @@ def _check_dtype(dtype: str) -> None:
         raise ValueError(f"dtype must be one of {sorted(DTYPES)}, got {dtype!r}")
 
 
+def _open_target(directory: Path, wanted: tuple[str, ...] = ("",)) -> Opened:
+    """The weights of a target whose paths start so; only all of them together are held against the whole file.
+
+    Of some, MXFP4 is not read. Raises ConfigError or WeightsError, each with every fault of the file.
+    """
+    directory, whole = Path(directory), wanted == ("",)
+    if (directory / "tensorstore_index.json").is_file():
+        from dflash.weights.easydel_target import open_target  # which is built on this module
+
+        opened = open_target(directory)
+        plan = {path: source for path, source in opened.plan.items() if path.startswith(wanted)}
+        return dataclasses.replace(opened, plan=plan)
+    config = read_target_config(read_json(directory, "config.json"), str(directory / "config.json"))
+    headers = _read_headers(_weight_files(directory))
+    packed = whole and any(name.endswith("_blocks") for name in headers)
+    plan = {path: source for path, source in _target_plan(config, packed) if path.startswith(wanted)}
+    names = {name for source in plan.values() for name in source.tensors}
+
+    def ignored(name: str) -> bool:
+        if not whole:
+            return name not in names
+        return name.endswith("rotary_emb.inv_freq") or (config.tie_embeddings and name == "lm_head.weight")
+
+    _check(plan, headers, ignored, directory)
+    return Opened(config, plan, _tensor_reader(headers))
+
+
+def build_target(opened: Opened, dtype: str = "float32", mesh: Mesh | None = None) -> Llama:
+    """The target that is read, its weights in `dtype` (float32 or bfloat16), split over the mesh's `tp`."""
+    _check_dtype(dtype)
+    config = opened.config
+    kind = GptOss if config.family == "gpt_oss" else Llama
+    return _fill(lambda: kind(config, dtype=DTYPES[dtype], rngs=nnx.Rngs(0)), opened.plan, opened.read, dtype, mesh)
+
+
 def read_target(directory: Path, dtype: str = "float32", mesh: Mesh | None = None) -> Llama:
-    """The target in a snapshot directory. Weights become `dtype` (float32 or bfloat16), split over the mesh's `tp`.
+    """The target in a snapshot directory, or in one that EasyDeL wrote; see `build_target`.
 
     Raises ConfigError or WeightsError, each with every fault of the file.
     """
     _check_dtype(dtype)
-    directory = Path(directory)
-    config = read_target_config(read_json(directory, "config.json"), str(directory / "config.json"))
-    headers = _read_headers(_weight_files(directory))
-    packed = any(name.endswith("_blocks") for name in headers)
-    plan = dict(_target_plan(config, packed))
-
-    def ignored(name: str) -> bool:
-        return name.endswith("rotary_emb.inv_freq") or (config.tie_embeddings and name == "lm_head.weight")
-
-    _check(plan, headers, ignored, directory)
-    kind = GptOss if config.family == "gpt_oss" else Llama
-    return _fill(lambda: kind(config, dtype=DTYPES[dtype], rngs=nnx.Rngs(0)), plan, headers, dtype, mesh)
+    return build_target(_open_target(directory), dtype, mesh)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -328,24 +368,17 @@ class Borrowed:
 
 def _read_some(directory: Path, wanted: tuple[str, ...]) -> tuple[TargetConfig, dict[str, np.ndarray]]:
     """The config of a target, and those of its weights whose paths start so, in the dtype of the file."""
-    directory = Path(directory)
-    config = read_target_config(read_json(directory, "config.json"), str(directory / "config.json"))
-    headers = _read_headers(_weight_files(directory))
-    plan = {path: source for path, source in _target_plan(config, False) if path.startswith(wanted)}
-    names = {name for source in plan.values() for name in source.tensors}
-    _check(plan, headers, lambda name: name not in names, directory)
-    handles = {h.file: safe_open(h.file, framework="numpy") for h in headers.values()}
-    return config, {
-        path: source.combine([handles[headers[name].file].get_tensor(name) for name in source.tensors])
-        for path, source in plan.items()
+    opened = _open_target(directory, wanted)
+    return opened.config, {
+        path: source.combine([opened.read(name) for name in source.tensors]) for path, source in opened.plan.items()
     }
 
 
 def read_tensors(directory: Path) -> dict[str, np.ndarray]:
     """Every tensor of a snapshot by its name, in the dtype of the file. Raises WeightsError."""
     headers = _read_headers(_weight_files(Path(directory)))
-    handles = {h.file: safe_open(h.file, framework="numpy") for h in headers.values()}
-    return {name: handles[h.file].get_tensor(name) for name, h in headers.items()}
+    read = _tensor_reader(headers)
+    return {name: read(name) for name in headers}
 
 
 def read_borrowed(directory: Path) -> Borrowed:
@@ -383,7 +416,9 @@ def read_draft(directory: Path, dtype: str = "float32", mesh: Mesh | None = None
     headers = _read_headers(_weight_files(directory))
     plan = dict(_draft_plan(config))
     _check(plan, headers, lambda _: False, directory)
-    return _fill(lambda: Draft(config, dtype=DTYPES[dtype], rngs=nnx.Rngs(0)), plan, headers, dtype, mesh)
+    return _fill(
+        lambda: Draft(config, dtype=DTYPES[dtype], rngs=nnx.Rngs(0)), plan, _tensor_reader(headers), dtype, mesh
+    )
 
 
 def draft_tensors(draft: Draft) -> dict[str, np.ndarray]:
@@ -476,7 +511,12 @@ def snapshot_hash(directory: Path) -> str:
     digest = hashlib.sha256()
     directory = Path(directory)
     read_json(directory, "config.json")
-    for path in [directory / "config.json", *_weight_files(directory)]:
+    if (directory / "tensorstore_index.json").is_file():
+        arrays = sorted(path for path in (directory / "model").rglob("*") if path.is_file())
+        files = [directory / "tensorstore_index.json", *arrays]
+    else:
+        files = _weight_files(directory)
+    for path in [directory / "config.json", *files]:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()

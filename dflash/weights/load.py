@@ -44,7 +44,8 @@ def target_config(directory: Path) -> TargetConfig:
 def load_target(name_or_dir: str | Path, dtype: str = "float32", mesh: Mesh | None = None) -> Llama:
     """A target from a Hugging Face snapshot directory, or `smollm2-135m`, computing in `dtype` (float32, bfloat16).
 
-    With a mesh its weights are split over the axis `tp`. Raises ConfigError, WeightsError or SnapshotError.
+    A directory that EasyDeL's `save_pretrained` wrote is read too. With a mesh its weights are split over the axis
+    `tp`. Raises ConfigError, WeightsError or SnapshotError.
     """
     return huggingface.read_target(target_directory(name_or_dir), dtype, mesh)
 

@@ -241,7 +241,7 @@ SEEDS_KEYS = """
     sharding_axis_dims target_layer_ids add_one_for_pre_layer_capture target_ids_mode hidden_size num_context_features
     dtype seed position_offsets position_offset_mode positions_contiguous ctx_pos_start_file anchor_pos_file
     teacher_easydel_dir calib_repo_id calib_data_files max_rows_per_pack wall_s"""
-OUR_KEYS = {"form", "snapshot_sha256", "computed_in", "conversations", "conversations_sha256", "split"}
+OUR_KEYS = {"form", "snapshot_sha256", "computed_in", "teacher", "conversations", "conversations_sha256", "split"}
 
 
 def test_meta_of_windows_has_every_key_of_the_seeds_loader_and_ours(built):

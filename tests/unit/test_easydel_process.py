@@ -1,0 +1,129 @@
+"""What importing EasyDeL leaves of the process: as it was."""
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from dflash import easydel
+from dflash.cli import main
+from dflash.tiny import write_tiny_target, write_tiny_tokenizer
+
+_LOOK = """
+import json, logging, os, sys, warnings
+import jax
+jax.config.update("jax_compilation_cache_dir", {cache!r})
+
+def look():
+    return {{
+        "environment": dict(os.environ),
+        "limit": sys.getrecursionlimit(),
+        "hook": repr(sys.excepthook),
+        "log": [logging.root.level, repr(logging.root.handlers)],
+        "warnings": repr(warnings.filters),
+        "jax": {{name: repr(value) for name, value in jax.config.values.items() if name in known}},
+    }}
+
+known = list(jax.config.values)
+before = look()
+{action}
+after = look()
+jax.jit(lambda x: x + 1)(1.0)
+print(json.dumps([before, after, sorted(os.listdir({cache!r}))]))
+"""
+
+
+def _look(action, cache):
+    """The process before and after `action`, and what a program compiled afterwards left in jax's compile cache."""
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    code = _LOOK.format(action=action, cache=str(cache))
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.fixture
+def cache(tmp_path):
+    directory = tmp_path / "cache"
+    directory.mkdir()
+    return directory
+
+
+def test_what_is_changed_meanwhile_is_put_back(cache):
+    action = """
+from dflash.easydel import isolated
+from jax.experimental.compilation_cache import compilation_cache
+with isolated():
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=3"
+    del os.environ["JAX_PLATFORMS"]
+    sys.setrecursionlimit(10000)
+    sys.excepthook = print
+    logging.basicConfig(level=10, force=True)
+    warnings.simplefilter("error")
+    compilation_cache.set_cache_dir("/elsewhere")
+    jax.config.update("jax_compilation_cache_dir", "/elsewhere")
+    jax.jit(lambda x: x + 2)(1.0)
+"""
+    before, after, compiled = _look(action, cache)
+    assert after == before
+    # The second program is kept where the user wants it, the first nowhere.
+    assert len([name for name in compiled if name.endswith("-cache")]) == 1, compiled
+
+
+def test_it_is_put_back_after_a_failure(monkeypatch):
+    monkeypatch.delenv("EASYDEL_AUTO", raising=False)
+
+    def fail():
+        with easydel.isolated():
+            raise KeyError(os.environ["EASYDEL_AUTO"])
+
+    with pytest.raises(KeyError, match="0"):
+        fail()
+    assert "EASYDEL_AUTO" not in os.environ
+
+
+def test_where_it_is_missing_or_another_the_error_says_what_to_do(monkeypatch):
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(easydel.metadata, "version", missing)
+    with pytest.raises(easydel.EasyDelError, match=r"not installed: pip install 'dflash-bench\[easydel\]'"):
+        easydel.load()
+    monkeypatch.setattr(easydel.metadata, "version", lambda name: "0.4.0")
+    with pytest.raises(easydel.EasyDelError, match=r"must be 0\.3\.0.*got 0\.4\.0"):
+        easydel.load()
+
+
+@pytest.mark.parametrize("command", [["audit-teacher"], ["build-cache", "cache", "--teacher", "easydel"]])
+def test_a_command_that_needs_it_says_so_in_one_sentence(command, monkeypatch, capsys, tmp_path):
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    folder = write_tiny_tokenizer(write_tiny_target(tmp_path / "target", num_hidden_layers=4))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(easydel.metadata, "version", missing)
+    more = ["--target-layer-ids", "0"] if "build-cache" in command else []
+    monkeypatch.setattr(sys, "argv", ["dflash", *command, "--target", str(folder), *more])
+    assert main() == 2
+    assert capsys.readouterr().err.startswith("dflash: EasyDeL is not installed: pip install")
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.oracle
+@pytest.mark.easydel
+def test_importing_easydel_leaves_the_process_as_it_was(cache):
+    try:
+        importlib.metadata.version("easydel")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("EasyDeL is not installed")
+    before, after, compiled = _look("from dflash import easydel\neasydel.load()", cache)
+    assert after == before
+    assert len([name for name in compiled if name.endswith("-cache")]) == 1, compiled
