@@ -22,9 +22,9 @@ from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
-from dflash.config import read_target_config
 from dflash.models.layers import precision
 from dflash.models.llama import Llama
+from dflash.weights.config_json import read_target_config
 from dflash.weights.easydel_target import from_state, to_state
 from dflash.weights.huggingface import DTYPES, read_json
 

@@ -15,7 +15,7 @@ import tokenizers
 from safetensors.numpy import save_file
 from tokenizers import decoders, models, pre_tokenizers
 
-from dflash.config import read_target_config
+from dflash.weights.config_json import read_target_config
 from dflash.weights.huggingface import target_tensors
 
 _YARN = {

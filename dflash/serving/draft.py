@@ -8,8 +8,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from dflash.config import ConfigError, DraftConfig, read_target_config
+from dflash.config import ConfigError, DraftConfig
 from dflash.serving.server import ServingError
+from dflash.weights.config_json import read_target_config
 from dflash.weights.export import check_directory
 from dflash.weights.huggingface import read_json
 from dflash.weights.runs import is_root, is_run

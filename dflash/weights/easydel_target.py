@@ -12,8 +12,9 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from dflash.config import TargetConfig, read_target_config
+from dflash.config import TargetConfig
 from dflash.models.llama import Llama
+from dflash.weights.config_json import read_target_config
 from dflash.weights.huggingface import Opened, Source, WeightsError, build_target, read_json
 from dflash.weights.zarr import array_faults, read_arrays, read_index
 

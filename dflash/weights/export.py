@@ -12,18 +12,9 @@ from typing import Any, Literal
 import ml_dtypes
 import numpy as np
 
-from dflash.config import (
-    ConfigError,
-    DraftConfig,
-    TargetConfig,
-    check_draft,
-    draft_extras,
-    range_faults,
-    read_draft_config,
-    read_target_config,
-    write_draft_config,
-)
+from dflash.config import ConfigError, DraftConfig, TargetConfig, check_draft, range_faults
 from dflash.models.draft import Draft
+from dflash.weights.config_json import draft_extras, read_draft_config, read_target_config, write_draft_config
 from dflash.weights.huggingface import (
     WeightsError,
     check_draft_tensors,

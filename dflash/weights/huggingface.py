@@ -22,17 +22,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from dflash.config import (
-    ConfigError,
-    DraftConfig,
-    TargetConfig,
-    read_draft_config,
-    read_target_config,
-    write_draft_config,
-)
+from dflash.config import ConfigError, DraftConfig, TargetConfig
 from dflash.models.draft import Draft
 from dflash.models.gpt_oss import GptOss
 from dflash.models.llama import Llama
+from dflash.weights.config_json import read_draft_config, read_target_config, write_draft_config
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 _FLOATS = ("BF16", "F16", "F32")

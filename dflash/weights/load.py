@@ -17,11 +17,11 @@ from dflash.config import (
     TargetConfig,
     build_target_layer_ids,
     check_draft,
-    read_target_config,
 )
 from dflash.models.draft import Draft
 from dflash.models.llama import Llama
 from dflash.weights import easydel, huggingface, smollm2
+from dflash.weights.config_json import read_target_config
 from dflash.weights.older import convert
 from dflash.weights.older_layouts import is_older_run, linen_step, read_older
 from dflash.weights.runs import is_root, is_run

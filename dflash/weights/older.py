@@ -19,16 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from dflash.config import (
-    ConfigError,
-    DraftConfig,
-    TargetConfig,
-    read_draft_config,
-    read_target_config,
-    write_rope,
-)
+from dflash.config import ConfigError, DraftConfig, TargetConfig
 from dflash.models.draft import Draft
 from dflash.models.layers import rope_attention_factor
+from dflash.weights.config_json import read_draft_config, read_target_config, write_rope
 from dflash.weights.easydel import join_draft, plan
 from dflash.weights.huggingface import WeightsError, read_json
 

@@ -9,11 +9,11 @@ import sys
 import pytest
 
 from dflash import init_draft, load_target, write_draft
-from dflash.config import read_draft_config
 from dflash.serving.adapters import ADAPTERS, Installed, Launch
 from dflash.serving.draft import Draft
 from dflash.serving.server import ServingError
 from dflash.tiny import write_tiny_target
+from dflash.weights.config_json import read_draft_config
 
 # What stands in each version that its adapter looks for.
 UPSTREAM = {"srt/server_args.py": 'choices=["EAGLE", "DFLASH"]\n"DFLASH requires --speculative-eagle-topk=1 (linear"'}

@@ -10,12 +10,13 @@ import pytest
 from flax import nnx
 
 from dflash import decode, load_target
-from dflash.config import ConfigError, ConvConfig, SelectorConfig, read_draft_config, write_draft_config
+from dflash.config import ConfigError, ConvConfig, SelectorConfig
 from dflash.models.conv import DynamicConv
 from dflash.models.selector import CandidateSelector
 from dflash.tiny import write_tiny_target
 from dflash.training.objective import Objective, block_sums, predict_blocks
 from dflash.training.trainer import TrainConfig, Trainer
+from dflash.weights.config_json import read_draft_config, write_draft_config
 from dflash.weights.easydel import read_run, write_run
 from dflash.weights.huggingface import read_draft, write_draft
 from dflash.weights.load import new_draft

@@ -10,8 +10,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from dflash import ConfigError, WeightsError, decode, load_draft, load_target
-from dflash.config import ConvConfig, RopeConfig, SelectorConfig, check_draft, read_draft_config, read_target_config
+from dflash.config import ConvConfig, RopeConfig, SelectorConfig, check_draft
 from dflash.tiny import tiny_config, write_tiny_target
+from dflash.weights.config_json import read_draft_config, read_target_config
 from dflash.weights.export import check_directory, check_export, export_draft, parse_size
 from dflash.weights.huggingface import draft_tensors, read_draft, read_tensors
 from dflash.weights.load import read_any_draft

@@ -9,9 +9,9 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dflash.config import read_target_config
 from dflash.models.gpt_oss import Experts
 from dflash.tiny import tiny_config, write_tiny_target
+from dflash.weights.config_json import read_target_config
 from dflash.weights.huggingface import dequantise_mxfp4, read_target
 
 E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6]

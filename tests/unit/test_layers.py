@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from dflash.config import RopeConfig, read_target_config
+from dflash.config import RopeConfig
 from dflash.models.layers import (
     Linear,
     RMSNorm,
@@ -28,6 +28,7 @@ from dflash.models.layers import (
 )
 from dflash.models.llama import Llama
 from dflash.tiny import tiny_config
+from dflash.weights.config_json import read_target_config
 
 prove = functools.partial(settings, derandomize=True, database=None, deadline=None)
 sizes = st.integers(1, 24)

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from dflash.config import FAMILIES, ConfigError, RopeConfig, read_target_config
+from dflash.config import FAMILIES, ConfigError, RopeConfig
 from dflash.models.gpt_oss import GptOss
 from dflash.models.llama import Llama
 from dflash.tiny import tiny_config, write_tiny_target
+from dflash.weights.config_json import read_target_config
 from dflash.weights.huggingface import read_target, target_tensors
 
 each_family = pytest.mark.parametrize("family", FAMILIES)
