@@ -21,9 +21,9 @@ from dflash.models.llama import Llama
 from dflash.prompts import PromptError, exact_length_prompts, load_prompts
 from dflash.sweep import Case, Setting, cases, settings
 from dflash.tokenizer import TokenizerError
-from dflash.weights.huggingface import WeightsError, snapshot_hash
 from dflash.weights.load import UNTRAINED, draft_hash, target_directory
 from dflash.weights.smollm2 import SnapshotError
+from dflash.weights.snapshot import WeightsError, snapshot_hash
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -19,9 +19,9 @@ from dflash.serving.results import case_facts
 from dflash.serving.run import served_run
 from dflash.serving.server import ServingError
 from dflash.tokenizer import TokenizerError, load_tokenizer
-from dflash.weights.huggingface import WeightsError
 from dflash.weights.load import UNTRAINED
 from dflash.weights.smollm2 import SnapshotError
+from dflash.weights.snapshot import WeightsError
 
 
 @pytest.fixture

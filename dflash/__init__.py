@@ -12,8 +12,9 @@ from dflash.config import MODES, ConfigError
 from dflash.decoding.decode import DecodeResult, RequestError, decode
 from dflash.decoding.script import ScriptedDraft
 from dflash.tokenizer import Tokenizer, load_tokenizer
-from dflash.weights.huggingface import WeightsError, write_draft
+from dflash.weights.huggingface import write_draft
 from dflash.weights.load import init_draft, load_draft, load_target
+from dflash.weights.snapshot import WeightsError
 
 __all__ = [
     "MODES",

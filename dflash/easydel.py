@@ -26,7 +26,8 @@ from dflash.models.layers import precision
 from dflash.models.llama import Llama
 from dflash.weights.config_json import read_target_config
 from dflash.weights.easydel_target import from_state, to_state
-from dflash.weights.huggingface import DTYPES, read_json
+from dflash.weights.huggingface import DTYPES
+from dflash.weights.snapshot import read_json
 
 VERSION = "0.3.0"
 _ENVIRONMENT = {

@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from tokenizers import decoders, models, pre_tokenizers
 
 from dflash.weights.config_json import read_target_config
-from dflash.weights.huggingface import target_tensors
+from dflash.weights.plan import target_tensors
 
 _YARN = {
     "rope_type": "yarn",

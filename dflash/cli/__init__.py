@@ -24,8 +24,8 @@ from dflash.serving.server import ServingError
 from dflash.teacher_cache.arrays import CacheError
 from dflash.tokenizer import TokenizerError
 from dflash.training.run import TrainingError
-from dflash.weights.huggingface import WeightsError
 from dflash.weights.smollm2 import SnapshotError
+from dflash.weights.snapshot import WeightsError
 
 USER_ERRORS = (
     CacheError,

@@ -13,8 +13,8 @@ from dflash.easydel_teacher import TeacherReader, load_teacher
 from dflash.teacher_cache.build import Source, WindowConfig, build_sequences, build_windows
 from dflash.teacher_cache.conversations import ConversationConfig, load_openings
 from dflash.tokenizer import load_tokenizer
-from dflash.weights.huggingface import snapshot_hash
 from dflash.weights.load import load_target, target_directory
+from dflash.weights.snapshot import snapshot_hash
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

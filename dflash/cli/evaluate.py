@@ -17,8 +17,9 @@ from dflash.report import acceptance_table
 from dflash.teacher_cache import open_cache
 from dflash.teacher_cache.arrays import write_atomically
 from dflash.teacher_cache.sequences import SequenceCache
-from dflash.weights.huggingface import read_borrowed, snapshot_hash
+from dflash.weights.huggingface import read_borrowed
 from dflash.weights.load import model_facts, read_any_draft, target_directory
+from dflash.weights.snapshot import snapshot_hash
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

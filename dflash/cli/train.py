@@ -18,8 +18,9 @@ from dflash.training.objective import Objective
 from dflash.training.run import Run, RunConfig
 from dflash.training.start import check_init_layers, start_from_layers
 from dflash.training.trainer import TrainConfig, Trainer
-from dflash.weights.huggingface import Borrowed, read_borrowed, read_layers, snapshot_hash
+from dflash.weights.huggingface import Borrowed, read_borrowed, read_layers
 from dflash.weights.load import draft_hash, new_draft, read_any_draft, target_directory
+from dflash.weights.snapshot import snapshot_hash
 
 HELD_OUT_BATCHES = 4
 

@@ -12,8 +12,8 @@ from dflash.config import ConfigError, DraftConfig
 from dflash.serving.server import ServingError
 from dflash.weights.config_json import read_target_config
 from dflash.weights.export import check_directory
-from dflash.weights.huggingface import read_json
 from dflash.weights.runs import is_root, is_run
+from dflash.weights.snapshot import read_json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,8 +12,8 @@ from dflash.serving import draft as drafts
 from dflash.serving.adapters import ADAPTERS, Adapter, Launch
 from dflash.serving.draft import Draft
 from dflash.serving.server import Server, ServingError, free_port, started
-from dflash.weights.huggingface import read_json
 from dflash.weights.load import target_directory
+from dflash.weights.snapshot import read_json
 
 # A server of unknown kind, which speaks OpenAI's API and is only asked.
 OPENAI = "openai"

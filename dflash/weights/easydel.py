@@ -20,9 +20,10 @@ from flax import nnx
 from dflash.config import ConfigError, DraftConfig
 from dflash.models.draft import Draft
 from dflash.weights.config_json import read_draft_config, write_draft_config
-from dflash.weights.huggingface import DTYPES, WeightsError
+from dflash.weights.huggingface import DTYPES
 from dflash.weights.leaves import check_leaves, leaf_kind, leaves_of, restore
 from dflash.weights.runs import MARKER, check_run, latest_run, new_run, resolve_run
+from dflash.weights.snapshot import WeightsError
 from dflash.weights.zarr import (
     array_faults,
     read_arrays,

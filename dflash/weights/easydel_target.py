@@ -15,7 +15,9 @@ from jax.sharding import Mesh
 from dflash.config import TargetConfig
 from dflash.models.llama import Llama
 from dflash.weights.config_json import read_target_config
-from dflash.weights.huggingface import Opened, Source, WeightsError, build_target, read_json
+from dflash.weights.huggingface import Opened, build_target
+from dflash.weights.plan import Source
+from dflash.weights.snapshot import WeightsError, read_json
 from dflash.weights.zarr import array_faults, read_arrays, read_index
 
 _FLOATS = ("float32", "bfloat16", "float16")

@@ -15,13 +15,8 @@ import numpy as np
 from dflash.config import ConfigError, DraftConfig, TargetConfig, check_draft, range_faults
 from dflash.models.draft import Draft
 from dflash.weights.config_json import draft_extras, read_draft_config, read_target_config, write_draft_config
-from dflash.weights.huggingface import (
-    WeightsError,
-    check_draft_tensors,
-    draft_tensors,
-    read_json,
-    write_snapshot,
-)
+from dflash.weights.huggingface import check_draft_tensors, draft_tensors
+from dflash.weights.snapshot import WeightsError, read_json, write_snapshot
 
 Consumer = Literal["z-lab", "sglang-jax", "speculators"]
 Dtype = Literal["float32", "bfloat16", "float16"]

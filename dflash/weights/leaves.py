@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dflash.weights.huggingface import WeightsError
+from dflash.weights.snapshot import WeightsError
 from dflash.weights.zarr import STORED_DTYPES
 
 

@@ -24,7 +24,7 @@ from dflash.models.draft import Draft
 from dflash.models.layers import rope_attention_factor
 from dflash.weights.config_json import read_draft_config, read_target_config, write_rope
 from dflash.weights.easydel import join_draft, plan
-from dflash.weights.huggingface import WeightsError, read_json
+from dflash.weights.snapshot import WeightsError, read_json
 
 _NORMS = ("/q_norm/scale/value", "/k_norm/scale/value")
 

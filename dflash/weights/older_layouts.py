@@ -10,7 +10,7 @@ from flax.serialization import msgpack_restore
 
 from dflash.config import ConfigError, TargetConfig
 from dflash.weights.easydel import resolve_run
-from dflash.weights.huggingface import WeightsError, holds_weights, read_json, read_tensors
+from dflash.weights.huggingface import read_tensors
 from dflash.weights.older import (
     OlderDraft,
     older_config,
@@ -20,6 +20,7 @@ from dflash.weights.older import (
     target_settings,
 )
 from dflash.weights.runs import is_root, is_run
+from dflash.weights.snapshot import WeightsError, holds_weights, read_json
 from dflash.weights.zarr import read_arrays, read_index, read_object
 
 _MSGPACK = "draft_params.msgpack"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import filelock
 
-from dflash.weights.huggingface import WeightsError
+from dflash.weights.snapshot import WeightsError
 from dflash.weights.zarr import INDEX
 
 MARKER = "metadata.json"

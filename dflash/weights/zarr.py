@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import tensorstore
 
-from dflash.weights.huggingface import WeightsError
+from dflash.weights.snapshot import WeightsError
 
 INDEX = "tensorstore_index.json"
 _INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")

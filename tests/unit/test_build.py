@@ -31,7 +31,7 @@ from dflash.teacher_cache import (
 from dflash.teacher_cache.build import window_contexts
 from dflash.teacher_cache.conversations import Conversation, read_conversations, split_record
 from dflash.tiny import write_tiny_target, write_tiny_tokenizer
-from dflash.weights.huggingface import snapshot_hash
+from dflash.weights.snapshot import snapshot_hash
 
 pytestmark = pytest.mark.slow
 

@@ -14,8 +14,8 @@ import pytest
 from dflash import Tokenizer, cli, decode, device, init_draft, load_target, load_tokenizer, write_draft
 from dflash.cli.generate import _print_new
 from dflash.tiny import write_tiny_target, write_tiny_tokenizer
-from dflash.weights.huggingface import snapshot_hash
 from dflash.weights.load import draft_hash
+from dflash.weights.snapshot import snapshot_hash
 
 ROOT = Path(__file__).parents[2]
 ASK = "Tell me more"

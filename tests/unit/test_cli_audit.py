@@ -10,7 +10,7 @@ from dflash import cli
 from dflash.audit import DEFECT, NEAR_TIE, Audit, Divergence
 from dflash.parity import Parity
 from dflash.tiny import write_tiny_target, write_tiny_tokenizer
-from dflash.weights.huggingface import snapshot_hash
+from dflash.weights.snapshot import snapshot_hash
 
 SPREAD = {"ulps_max": 2.5, "ulps_p99": 1.0}
 PARITY = Parity(

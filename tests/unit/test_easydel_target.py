@@ -9,7 +9,8 @@ from flax import nnx
 from dflash import load_target
 from dflash.tiny import write_tiny_target
 from dflash.weights.easydel_target import from_state, to_state
-from dflash.weights.huggingface import WeightsError, read_borrowed, read_layers, read_tensors, snapshot_hash
+from dflash.weights.huggingface import read_borrowed, read_layers, read_tensors
+from dflash.weights.snapshot import WeightsError, snapshot_hash
 from dflash.weights.zarr import write_array, write_index
 
 FAMILIES = {"llama": {"tie_word_embeddings": True}, "qwen2": {}, "qwen3": {}, "gpt_oss": {}}

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from dflash.models.gpt_oss import Experts
 from dflash.tiny import tiny_config, write_tiny_target
 from dflash.weights.config_json import read_target_config
-from dflash.weights.huggingface import dequantise_mxfp4, read_target
+from dflash.weights.huggingface import read_target
+from dflash.weights.plan import dequantise_mxfp4
 
 E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
 

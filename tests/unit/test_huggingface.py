@@ -17,7 +17,9 @@ import dflash
 from dflash.config import FAMILIES, ConfigError
 from dflash.tiny import write_tiny_target
 from dflash.weights import huggingface
-from dflash.weights.huggingface import WeightsError, read_draft, read_json, read_target, snapshot_hash, write_draft
+from dflash.weights import snapshot as snapshot_module
+from dflash.weights.huggingface import read_draft, read_target, write_draft
+from dflash.weights.snapshot import WeightsError, read_json, snapshot_hash
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
@@ -283,9 +285,9 @@ def test_a_written_draft_has_z_labs_names_and_no_others(draw_draft, tmp_path):
     assert (tmp_path / "draft").stat().st_mode & 0o777 == 0o755
 
 
-@pytest.mark.parametrize("broken", ["save_file", "write_draft_config"])
-def test_a_write_that_fails_leaves_nothing(draw_draft, tmp_path, monkeypatch, broken):
-    whole = getattr(huggingface, broken)
+@pytest.mark.parametrize(("module", "broken"), [(snapshot_module, "save_file"), (huggingface, "write_draft_config")])
+def test_a_write_that_fails_leaves_nothing(draw_draft, tmp_path, monkeypatch, module, broken):
+    whole = getattr(module, broken)
 
     def fail_late(*args, **kwargs):
         whole(*args, **kwargs)
@@ -293,7 +295,7 @@ def test_a_write_that_fails_leaves_nothing(draw_draft, tmp_path, monkeypatch, br
 
     draft = draw_draft()
     with monkeypatch.context() as patch:
-        patch.setattr(huggingface, broken, fail_late)
+        patch.setattr(module, broken, fail_late)
         with pytest.raises(OSError, match="No space left"):
             write_draft(draft, tmp_path / "draft")
     assert list(tmp_path.iterdir()) == []

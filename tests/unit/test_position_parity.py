@@ -14,8 +14,9 @@ from dflash import load_target, load_tokenizer
 from dflash.evaluate import Evaluator, summarise
 from dflash.teacher_cache import ConversationConfig, Source, WindowConfig, build_windows, open_cache
 from dflash.tiny import write_tiny_target, write_tiny_tokenizer
-from dflash.weights.huggingface import read_borrowed, snapshot_hash
+from dflash.weights.huggingface import read_borrowed
 from dflash.weights.load import new_draft
+from dflash.weights.snapshot import snapshot_hash
 
 pytestmark = pytest.mark.slow
 

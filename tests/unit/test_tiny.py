@@ -15,7 +15,8 @@ from dflash.models.gpt_oss import GptOss
 from dflash.models.llama import Llama
 from dflash.tiny import tiny_config, write_tiny_target
 from dflash.weights.config_json import read_target_config
-from dflash.weights.huggingface import read_target, target_tensors
+from dflash.weights.huggingface import read_target
+from dflash.weights.plan import target_tensors
 
 each_family = pytest.mark.parametrize("family", FAMILIES)
 

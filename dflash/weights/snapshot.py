@@ -1,0 +1,161 @@
+"""A snapshot directory: config.json and safetensors files, looked at by their headers, written whole or not at all."""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+
+class WeightsError(ValueError):
+    """Weights on disk that can't be used: what is wrong, tensor by tensor, and what to do."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Header:
+    """Where a tensor of a snapshot lies, and what it is."""
+
+    file: Path
+    kind: str
+    shape: tuple[int, ...]
+
+
+def read_json(directory: Path, name: str) -> dict[str, Any]:
+    """An object from a JSON file of a snapshot. Raises WeightsError when it is missing or no JSON object."""
+    path = directory / name
+    if not directory.is_dir():
+        raise WeightsError(f"a snapshot is a directory; {directory} is none: give a local directory or `smollm2-135m`")
+    if not path.is_file():
+        raise WeightsError(f"a snapshot needs {name}; {directory} has none: is it a Hugging Face snapshot directory?")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # what is no JSON, no UTF-8, a number too long or too deep a nest
+        raise WeightsError(f"{path} is no valid JSON ({error}): fetch the snapshot again") from None
+    if not isinstance(value, dict):
+        raise WeightsError(f"{path} must hold a JSON object, got {type(value).__name__}")
+    return value
+
+
+def holds_weights(directory: Path) -> bool:
+    """Whether a directory has the weights of a snapshot, whole or in parts."""
+    return any((directory / n).is_file() for n in ("model.safetensors", "model.safetensors.index.json"))
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a snapshot, by its index or the single file; names never leave the directory."""
+    if (directory / "model.safetensors").is_file():
+        return [directory / "model.safetensors"]
+    if not (directory / "model.safetensors.index.json").is_file():
+        raise WeightsError(
+            f"a snapshot needs model.safetensors or model.safetensors.index.json; {directory} has neither "
+            "(pickled .bin weights are not read)"
+        )
+    weight_map = read_json(directory, "model.safetensors.index.json").get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise WeightsError(f"{directory}/model.safetensors.index.json must hold a weight_map")
+    names = sorted({str(n) for n in weight_map.values()})
+    bad = [n for n in names if Path(n).name != n or not n.endswith(".safetensors")]
+    if bad:
+        raise WeightsError(f"weight_map may name .safetensors files of its own directory only, got {bad}")
+    missing = [n for n in names if not (directory / n).is_file()]
+    if missing:
+        raise WeightsError(f"{directory} lacks {missing} named in its index: the download is incomplete")
+    return [directory / n for n in names]
+
+
+def read_headers(files: Sequence[Path]) -> dict[str, Header]:
+    headers: dict[str, Header] = {}
+    for path in files:
+        try:
+            with safe_open(path, framework="numpy") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 (a handle, not a dict)
+                    if name in headers:
+                        raise WeightsError(f"{name} is in {headers[name].file} and in {path}: fetch the snapshot again")
+                    part = tensors.get_slice(name)
+                    headers[name] = Header(path, part.get_dtype(), tuple(part.get_shape()))
+        except (SafetensorError, OSError) as error:
+            raise WeightsError(f"{path} can't be read ({error}): it is damaged or cut short, fetch it again") from None
+    return headers
+
+
+def write_snapshot(
+    directory: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    *,
+    shard_bytes: int | None = None,
+    record: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes config.json and safetensors, in files of at most `shard_bytes` (a larger tensor has one to itself).
+
+    See `write_draft` for the record. Raises WeightsError when `directory` exists.
+    """
+    directory = Path(directory)
+    if directory.exists():
+        raise WeightsError(f"a draft is written to a new directory; {directory} exists: remove it or name another")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+    try:
+        _save_shards(temporary, _shards(tensors, shard_bytes))
+        (temporary / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        if record is not None:
+            whole = {"draft_sha256": snapshot_hash(temporary), **record}
+            text = json.dumps(whole, indent=2, sort_keys=True, allow_nan=False)
+            (temporary / "training.json").write_text(text + "\n", encoding="utf-8")
+        temporary.chmod(0o755)
+        temporary.rename(directory)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _shards(tensors: Mapping[str, np.ndarray], shard_bytes: int | None) -> list[dict[str, np.ndarray]]:
+    shards: list[dict[str, np.ndarray]] = [{}]
+    filled = 0
+    for name, value in tensors.items():
+        if shard_bytes is not None and shards[-1] and filled + value.nbytes > shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = value
+        filled += value.nbytes
+    return shards
+
+
+def _save_shards(directory: Path, shards: Sequence[dict[str, np.ndarray]]) -> None:
+    # transformers 4 takes no other format than pt, tf, flax and mlx.
+    metadata = {"format": "pt"}
+    if len(shards) == 1:
+        save_file(shards[0], directory / "model.safetensors", metadata=metadata)
+        return
+    weight_map: dict[str, str] = {}
+    for i, shard in enumerate(shards, 1):
+        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, directory / file, metadata=metadata)
+        weight_map |= dict.fromkeys(shard, file)
+    total = sum(value.nbytes for shard in shards for value in shard.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+    (directory / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+
+
+def snapshot_hash(directory: Path) -> str:
+    """SHA-256 over config.json and the weight files of a snapshot: what a result says that it was measured on."""
+    digest = hashlib.sha256()
+    directory = Path(directory)
+    read_json(directory, "config.json")
+    if (directory / "tensorstore_index.json").is_file():
+        arrays = sorted(path for path in (directory / "model").rglob("*") if path.is_file())
+        files = [directory / "tensorstore_index.json", *arrays]
+    else:
+        files = weight_files(directory)
+    for path in [directory / "config.json", *files]:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
