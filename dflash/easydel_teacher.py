@@ -19,7 +19,7 @@ from dflash import easydel
 from dflash.config import TargetConfig
 from dflash.models.layers import rope_tables
 from dflash.models.llama import Llama
-from dflash.teacher_cache.build import FeatureReader
+from dflash.teacher_cache.source import FeatureReader
 
 # Above rounding in float32, and far below what each deviation does.
 _SAME_TABLE = 1e-4

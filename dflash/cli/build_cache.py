@@ -10,8 +10,10 @@ import tyro
 from dflash.config import build_target_layer_ids
 from dflash.device import open_default_device
 from dflash.easydel_teacher import TeacherReader, load_teacher
-from dflash.teacher_cache.build import Source, WindowConfig, build_sequences, build_windows
+from dflash.teacher_cache.build_sequences import build_sequences
+from dflash.teacher_cache.build_windows import WindowConfig, build_windows
 from dflash.teacher_cache.conversations import ConversationConfig, load_openings
+from dflash.teacher_cache.source import Source
 from dflash.tokenizer import load_tokenizer
 from dflash.weights.load import load_target, target_directory
 from dflash.weights.snapshot import snapshot_hash

@@ -6,9 +6,11 @@ The sequence form is for training here; the window form is what earlier loaders 
 from pathlib import Path
 
 from dflash.teacher_cache.arrays import CacheError, building_dir, read_meta
-from dflash.teacher_cache.build import Source, WindowConfig, build_sequences, build_windows
+from dflash.teacher_cache.build_sequences import build_sequences
+from dflash.teacher_cache.build_windows import WindowConfig, build_windows
 from dflash.teacher_cache.conversations import ConversationConfig
 from dflash.teacher_cache.sequences import FORM, SequenceCache, open_sequences
+from dflash.teacher_cache.source import Source
 from dflash.teacher_cache.windows import WindowCache, open_windows
 
 __all__ = [

@@ -5,8 +5,8 @@ from itertools import accumulate
 import numpy as np
 
 from dflash.teacher_cache.arrays import ArrayWriter
-from dflash.teacher_cache.build import FeatureReader
 from dflash.teacher_cache.sequences import open_sequences, sequence_specs
+from dflash.teacher_cache.source import FeatureReader
 from dflash.training.batches import TrainingBatches
 from dflash.training.objective import Objective
 from dflash.training.trainer import TrainConfig, Trainer

@@ -28,7 +28,7 @@ from dflash.teacher_cache import (
     build_windows,
     open_cache,
 )
-from dflash.teacher_cache.build import window_contexts
+from dflash.teacher_cache.build_windows import window_contexts
 from dflash.teacher_cache.conversations import Conversation, read_conversations, split_record
 from dflash.tiny import write_tiny_target, write_tiny_tokenizer
 from dflash.weights.snapshot import snapshot_hash

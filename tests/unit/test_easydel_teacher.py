@@ -13,8 +13,8 @@ from dflash.cli import main
 from dflash.config import RopeConfig
 from dflash.easydel_teacher import CORRECTIONS, ROPE, TeacherReader, audit_teacher, load_teacher
 from dflash.models.layers import rope_tables
-from dflash.teacher_cache.build import FeatureReader
 from dflash.teacher_cache.sequences import open_sequences
+from dflash.teacher_cache.source import FeatureReader
 from dflash.teacher_cache.windows import from_bits
 from dflash.tiny import write_tiny_target, write_tiny_tokenizer
 

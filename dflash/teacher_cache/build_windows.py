@@ -1,199 +1,36 @@
-"""Target -> teacher cache: its text (conversations.jsonl), then what its layers say of every token."""
+"""Target -> teacher cache in window form, which earlier loaders read: contexts cut from its text, and what follows."""
 
-import contextlib
 import dataclasses
-import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
-from itertools import accumulate
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jax import Array
 from tqdm import tqdm
 
 from dflash.models.llama import Llama
-from dflash.prompts import PromptError
 from dflash.teacher_cache.arrays import ArrayWriter, CacheError
 from dflash.teacher_cache.conversations import (
     Conversation,
     ConversationConfig,
     check_sources,
-    split_record,
     write_conversations,
 )
 from dflash.teacher_cache.sample import Sampler
-from dflash.teacher_cache.sequences import FORM, sequence_specs
+from dflash.teacher_cache.source import (
+    FeatureReader,
+    Source,
+    check_layer_ids,
+    check_offsets,
+    common_meta,
+    text_record,
+    too_little_leaves_nothing,
+)
 from dflash.teacher_cache.window_meta import LABELS, OFFSET_MODES
 from dflash.teacher_cache.windows import to_bits, window_specs
-from dflash.tokenizer import Tokenizer
 
 ACCEPT_LEN_MODES = ("full", "uniform", "geometric")
-
-
-@partial(jax.jit, static_argnames=("graph", "layer_ids"))
-def _features(graph: Any, weights: Any, tokens: Array, positions: Array, layer_ids: tuple[int, ...]) -> Array:
-    """tokens and positions int32 [B, T] -> bits of bfloat16, uint16 [B, T, K*H]."""
-    target = nnx.merge(graph, weights)
-    B, T = tokens.shape
-    _, outputs, _ = target.hidden(tokens, layer_ids=layer_ids, positions=positions)
-    rows = jnp.stack(outputs).reshape(-1, B, T).transpose(1, 2, 0)
-    return jax.lax.bitcast_convert_type(rows.astype(jnp.bfloat16), jnp.uint16)
-
-
-class FeatureReader:
-    """Runs the target over token sequences for the outputs of some layers; models go in split, so weights stay put."""
-
-    def __init__(self, target: Llama, layer_ids: Sequence[int]):
-        self._graph, self._weights = nnx.split(target)
-        self._layer_ids = tuple(layer_ids)
-
-    def __call__(
-        self, rows: Sequence[Sequence[int] | np.ndarray], starts: Sequence[int] | np.ndarray
-    ) -> list[np.ndarray]:
-        """uint16 [len(row), K*H] for every row, whose first token is at position `starts` of that row."""
-        length = -(-max(map(len, rows)) // 64) * 64
-        tokens = np.zeros((len(rows), length), np.int32)
-        for padded, row in zip(tokens, rows, strict=True):
-            padded[: len(row)] = row
-        positions = np.asarray(starts, np.int32)[:, None] + np.arange(length, dtype=np.int32)
-        bits = self._bits(tokens, positions)
-        return [bits[i, : len(row)] for i, row in enumerate(rows)]
-
-    def _bits(self, tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """tokens and positions int32 [B, T] -> bits of bfloat16, uint16 [B, T, K*H]."""
-        return np.asarray(_features(self._graph, self._weights, tokens, positions, self._layer_ids))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Source:
-    """The target that a cache is made with: its snapshot's name and hash go into the cache.
-
-    Features are the target's own, unless another `teacher`'s forward gives them: `make_reader` of layer ids.
-    """
-
-    target: Llama
-    tokenizer: Tokenizer
-    snapshot_dir: str
-    snapshot_hash: str
-    teacher: str = "dflash"
-    make_reader: Callable[[Sequence[int]], FeatureReader] | None = None
-
-    def reader(self, layer_ids: Sequence[int]) -> FeatureReader:
-        """What reads the outputs of these layers."""
-        return FeatureReader(self.target, layer_ids) if self.make_reader is None else self.make_reader(layer_ids)
-
-
-def check_layer_ids(target: Llama, layer_ids: Sequence[int]) -> None:
-    """Raises CacheError unless these name different layers of the target."""
-    last = target.config.num_layers - 1
-    if not layer_ids or len(set(layer_ids)) < len(layer_ids) or not all(0 <= i <= last for i in layer_ids):
-        raise CacheError(f"target_layer_ids name different layers, 0..{last}, got {list(layer_ids)}")
-
-
-def check_offsets(target: Llama, offsets: Sequence[int], length: int) -> None:
-    """Raises CacheError unless `length` tokens from every offset stay within the target's positions."""
-    limit = target.config.max_position
-    bad = [o for o in offsets if o < 0 or o + length > limit]
-    if bad or not offsets:
-        raise CacheError(
-            f"position offsets are at least 0 and leave room for {length} tokens within {limit} positions; got "
-            f"{bad or 'none'}: use at most {limit - length}"
-        )
-
-
-def _common_meta(source: Source, conversations: ConversationConfig, layer_ids: Sequence[int]) -> dict[str, Any]:
-    """What both forms say of the target and the text."""
-    return {
-        "model_snapshot_dir": source.snapshot_dir,
-        "snapshot_sha256": source.snapshot_hash,
-        "target_layer_ids": list(layer_ids),
-        "add_one_for_pre_layer_capture": True,
-        "hidden_size": source.target.config.hidden_size,
-        "num_context_features": len(layer_ids),
-        "dtype": "bf16_u16",
-        "computed_in": str(source.target.dtype),
-        "teacher": source.teacher,
-        "conversations": dataclasses.asdict(conversations),
-    }
-
-
-def build_sequences(
-    source: Source,
-    directory: Path,
-    conversations: ConversationConfig,
-    *,
-    layer_ids: Sequence[int],
-    position_offsets: Sequence[int] = (0,),
-    batch_size: int = 16,
-) -> Path:
-    """A cache in sequence form. Sequence i is read from position offset i modulo their number.
-
-    A killed build goes on where it stopped. Raises CacheError or PromptError.
-    """
-    target = source.target
-    check_layer_ids(target, layer_ids)
-    check_sources(conversations)
-    check_offsets(target, position_offsets, conversations.max_prompt_len + conversations.max_new_tokens)
-    settings = {
-        "form": FORM,
-        "position_offsets": list(position_offsets),
-        **_common_meta(source, conversations, layer_ids),
-    }
-    with ArrayWriter(Path(directory), settings) as writer:
-        with _too_little_leaves_nothing(writer):
-            made = write_conversations(target, source.tokenizer, conversations, writer.building / "conversations.jsonl")
-        _write_sequences(writer, made, source.reader(layer_ids), settings, batch_size)
-        counts = {"num_sequences": len(made), "num_tokens": sum(len(c.prompt) + len(c.answer) for c in made)}
-        return writer.finish(settings | counts | _text_record(writer.building, made))
-
-
-def _write_sequences(
-    writer: ArrayWriter,
-    made: Sequence[Conversation],
-    read: FeatureReader,
-    settings: Mapping[str, Any],
-    batch_size: int,
-) -> None:
-    rows = [[*c.prompt, *c.answer] for c in made]
-    bounds = [0, *accumulate(map(len, rows))]
-    offsets = settings["position_offsets"]
-    writer.allocate(sequence_specs(bounds[-1], len(rows), settings["hidden_size"] * settings["num_context_features"]))
-    arrays = writer.arrays
-    arrays["sequence_start_i64"][:] = bounds
-    arrays["held_out_u8"][:] = [c.held_out for c in made]
-    arrays["ctx_pos_start_i32"][:] = [offsets[i % len(offsets)] for i in range(len(made))]
-    with tqdm(total=bounds[-1], initial=bounds[writer.done], desc="features", unit="token") as bar:
-        for first in range(writer.done, len(rows), batch_size):
-            batch = range(first, min(first + batch_size, len(rows)))
-            features = read([rows[i] for i in batch], arrays["ctx_pos_start_i32"][batch.start : batch.stop])
-            for i, values in zip(batch, features, strict=True):
-                part = slice(bounds[i], bounds[i + 1])
-                arrays["features_u16"][part] = values
-                arrays["token_ids"][part] = rows[i]
-                arrays["loss_mask_u8"][part] = np.arange(len(rows[i])) >= len(made[i].prompt)
-            writer.commit(batch.stop)
-            bar.update(bounds[batch.stop] - bounds[batch.start])
-
-
-@contextlib.contextmanager
-def _too_little_leaves_nothing(writer: ArrayWriter) -> Iterator[None]:
-    """What these settings can never finish is not kept: it would refuse the settings that can."""
-    try:
-        yield
-    except (CacheError, PromptError):
-        writer.discard()
-        raise
-
-
-def _text_record(building: Path, made: Sequence[Conversation]) -> dict[str, Any]:
-    """What binds a cache to its text: features and labels follow from it and the target."""
-    data = (building / "conversations.jsonl").read_bytes()
-    return {"conversations_sha256": hashlib.sha256(data).hexdigest(), "split": split_record(made)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -299,11 +136,11 @@ def build_windows(
     with ArrayWriter(Path(directory), meta) as writer:
         # Sizes are known before the text is: a disk without room is seen before the target has written any.
         writer.allocate(window_specs(samples, config.context, config.block_size, len(layer_ids), hidden))
-        with _too_little_leaves_nothing(writer):
+        with too_little_leaves_nothing(writer):
             made = write_conversations(target, source.tokenizer, conversations, writer.building / "conversations.jsonl")
             contexts = window_contexts(made, config)
         _fill_windows(writer, target, config, contexts, source.reader(layer_ids), batch_size)
-        return writer.finish(meta | _text_record(writer.building, made))
+        return writer.finish(meta | text_record(writer.building, made))
 
 
 def _fill_windows(
@@ -378,7 +215,7 @@ def _window_meta(
     data = ("calib_repo_id", "calib_data_files", "max_rows_per_pack")
     return {
         **dict.fromkeys((*runtime, *data)),
-        **_common_meta(source, conversations, layer_ids),
+        **common_meta(source, conversations, layer_ids),
         "form": "windows",
         "platform": jax.default_backend(),
         "ctx_len": config.context,

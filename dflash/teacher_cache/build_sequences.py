@@ -1,0 +1,85 @@
+"""Target -> teacher cache in sequence form: its text (conversations.jsonl), then what its layers say of every token."""
+
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from dflash.teacher_cache.arrays import ArrayWriter
+from dflash.teacher_cache.conversations import (
+    Conversation,
+    ConversationConfig,
+    check_sources,
+    write_conversations,
+)
+from dflash.teacher_cache.sequences import FORM, sequence_specs
+from dflash.teacher_cache.source import (
+    FeatureReader,
+    Source,
+    check_layer_ids,
+    check_offsets,
+    common_meta,
+    text_record,
+    too_little_leaves_nothing,
+)
+
+
+def build_sequences(
+    source: Source,
+    directory: Path,
+    conversations: ConversationConfig,
+    *,
+    layer_ids: Sequence[int],
+    position_offsets: Sequence[int] = (0,),
+    batch_size: int = 16,
+) -> Path:
+    """A cache in sequence form. Sequence i is read from position offset i modulo their number.
+
+    A killed build goes on where it stopped. Raises CacheError or PromptError.
+    """
+    target = source.target
+    check_layer_ids(target, layer_ids)
+    check_sources(conversations)
+    check_offsets(target, position_offsets, conversations.max_prompt_len + conversations.max_new_tokens)
+    settings = {
+        "form": FORM,
+        "position_offsets": list(position_offsets),
+        **common_meta(source, conversations, layer_ids),
+    }
+    with ArrayWriter(Path(directory), settings) as writer:
+        with too_little_leaves_nothing(writer):
+            made = write_conversations(target, source.tokenizer, conversations, writer.building / "conversations.jsonl")
+        _write_sequences(writer, made, source.reader(layer_ids), settings, batch_size)
+        counts = {"num_sequences": len(made), "num_tokens": sum(len(c.prompt) + len(c.answer) for c in made)}
+        return writer.finish(settings | counts | text_record(writer.building, made))
+
+
+def _write_sequences(
+    writer: ArrayWriter,
+    made: Sequence[Conversation],
+    read: FeatureReader,
+    settings: Mapping[str, Any],
+    batch_size: int,
+) -> None:
+    rows = [[*c.prompt, *c.answer] for c in made]
+    bounds = [0, *accumulate(map(len, rows))]
+    offsets = settings["position_offsets"]
+    writer.allocate(sequence_specs(bounds[-1], len(rows), settings["hidden_size"] * settings["num_context_features"]))
+    arrays = writer.arrays
+    arrays["sequence_start_i64"][:] = bounds
+    arrays["held_out_u8"][:] = [c.held_out for c in made]
+    arrays["ctx_pos_start_i32"][:] = [offsets[i % len(offsets)] for i in range(len(made))]
+    with tqdm(total=bounds[-1], initial=bounds[writer.done], desc="features", unit="token") as bar:
+        for first in range(writer.done, len(rows), batch_size):
+            batch = range(first, min(first + batch_size, len(rows)))
+            features = read([rows[i] for i in batch], arrays["ctx_pos_start_i32"][batch.start : batch.stop])
+            for i, values in zip(batch, features, strict=True):
+                part = slice(bounds[i], bounds[i + 1])
+                arrays["features_u16"][part] = values
+                arrays["token_ids"][part] = rows[i]
+                arrays["loss_mask_u8"][part] = np.arange(len(rows[i])) >= len(made[i].prompt)
+            writer.commit(batch.stop)
+            bar.update(bounds[batch.stop] - bounds[batch.start])
