@@ -20,7 +20,7 @@ from dflash.config import (
 )
 from dflash.models.draft import Draft
 from dflash.models.llama import Llama
-from dflash.weights import easydel, huggingface, smollm2
+from dflash.weights import easydel, huggingface, smollm2, snapshot
 from dflash.weights.config_json import read_target_config
 from dflash.weights.older import convert
 from dflash.weights.older_layouts import is_older_run, linen_step, read_older
@@ -38,7 +38,7 @@ def target_directory(name_or_dir: str | Path) -> Path:
 
 def target_config(directory: Path) -> TargetConfig:
     """The config of the target in a snapshot directory. Raises ConfigError or WeightsError."""
-    return read_target_config(huggingface.read_json(directory, "config.json"), str(directory / "config.json"))
+    return read_target_config(snapshot.read_json(directory, "config.json"), str(directory / "config.json"))
 
 
 def load_target(name_or_dir: str | Path, dtype: str = "float32", mesh: Mesh | None = None) -> Llama:
@@ -68,7 +68,7 @@ def read_any_draft(name_or_dir: str | Path, dtype: str = "float32", target: Targ
 
 def _is_training_run(directory: Path) -> bool:
     """Whether this is a run directory or a root of them, and no exported draft."""
-    return not huggingface.holds_weights(directory) and (is_run(directory) or is_root(directory))
+    return not snapshot.holds_weights(directory) and (is_run(directory) or is_root(directory))
 
 
 def is_own_run(name_or_dir: str | Path) -> bool:
@@ -90,13 +90,13 @@ def draft_hash(name_or_dir: str | Path) -> str:
         if is_older_run(run):
             files += sorted(path for path in (run / "model").rglob("*") if path.is_file())
     else:
-        return huggingface.snapshot_hash(directory)
+        return snapshot.snapshot_hash(directory)
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def model_facts(target: str, draft: str = UNTRAINED) -> dict[str, Any]:
     """What identifies a target and a draft in a result: names and hashes, and the seed of an untrained draft."""
-    facts = {"target": target, "target_sha256": huggingface.snapshot_hash(target_directory(target)), "draft": draft}
+    facts = {"target": target, "target_sha256": snapshot.snapshot_hash(target_directory(target)), "draft": draft}
     if draft == UNTRAINED:
         return facts | {"draft_sha256": None, "seeds": {"draft": 0}}
     return facts | {"draft_sha256": draft_hash(draft)}
