@@ -351,7 +351,7 @@ def test_from_the_command_line(tmp_path, monkeypatch, capsys):
         ["build-cache", "cache", *build.split(), "--target-layer-ids", "0", "1"],
         ["train", "cache", "runs", *train.split()],
         ["train", "cache", "runs", *train.split()],
-        ["evaluate", "cache", "runs"],
+        ["evaluate", "cache", "runs", "--rows", "train"],
     ):
         monkeypatch.setattr(sys, "argv", ["dflash", *command, "--target", str(folder)])
         assert main() == 0, capsys.readouterr().err
