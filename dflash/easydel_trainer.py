@@ -238,7 +238,8 @@ def _trainer_class(package: Any) -> Any:
 
     class DraftTrainer(package.Trainer):
         def __init__(self, job: _Job, **settings: Any):
-            self.job, self.sums = job, []
+            self.job = job
+            self.sums: list[dict[str, Any]] = []
             super().__init__(**settings)
 
         # ---- batches: in the order that follows from the seed, from the state's step on

@@ -189,9 +189,11 @@ def join_draft(config: DraftConfig, arrays: Mapping[str, np.ndarray | Array], dt
     flat = {".".join(map(str, path)): (path, value) for path, value in nnx.to_flat_state(state)}
     for name, parts in plan(config):
         path, empty = flat[name]
-        value = jnp.concatenate([jnp.asarray(arrays[part]).T for part in parts]).astype(DTYPES[dtype])
+        rows = [arrays[part].T for part in parts]
+        # What was read is put together on the host, without programs for it to be compiled.
+        value = (np if isinstance(rows[0], np.ndarray) else jnp).concatenate(rows).astype(jnp.dtype(dtype))
         assert value.shape == empty.get_value().shape, (name, value.shape)
-        flat[name] = path, empty.replace(value)
+        flat[name] = path, empty.replace(jnp.asarray(value))
     return nnx.merge(graph, nnx.from_flat_state(list(flat.values())))
 
 
