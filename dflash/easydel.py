@@ -78,8 +78,11 @@ def isolated() -> Iterator[None]:
         compilation_cache.reset_cache()
 
 
-def load() -> ModuleType:
-    """The package `easydel`, imported. Raises EasyDelError unless it is there in the one version that is known."""
+def load(*more: str) -> ModuleType:
+    """The package `easydel`, imported with `more` of its modules.
+
+    Raises EasyDelError unless it is there in the one version that is known.
+    """
     try:
         found = metadata.version("easydel")
     except metadata.PackageNotFoundError:
@@ -91,7 +94,7 @@ def load() -> ModuleType:
         raise EasyDelError(f"EasyDeL must be {VERSION}, the version that was examined; got {found}: install that one")
     with isolated():
         try:
-            modules = [import_module(name) for name in _MODULES]
+            modules = [import_module(name) for name in (*_MODULES, *more)]
             return modules[0]
         except ImportError as error:
             raise EasyDelError(f"EasyDeL can't be imported ({error}): pip install 'dflash-bench[easydel]'") from error

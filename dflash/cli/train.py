@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 import jax.numpy as jnp
 import tyro
 
+from dflash import easydel_trainer
 from dflash.config import ConfigError, ConvConfig, SelectorConfig, TargetConfig
 from dflash.device import device_facts, open_default_device
 from dflash.evaluate import check_fit
@@ -89,6 +90,8 @@ class Train:
     """Devices that the batch is split over."""
     tp: int = 1
     """Devices that the vocabulary is split over."""
+    trainer: Literal["dflash", "easydel"] = "dflash"
+    """Whose loop trains; EasyDeL's makes the same steps on all devices, and scores no held-out rows."""
     seed: int = 0
     """Seed of the weights, the order of rows and the anchors."""
     save_every: int = 500
@@ -194,8 +197,6 @@ def train(args: Annotated[Train, tyro.conf.arg(name="")]) -> None:
     facts = device_facts(device) | {"mesh": {"dp": args.dp, "tp": args.tp}, "seeds": {"training": args.seed}}
     facts |= {"target": args.target, "target_sha256": target_hash, "cache_sha256": cache.sha256}
     origin = of_command(facts, compiled)
-    held_out = batches(True) if len(cache.rows(True)) else None
-    scored = [held_out(i) for i in range(HELD_OUT_BATCHES)] if held_out else []
     settings = RunConfig(
         root=args.save_directory,
         save_every=args.save_every,
@@ -203,5 +204,11 @@ def train(args: Annotated[Train, tyro.conf.arg(name="")]) -> None:
         log_every=args.log_every,
         evaluate_every=args.evaluate_every,
     )
-    trainer = Trainer(draft, borrowed.head, borrowed.embedding[draft.config.mask_token_id], config)
-    print(f"draft: {Run(trainer, batches(False), scored, settings, provenance, origin).train()}")
+    reads = draft, borrowed.head, borrowed.embedding[draft.config.mask_token_id], config
+    if args.trainer == "easydel":
+        last = easydel_trainer.train(*reads, batches(False), settings, provenance, origin)
+    else:
+        held_out = batches(True) if len(cache.rows(True)) else None
+        scored = [held_out(i) for i in range(HELD_OUT_BATCHES)] if held_out else []
+        last = Run(Trainer(*reads), batches(False), scored, settings, provenance, origin).train()
+    print(f"draft: {last}")

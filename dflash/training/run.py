@@ -15,14 +15,14 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from dflash.config import ConfigError
+from dflash.config import ConfigError, DraftConfig
 from dflash.measure import matmul_rate
 from dflash.metrics import finite
 from dflash.teacher_cache.arrays import write_atomically
 from dflash.training.batches import Batch, TrainingBatches, ahead
 from dflash.training.curves import read_metrics, write_curves
 from dflash.training.objective import SUMS, means
-from dflash.training.trainer import Trainer, learning_rate, step_flops
+from dflash.training.trainer import TrainConfig, Trainer, learning_rate, step_flops
 from dflash.weights.easydel import latest_run, read_optimizer_state, read_run, run_config, write_run
 
 
@@ -47,6 +47,56 @@ class RunConfig:
             raise ConfigError("; ".join(faults))
 
 
+def open_run(root: Path, settings: Mapping[str, Any], origin: Mapping[str, Any] | None) -> Path | None:
+    """The checkpoint that the run in `root` goes on from; None for a new run, whose settings are written down.
+
+    Raises ConfigError when it was a run with other settings.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    path, latest = root / "run_config.json", latest_run(root)
+    if latest is None:
+        whole = dict(settings) | ({"dflash": origin} if origin else {})
+        write_atomically(path, json.dumps(whole, indent=2, sort_keys=True, allow_nan=False) + "\n")
+        return None
+    begun = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    begun.pop("dflash", None)
+    differing = _differences(begun, settings)
+    if differing:
+        raise ConfigError(
+            f"{root} holds a run with other settings ({differing}): give those to resume it, or another directory for "
+            "a new run (init_from starts from its draft)"
+        )
+    return latest
+
+
+def run_settings(config: TrainConfig, draft: DraftConfig, provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run is known by. Raises ConfigError for a draft that no checkpoint could hold."""
+    return {"train": dataclasses.asdict(config), **json.loads(run_config(draft, "float32", provenance))["dflash"]}
+
+
+def open_metrics(root: Path, step: int) -> Path:
+    """The run's metrics.jsonl, with its lines up to this step."""
+    path = root / "metrics.jsonl"
+    kept = [line for line in read_metrics(path) if line["step"] <= step]
+    write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
+    return path
+
+
+def write_line(metrics: Path, line: Mapping[str, float]) -> None:
+    with metrics.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(finite(line), allow_nan=False) + "\n")
+
+
+def check_finite(step: int, sums: Mapping[str, Any], batches: TrainingBatches, saved: Path | None) -> None:
+    """Raises TrainingError, with the rows, when the loss or the gradient of a step was not finite."""
+    if not bool(sums["finite"]):
+        raise TrainingError(
+            f"step {step} gave loss {means(dict(sums))['loss']} and gradient norm {float(sums['gradient_norm'])} on "
+            f"rows {batches.rows(step - 1).tolist()}; the last good checkpoint is {saved or 'none'}: lower the "
+            "learning rate, or look at those rows"
+        )
+
+
 class Run:
     """One run in one directory. `held_out` batches are scored every so often; what they give trains nothing.
 
@@ -64,42 +114,17 @@ class Run:
         origin: Mapping[str, Any] | None = None,
     ):
         self.trainer, self.batches, self.held_out, self.config = trainer, batches, held_out, config
-        self.provenance, self._origin = dict(provenance), origin
+        self.provenance = dict(provenance)
         self.step = 0
-        settings = self._settings()
-        config.root.mkdir(parents=True, exist_ok=True)
-        self._resume(settings)
+        latest = open_run(config.root, run_settings(trainer.config, trainer.draft_config, provenance), origin)
+        if latest is not None:
+            draft = read_run(latest)
+            self.step = int(latest.name.removeprefix("run-"))
+            trainer.restore(draft, read_optimizer_state(latest, trainer.state[1]))
+        self._metrics = open_metrics(config.root, self.step)
         self._tensorboard = _tensorboard(config.root)
 
     # ---- what is on disk
-
-    def _settings(self) -> dict[str, Any]:
-        """What a run is known by. Raises ConfigError for a draft that no checkpoint could hold."""
-        written = json.loads(run_config(self.trainer.draft_config, "float32", self.provenance))["dflash"]
-        return {"train": dataclasses.asdict(self.trainer.config), **written}
-
-    def _resume(self, settings: Mapping[str, Any]) -> None:
-        """Goes on from the latest checkpoint, if this run has one. Raises ConfigError when it was another run."""
-        path = self.config.root / "run_config.json"
-        latest = latest_run(self.config.root)
-        if latest is None:
-            whole = dict(settings) | ({"dflash": self._origin} if self._origin else {})
-            write_atomically(path, json.dumps(whole, indent=2, sort_keys=True, allow_nan=False) + "\n")
-        else:
-            begun = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-            begun.pop("dflash", None)
-            differing = _differences(begun, settings)
-            if differing:
-                raise ConfigError(
-                    f"{self.config.root} holds a run with other settings ({differing}): give those to resume it, or "
-                    "another directory for a new run (init_from starts from its draft)"
-                )
-            draft = read_run(latest)
-            self.step = int(latest.name.removeprefix("run-"))
-            self.trainer.restore(draft, read_optimizer_state(latest, self.trainer.state[1]))
-        self._metrics = self.config.root / "metrics.jsonl"
-        kept = [line for line in read_metrics(self._metrics) if line["step"] <= self.step]
-        write_atomically(self._metrics, "".join(json.dumps(line) + "\n" for line in kept))
 
     def _save(self) -> Path:
         return write_run(
@@ -150,14 +175,8 @@ class Run:
                 bar.update()
 
     def _check(self, done: tuple[int, dict[str, Any]] | None, saved: Path | None) -> None:
-        if done is None or bool(done[1]["finite"]):
-            return
-        step, sums = done
-        raise TrainingError(
-            f"step {step} gave loss {means(sums)['loss']} and gradient norm {float(sums['gradient_norm'])} on rows "
-            f"{self.batches.rows(step - 1).tolist()}; the last good checkpoint is {saved or 'none'}: lower the "
-            "learning rate, or look at those rows"
-        )
+        if done is not None:
+            check_finite(*done, self.batches, saved)
 
     def _score(self, saved: Path | None) -> dict[str, float]:
         if not self.held_out:
@@ -174,8 +193,7 @@ class Run:
         return {f"held_out_{name}": value for name, value in means(totals).items()}
 
     def _log(self, line: dict[str, float]) -> None:
-        with self._metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(finite(line), allow_nan=False) + "\n")
+        write_line(self._metrics, line)
         if self._tensorboard is not None:
             for name, value in line.items():
                 self._tensorboard.add_scalar(name, value, int(line["step"]))

@@ -6,6 +6,7 @@ No target runs here.
 
 import dataclasses
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -26,6 +27,9 @@ from dflash.training.objective import SUMS, Objective, block_sums, predict_block
 from dflash.weights.huggingface import DTYPES
 
 SCHEDULES = ("constant", "linear", "cosine")
+
+# Makes the draft that computes, in the dtype of computation, of what is trained.
+Build = Callable[[Any], Draft]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,12 +110,11 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
 
 
 def _local_sums(
-    graph: Any, vocab_size: int, config: TrainConfig, params: Any, batch: Batch, head: Array, mask_embedding: Array
+    build: Build, vocab_size: int, config: TrainConfig, params: Any, batch: Batch, head: Array, mask_embedding: Array
 ) -> dict[str, Array]:
-    """`block_sums` of this device's rows, computed in the config's dtype."""
-    draft = nnx.merge(graph, jax.tree.map(lambda p: p.astype(config.dtype), params))
+    """`block_sums` of this device's rows."""
     predictions = predict_blocks(
-        draft,
+        build(params),
         batch,
         mask_embedding,
         head,
@@ -124,12 +127,12 @@ def _local_sums(
 
 
 def _local_gradient(
-    graph: Any, vocab_size: int, config: TrainConfig, params: Any, batch: Batch, head: Array, mask_embedding: Array
+    build: Build, vocab_size: int, config: TrainConfig, params: Any, batch: Batch, head: Array, mask_embedding: Array
 ) -> tuple[Any, dict[str, Array]]:
     """Gradient and sums of this device's rows, summed over dp: what every device applies."""
 
     def loss(params: Any, part: Batch) -> tuple[Array, dict[str, Array]]:
-        sums = _local_sums(graph, vocab_size, config, params, part, head, mask_embedding)
+        sums = _local_sums(build, vocab_size, config, params, part, head, mask_embedding)
         return sums["weighted"], sums
 
     def add(total: Any, part: Batch) -> tuple[Any, None]:
@@ -145,8 +148,8 @@ def _local_gradient(
     return jax.tree.map(lambda g: g * scale, gradient), sums
 
 
-def _apply(
-    graph: Any,
+def train_step(
+    build: Build,
     vocab_size: int,
     config: TrainConfig,
     optimizer: optax.GradientTransformation,
@@ -156,10 +159,13 @@ def _apply(
     head: Array,
     mask_embedding: Array,
 ) -> tuple[tuple[Any, Any], dict[str, Array]]:
-    """One step of the optimizer. What is not finite changes nothing: the caller sees it in the sums and stops."""
+    """One step of the optimizer, over a mesh with axes dp and tp; `state` is what is trained, and its moments.
+
+    What is not finite changes nothing: the caller sees it in the sums and stops.
+    """
     params, moments = state
     local = jax.shard_map(
-        partial(_local_gradient, graph, vocab_size, config),
+        partial(_local_gradient, build, vocab_size, config),
         mesh=mesh,
         in_specs=(P(), P("dp"), P("tp"), P()),
         out_specs=(P(), P()),
@@ -175,7 +181,7 @@ def _apply(
 
 
 def _score(
-    graph: Any,
+    build: Build,
     vocab_size: int,
     config: TrainConfig,
     mesh: Mesh,
@@ -185,7 +191,7 @@ def _score(
     mask_embedding: Array,
 ) -> dict[str, Array]:
     def local(*inputs: Any) -> dict[str, Array]:
-        return jax.lax.psum(_local_sums(graph, vocab_size, config, *inputs), "dp")
+        return jax.lax.psum(_local_sums(build, vocab_size, config, *inputs), "dp")
 
     specs = (P(), P("dp"), P("tp"), P())
     return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)(
@@ -196,6 +202,19 @@ def _score(
 def _graph(config: DraftConfig, dtype: jnp.dtype) -> Any:
     """The structure of a draft that computes in `dtype`."""
     return nnx.graphdef(nnx.eval_shape(lambda: Draft(config, dtype=dtype, rngs=nnx.Rngs(0))))
+
+
+def _built(graph: Any, dtype: jnp.dtype, params: Any) -> Draft:
+    return nnx.merge(graph, jax.tree.map(lambda p: p.astype(dtype), params))
+
+
+def place_target(
+    mesh: Mesh, config: TrainConfig, head: Array | np.ndarray, mask_embedding: Array | np.ndarray
+) -> tuple[Array, Array]:
+    """The target's head, split over tp, and mask embedding, on every device; in the dtype of computation."""
+    padded = pad_head(jnp.asarray(head, config.dtype), config.tp)
+    mask = jnp.asarray(mask_embedding, config.dtype)
+    return jax.device_put((padded, mask), (NamedSharding(mesh, P("tp")), NamedSharding(mesh, P())))
 
 
 class Trainer:
@@ -215,16 +234,13 @@ class Trainer:
         )
         self.optimizer = make_optimizer(config)
         params = jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), nnx.state(draft))
-        everywhere = NamedSharding(self.mesh, P())
         self.state = self._own(params, self.optimizer.init(params))
-        compute = jnp.dtype(config.dtype)
-        vocab_size = head.shape[0]
-        self.head = jax.device_put(pad_head(jnp.asarray(head, compute), config.tp), NamedSharding(self.mesh, P("tp")))
-        self.mask_embedding = jax.device_put(jnp.asarray(mask_embedding, compute), everywhere)
-        graph = _graph(draft.config, compute)
-        step = partial(_apply, graph, vocab_size, config, self.optimizer, self.mesh)
+        self.head, self.mask_embedding = place_target(self.mesh, config, head, mask_embedding)
+        compute, vocab_size = jnp.dtype(config.dtype), head.shape[0]
+        build = partial(_built, _graph(draft.config, compute), compute)
+        step = partial(train_step, build, vocab_size, config, self.optimizer, self.mesh)
         self._step = jax.jit(step, donate_argnums=0)
-        self._score = jax.jit(partial(_score, graph, vocab_size, config, self.mesh))
+        self._score = jax.jit(partial(_score, build, vocab_size, config, self.mesh))
         self._batch_sharding = NamedSharding(self.mesh, P("dp"))
 
     def _own(self, params: Any, moments: Any) -> tuple[Any, Any]:

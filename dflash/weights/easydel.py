@@ -13,9 +13,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from flax import nnx
+from jax import Array
 
 from dflash.config import ConfigError, DraftConfig
 from dflash.models.draft import Draft
@@ -170,7 +170,7 @@ def _read_config(directory: Path) -> DraftConfig:
 # ---- weights
 
 
-def _split(draft: Draft) -> dict[str, np.ndarray]:
+def split_draft(draft: Draft) -> dict[str, np.ndarray]:
     """The draft's weights as arrays of the layout. Raises WeightsError when their dtypes differ or can't be stored."""
     values = {".".join(map(str, p)): np.asarray(v.get_value()) for p, v in nnx.to_flat_state(nnx.state(draft))}
     dtypes = sorted({value.dtype.name for value in values.values()})
@@ -185,14 +185,15 @@ def _split(draft: Draft) -> dict[str, np.ndarray]:
     return arrays
 
 
-def join_draft(config: DraftConfig, arrays: Mapping[str, np.ndarray], dtype: str) -> Draft:
-    """The draft that is made of the arrays of the layout, in `dtype`."""
+def join_draft(config: DraftConfig, arrays: Mapping[str, np.ndarray | Array], dtype: str) -> Draft:
+    """The draft that is made of the arrays of the layout, in `dtype`. Differentiable."""
     graph, state = nnx.split(nnx.eval_shape(lambda: Draft(config, dtype=DTYPES[dtype], rngs=nnx.Rngs(0))))
     flat = {".".join(map(str, path)): (path, value) for path, value in nnx.to_flat_state(state)}
-    kind = np.float32 if dtype == "float32" else ml_dtypes.bfloat16
     for name, parts in plan(config):
         path, empty = flat[name]
-        value = np.concatenate([arrays[part].T for part in parts]).astype(kind)
+        rows = [arrays[part].T for part in parts]
+        # What was read is put together on the host, without programs for it to be compiled.
+        value = (np if isinstance(rows[0], np.ndarray) else jnp).concatenate(rows).astype(jnp.dtype(dtype))
         assert value.shape == empty.get_value().shape, (name, value.shape)
         flat[name] = path, empty.replace(jnp.asarray(value))
     return nnx.merge(graph, nnx.from_flat_state(list(flat.values())))
@@ -216,7 +217,7 @@ def write_run(
     `provenance` (hashes of what was trained on) is JSON and stands in config.json. Raises WeightsError, also when that
     run is there already or another process writes to `directory`; ConfigError for a draft that config.json can't hold.
     """
-    weights = _split(draft)
+    weights = split_draft(draft)
     leaves = None if optimizer_state is None else leaves_of(optimizer_state)
     check_leaves(leaves or {})
     dtype = next(iter(weights.values())).dtype.name

@@ -59,6 +59,12 @@ def latest_run(root: Path) -> Path | None:
     return runs[max(runs)] if runs else None
 
 
+def newest_run(root: Path) -> Path | None:
+    """The run of a root with the largest step, complete or not."""
+    runs = _runs(Path(root))
+    return runs[max(runs)] if runs else None
+
+
 def is_run(directory: Path) -> bool:
     """Whether this is one run directory, complete or not: by its index, by what many hosts leave, or by its name."""
     if any((directory / name).is_file() for name in (INDEX, *_MANY_HOSTS)):

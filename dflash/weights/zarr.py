@@ -1,7 +1,7 @@
 """Arrays on disk as EasyDeL keeps them: zarr v2 directories with zstd chunks, listed in tensorstore_index.json.
 
 tensorstore reads a chunk that is not there as zeros. So the index holds the SHA-256 of every array that we write, under
-one more key; an array without one (EasyDeL's own) may have such holes, ours may not.
+one more key; an array without one (EasyDeL's own) may have such holes unseen.
 """
 
 import dataclasses
@@ -122,6 +122,15 @@ def read_index(directory: Path) -> dict[str, dict[str, Entry]]:
     return index
 
 
+def add_hashes(directory: Path) -> None:
+    """Adds the SHA-256 of every array to the index that EasyDeL wrote just now."""
+    hashed = {
+        prefix: [dataclasses.replace(e, sha256=_sha256(_read_array(directory, e))) for e in entries.values()]
+        for prefix, entries in read_index(directory).items()
+    }
+    write_index(directory, hashed)
+
+
 Wanted = Mapping[str, tuple[tuple[int, ...], tuple[str, ...]]]
 
 
@@ -145,8 +154,7 @@ def _read_array(directory: Path, entry: Entry) -> np.ndarray:
     path = directory / entry.path
     if not path.resolve().is_relative_to(directory.resolve()):
         raise ValueError(f"it leads out of the run directory, to {path.resolve()}")
-    spec = _spec(path) | {"fill_missing_data_reads": entry.sha256 is None}
-    store = tensorstore.open(spec, open=True, context=_CONTEXT).result()
+    store = tensorstore.open(_spec(path), open=True, context=_CONTEXT).result()
     if (store.shape, store.dtype.name) != (entry.shape, entry.dtype):
         raise ValueError(f"its .zarray says {store.dtype.name} {list(store.shape)}")
     chunk = store.chunk_layout.read_chunk.shape or ()
@@ -155,7 +163,7 @@ def _read_array(directory: Path, entry: Entry) -> np.ndarray:
         raise ValueError(f"its .zarray says chunks of {list(chunk)}, more than the array")
     value = np.asarray(store.read().result(), order="C")
     if entry.sha256 is not None and _sha256(value) != entry.sha256:
-        raise ValueError("its bytes are not those that were written")
+        raise ValueError("its bytes are not those that were written, or not all are there")
     return value
 
 

@@ -429,7 +429,7 @@ def rewrite(array, change):
 
 
 DAMAGES = {
-    "missing chunk": (lambda array: (array / "0.0").unlink(), "is missing"),
+    "missing chunk": (lambda array: (array / "0.0").unlink(), "not all are there"),
     "empty chunk": (lambda array: (array / "0.0").write_bytes(b""), "Truncated"),
     "cut chunk": (lambda array: os.truncate(array / "0.0", 900), "Truncated"),
     "changed chunk": (lambda array: flip(array / "0.0"), "/q_proj/"),

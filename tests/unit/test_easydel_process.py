@@ -6,11 +6,13 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from dflash import easydel
 from dflash.cli import main
 from dflash.tiny import write_tiny_target, write_tiny_tokenizer
+from dflash.weights.easydel import write_run
 
 _LOOK = """
 import json, logging, os, sys, warnings
@@ -27,6 +29,7 @@ def look():
         "jax": {{name: repr(value) for name, value in jax.config.values.items() if name in known}},
     }}
 
+{first}
 known = list(jax.config.values)
 before = look()
 {action}
@@ -36,15 +39,18 @@ print(json.dumps([before, after, sorted(os.listdir({cache!r}))]))
 """
 
 
-def _look(action, cache):
-    """The process before and after `action`, and what a program compiled afterwards left in jax's compile cache."""
+def _look(action, cache, first=""):
+    """The process before and after `action`, and what a program compiled afterwards left in jax's compile cache.
+
+    What `first` changes counts as before.
+    """
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
-    code = _LOOK.format(action=action, cache=str(cache))
+    code = _LOOK.format(action=action, first=first, cache=str(cache))
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout.splitlines()[-1])
@@ -117,13 +123,56 @@ def test_a_command_that_needs_it_says_so_in_one_sentence(command, monkeypatch, c
     assert not (tmp_path / "cache").exists()
 
 
-@pytest.mark.oracle
-@pytest.mark.easydel
-def test_importing_easydel_leaves_the_process_as_it_was(cache):
+@pytest.fixture
+def installed():
     try:
         importlib.metadata.version("easydel")
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("EasyDeL is not installed")
+
+
+@pytest.mark.oracle
+@pytest.mark.easydel
+def test_importing_easydel_leaves_the_process_as_it_was(cache, installed):
     before, after, compiled = _look("from dflash import easydel\neasydel.load()", cache)
+    assert after == before
+    assert len([name for name in compiled if name.endswith("-cache")]) == 1, compiled
+
+
+_IMPORTS = """
+from pathlib import Path
+import numpy as np
+from dflash import easydel_trainer
+from dflash.teacher_cache import open_cache
+from dflash.training.batches import TrainingBatches
+from dflash.training.run import RunConfig
+from dflash.training.trainer import TrainConfig
+from dflash.weights.easydel import read_run
+"""
+_TRAINS = """
+where = Path({where!r})
+table = np.load(where / "table.npy")
+sequences = open_cache(where / "sequences")
+batches = TrainingBatches(
+    sequences, sequences.rows(False), batch_size=4, num_anchors=2, block_size=4, embedding=table, seed=0
+)
+config = TrainConfig(steps=2, batch_size=4, num_anchors=2, dp=2)
+settings = RunConfig(root=where / "runs")
+easydel_trainer.train(read_run(where / "run-0"), table, table[5], config, batches, settings, {{}})
+"""
+
+
+@pytest.mark.oracle
+@pytest.mark.easydel
+@pytest.mark.slow
+def test_training_in_easydels_loop_leaves_the_process_as_it_was(
+    cache, installed, tmp_path, write_sequences, draw_draft
+):
+    write_sequences(tmp_path / "sequences")
+    draft = draw_draft(windows=(None,), causal=(False,), block_size=4)
+    write_run(draft, tmp_path, 0, optimizer_state=None, provenance={}, keep=None)
+    np.save(tmp_path / "table.npy", np.random.default_rng(8).standard_normal((199, 64)).astype(np.float32))
+    before, after, compiled = _look(_TRAINS.format(where=str(tmp_path)), cache, _IMPORTS)
+    assert (tmp_path / "runs" / "run-2").is_dir()
     assert after == before
     assert len([name for name in compiled if name.endswith("-cache")]) == 1, compiled
