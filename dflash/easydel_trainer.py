@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dflash import easydel
-from dflash.config import ConfigError, DraftConfig, read_draft_config
+from dflash.config import ConfigError, DraftConfig
 from dflash.models.draft import Draft
 from dflash.training.batches import Batch, TrainingBatches, ahead
 from dflash.training.curves import write_curves
@@ -38,6 +38,7 @@ from dflash.training.run import (
     write_line,
 )
 from dflash.training.trainer import TrainConfig, learning_rate, make_optimizer, place_target, train_step
+from dflash.weights.config_json import read_draft_config
 from dflash.weights.easydel import join_draft, plan, read_run, run_config, split_draft
 from dflash.weights.runs import check_run, completed_runs, latest_run, new_run, newest_run, step_of
 from dflash.weights.zarr import add_hashes, read_arrays, read_index
