@@ -18,9 +18,9 @@ from dflash.training.batches import TrainingBatches
 from dflash.training.run import Run, RunConfig, TrainingError
 from dflash.training.trainer import TrainConfig, Trainer
 from dflash.weights.easydel import read_run, write_run
-from dflash.weights.huggingface import WeightsError
 from dflash.weights.load import read_any_draft
 from dflash.weights.runs import completed_runs
+from dflash.weights.snapshot import WeightsError
 
 pytestmark = [pytest.mark.oracle, pytest.mark.easydel, pytest.mark.slow]
 
