@@ -141,6 +141,10 @@ def speedup_section(run: Run) -> Section:
                 "A case named served-... was asked of a server over HTTP, without a draft and with one: its clocks run "
                 "over whole rounds, with prefill, queue and transport."
             )
+        own = [c for c in run.decodes if is_own(c) and c.get("proposer") and c.get("draft")]
+        drafts = {c["proposer"]: c["draft"] for c in own}
+        if len(drafts) > 1:
+            section.sentences.append("; ".join(f"{name} is {draft}" for name, draft in drafts.items()) + ".")
         section.sentences += [
             f"{c['case']}: {c['residual']}" for c in run.decodes if isinstance(c.get("residual"), str)
         ]

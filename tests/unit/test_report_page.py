@@ -240,6 +240,16 @@ def test_prompt_lengths_and_drafts_of_a_sweep_are_told_apart(run, pages):
     assert "Speed-up against prompt length" in Elements(page).titles
 
 
+def test_drafts_side_by_side_are_named(run, pages):
+    cases = [decode(8), decode(8)]
+    cases[0]["extra_info"] |= {"case": "block-b8-n64-draft", "proposer": "draft", "draft": "first"}
+    cases[1]["extra_info"] |= {"case": "block-b8-n64-draft2", "proposer": "draft2", "draft": "second"}
+    page, markdown = pages(run(cases))
+    assert "draft is first; draft2 is second." in page
+    assert "draft is first; draft2 is second." in markdown
+    assert " is first" not in pages(run(cases[:1]))[0]
+
+
 def test_text_of_a_file_is_text_on_the_page(run, pages):
     case = decode()
     case["extra_info"] |= {"case": "<script>x</script>|$a_b$", "draft": "<b>&"}
