@@ -1,7 +1,7 @@
 """A run in the formats of other tools: their names, our numbers. Only cases whose tokens were proven are exported.
 
 Where a tool's number means something else than ours it is left out, not filled in. `output_throughput` is tok_s_total:
-decoding only, where a server's would hold prefill and waiting too.
+decoding only, where a server's (cases of mode `served`) holds prefill and waiting too.
 """
 
 import csv

@@ -29,6 +29,8 @@ def status(info: dict[str, Any]) -> str:
         return "no-draft"
     if info["lossless"] is None:
         return "no-baseline"
+    if info.get("target_repeats_itself") is False:
+        return "invalid"
     if not info["lossless"] or info["speedup_x"] is None or info.get("too_noisy"):
         return "invalid"
     if info["speedup_x_ci95"] is None:
@@ -45,6 +47,11 @@ def doubt(info: dict[str, Any]) -> str | None:
         return f"no-draft: the target alone was measured, since {info['no_draft']}"
     if info["status"] == "no-baseline":
         return "no-baseline: greedy decoding must run beside it, to compare with and to prove the tokens"
+    if info.get("target_repeats_itself") is False:
+        return (
+            "invalid: the target's server answers otherwise when it is asked again, without any draft, so nothing can "
+            "be held against it; serve in float32, or one request at a time"
+        )
     if info["lossless"] is False:
         place = info["first_divergence"]
         where = f"prompt {place['prompt']}, token {place['token']}"

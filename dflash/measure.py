@@ -213,6 +213,7 @@ def _until_sure(
         ratio, _, high = pair_ratio_interval(first, second)
         if high <= (1 + within) * ratio:
             break
-        more = in_turn(timed, rounds=max(1, len(first) // 2), warmup=0)
+        left = int((deadline - time.monotonic()) / float(first.mean() + second.mean()))
+        more = in_turn(timed, rounds=max(1, min(len(first) // 2, left)), warmup=0)
         first, second = (np.concatenate([s, m]) for s, m in zip((first, second), more.values(), strict=True))
     return first, second

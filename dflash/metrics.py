@@ -17,7 +17,7 @@ experts_awake_step  experts that a step of one token a row wakes, mean over laye
                     the same if routing were even
 residual            speedup_x / predicted_speedup_x - 1
 
-Over HTTP (mode `served`, dflash/serving/) no clock can start after prefill: tok_s_total is tokens emitted / seconds
+Over HTTP (mode `served`, dflash/serving/) no clock can start after prefill: tok_s_total is tokens that count / seconds
 from the first request to the last answer of a round, ttft_ms and tpot_ms are medians over requests.
 
 Means are pooled over blocks (every block weighs the same), not means of per-request means.

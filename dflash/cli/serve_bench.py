@@ -43,7 +43,7 @@ class ServeBench:
     served_model: str = ""
     """Name of the model in requests; by default what is served."""
     key_variable: str = ""
-    """Variable of the environment that holds the key of --base-url."""
+    """Variable of the environment that holds the key of --base-url and --draft-base-url."""
     prompts: str = "builtin"
     """builtin[:category], humaneval, FILE.jsonl or hf:NAME."""
     num_prompts: int = 8
@@ -106,6 +106,8 @@ def serve_bench(args: Annotated[ServeBench, tyro.conf.arg(name="")]) -> None:
 
 def _make_directories(args: ServeBench) -> None:
     """Before anything is measured: a result that can't be written would be lost."""
+    if args.json is not None and args.json.is_dir():
+        raise ServingError(f"--json names a file to write; {args.json} is a directory")
     for directory in filter(None, (args.json and args.json.parent, args.report)):
         try:
             directory.mkdir(parents=True, exist_ok=True)

@@ -14,8 +14,10 @@ from typing import Any
 from dflash.serving.client import Api
 from dflash.serving.draft import Draft
 from dflash.serving.server import ServingError
+from dflash.weights.export import reader_faults
 
 _HOST = "127.0.0.1"
+_LOOK_S = 60
 # Runs in the server's interpreter, with the standard library alone; a package is found, not imported.
 _LOOK = """
 import importlib.metadata, importlib.util, json, sys
@@ -24,7 +26,7 @@ try:
     version = importlib.metadata.version(sys.argv[2])
 except importlib.metadata.PackageNotFoundError:
     version = ""
-print(json.dumps([version, spec and list(spec.submodule_search_locations)]))
+print(json.dumps([version, spec and list(spec.submodule_search_locations or [])]))
 """
 
 
@@ -61,7 +63,6 @@ class Adapter:
     faults                 what of a target or a draft it can't serve; None: nothing is known of that
     """
 
-    name: str
     package: str
     distribution: str
     api: Api
@@ -74,12 +75,19 @@ class Adapter:
         """What `python` would import. Raises ServingError when it has no such server, or is no interpreter."""
         try:
             looked = subprocess.run(
-                [python, "-c", _LOOK, self.package, self.distribution], capture_output=True, text=True, check=True
+                [python, "-c", _LOOK, self.package, self.distribution],
+                capture_output=True,
+                text=True,
+                check=True,
+                timeout=_LOOK_S,
             )
             version, found = json.loads(looked.stdout)
-        except (OSError, subprocess.CalledProcessError, json.JSONDecodeError) as error:
+        except (OSError, subprocess.SubprocessError, json.JSONDecodeError) as error:
+            # Of a command that failed, what it said last: the error itself holds the whole script.
+            said = (getattr(error, "stderr", None) or "").strip().rpartition("\n")[2] or type(error).__name__
+            reason = getattr(error, "strerror", None) or said
             raise ServingError(
-                f"--server-python names the Python interpreter that has the server; {python}: {error}"
+                f"--server-python names the Python interpreter that has the server; {python}: {reason}"
             ) from None
         if not found:
             raise ServingError(
@@ -133,12 +141,7 @@ def _sglang_jax_faults(launch: Launch) -> list[str]:
         faults.append(f"it gives a draft the hidden states of Qwen3 and Llama targets alone, and this is {kinds[0]}")
     if target.get("tie_word_embeddings"):
         faults.append("it gives a draft the target's own lm_head, and this target's is tied to its embeddings")
-    last = target.get("num_hidden_layers", 0) - 1
-    if last in draft.config.target_layer_ids:
-        faults.append(f"it takes hidden states before a layer runs, so a draft can't read the last one, {last}")
-    if draft.config.rope.kind != "default":
-        faults.append(f"it reads no rope_scaling of a draft, and this one's is {draft.config.rope.kind}")
-    return faults
+    return faults + reader_faults(draft.config, "sglang-jax")
 
 
 # ---- SGLang
@@ -189,7 +192,6 @@ def _transformers(launch: Launch) -> list[str]:
 
 ADAPTERS = {
     "sglang-jax": Adapter(
-        name="sglang-jax",
         package="sgl_jax",
         distribution="sglang-jax",
         api="sglang",
@@ -199,7 +201,6 @@ ADAPTERS = {
         faults=_sglang_jax_faults,
     ),
     "sglang": Adapter(
-        name="sglang",
         package="sglang",
         distribution="sglang",
         api="sglang",
@@ -208,7 +209,6 @@ ADAPTERS = {
         command=_sglang,
     ),
     "vllm": Adapter(
-        name="vllm",
         package="vllm",
         distribution="vllm",
         api="openai",
@@ -218,7 +218,6 @@ ADAPTERS = {
         faults=_vllm_faults,
     ),
     "transformers": Adapter(
-        name="transformers",
         package="transformers",
         distribution="transformers",
         api="openai",

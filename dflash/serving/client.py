@@ -6,6 +6,7 @@ and asks for nothing more: some servers die of a sampled one, or of one that wan
 
 import dataclasses
 import http.client
+import itertools
 import json
 import time
 import urllib.error
@@ -13,7 +14,7 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-from dflash.serving.server import ServingError, opener
+from dflash.serving.server import ServingError, opener, redacted
 from dflash.tokenizer import Tokenizer
 
 Api = Literal["openai", "sglang"]
@@ -23,7 +24,7 @@ Api = Literal["openai", "sglang"]
 class Answer:
     """One answer. Seconds run from the request: `ttft_s` to the first text, `seconds` to the end.
 
-    tokens   ids after the prompt, up to the first stop token and to the budget
+    tokens   ids after the prompt, up to the first stop token (with it, where `exact`) and to the budget
     exact    the server gave the ids; else they are its text, encoded again
     counted  tokens that count, the stop token among them, never more than the budget
     emitted  tokens that the server says it made, before anything was cut
@@ -42,7 +43,7 @@ class Answer:
 
 
 class _RefusedError(ServingError):
-    """The server understood, and says no."""
+    """The server says no to this request: it may take another."""
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -89,21 +90,24 @@ class Client:
         self._timeout_s = timeout_s
         self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
         self._opener = opener(self.url)
-        self._takes_ids = True
-        self._gives_ids = True
+        self._counts = self._takes_ids = self._gives_ids = True
 
     def get(self, path: str) -> str:
         """The body of a page. Raises ServingError."""
-        return self._send(path, None).read().decode("utf-8", errors="replace")
+        with self._send(path, None) as page:
+            try:
+                return page.read().decode("utf-8", errors="replace")
+            except (OSError, http.client.HTTPException) as error:
+                raise ServingError(f"{self.url + path} broke off: {error or type(error).__name__}") from None
 
     def learn(self, prompt: Sequence[int], unnamed: str) -> None:
-        """Finds out what the server takes and gives, by asking for one token: ids where it can, else text.
+        """Finds out what the server takes and gives, by asking for one token: ids and counts where it can, else text.
 
         A client without a model's name takes the only one that is served, or `unnamed`.
         """
         if not self.model and self.api == "openai":
             self.model = self._only_model() or unnamed
-        for self._takes_ids, self._gives_ids in ((True, True), (True, False), (False, True), (False, False)):
+        for self._counts, self._takes_ids, self._gives_ids in itertools.product((True, False), repeat=3):
             try:
                 self.ask(prompt, 1)
                 return
@@ -133,10 +137,10 @@ class Client:
 
     def _only_model(self) -> str | None:
         try:
-            listed = json.loads(self.get("/v1/models")).get("data") or []
-        except (ServingError, json.JSONDecodeError):  # not every server lists what it serves
+            (listed,) = json.loads(self.get("/v1/models"))["data"]
+            return listed["id"]
+        except (ServingError, ValueError, KeyError, TypeError):  # not every server lists what it serves
             return None
-        return listed[0].get("id") if len(listed) == 1 else None
 
     def _request(self, prompt: Sequence[int], max_new_tokens: int) -> tuple[str, dict[str, Any]]:
         if self.api == "sglang":
@@ -150,7 +154,8 @@ class Client:
             "temperature": 0,
             "stream": True,
         }
-        body |= {"stream_options": {"include_usage": True}}
+        if self._counts:
+            body |= {"stream_options": {"include_usage": True}}
         return "/v1/completions", body | ({"return_token_ids": True} if self._gives_ids else {})
 
     def _answer(self, reply: _Reply, max_new_tokens: int, ttft_s: float, seconds: float) -> Answer:
@@ -159,7 +164,8 @@ class Client:
         emitted = len(ids) if reply.completion_tokens is None else reply.completion_tokens
         stop = next((i for i, token in enumerate(ids) if token in self.tokenizer.stop_token_ids), len(ids))
         return Answer(
-            tokens=tuple(ids[: min(stop, max_new_tokens)]),
+            # A server that gives ids gives the stop token too.
+            tokens=tuple(ids[: min(stop + exact, max_new_tokens)]),
             exact=exact,
             counted=min(stop + 1 if exact else emitted, emitted, max_new_tokens),
             emitted=emitted,
@@ -174,12 +180,14 @@ class Client:
         with self._send(path, body) as stream:
             try:
                 for line in stream:
-                    data = line.decode("utf-8").partition("data:")[2].strip()
+                    data = line.decode("utf-8", errors="replace").partition("data:")[2].strip()
                     if not data or data == "[DONE]":
                         continue
                     event = json.loads(data)
+                    if not isinstance(event, dict):
+                        raise ServingError(f"{self.url} must stream JSON objects, got {data!r:.200}")
                     if event.get("error"):
-                        raise ServingError(f"{self.url} broke off an answer: {event['error']!s:.500}")
+                        raise ServingError(f"{self.url} broke off an answer: {redacted(str(event['error'])):.500}")
                     yield event
             except (OSError, http.client.HTTPException) as error:
                 raise ServingError(f"{self.url} broke off an answer: {error or type(error).__name__}") from None
@@ -194,8 +202,8 @@ class Client:
         except urllib.error.HTTPError as error:
             with error:
                 said = error.read().decode("utf-8", errors="replace").strip()
-            refused = f"{self.url + path} refused a request with {error.code}: {said:.500}"
-            raise (_RefusedError if 400 <= error.code < 500 else ServingError)(refused) from None
+            refused = f"{self.url + path} refused a request with {error.code}: {redacted(said):.500}"
+            raise _RefusedError(refused) from None
         except (OSError, http.client.HTTPException, ValueError) as error:
             reason = getattr(error, "reason", error)
             raise ServingError(f"{self.url} does not answer: {reason or type(error).__name__}") from None

@@ -33,6 +33,11 @@ def load(directory: Path, target: Path, block_size: int | None = None) -> Draft:
             f"a server reads a DFlashDraftModel directory, and {directory} holds training runs: write one with "
             f"`python -m dflash export {directory} NEW_DIR`"
         )
+    if "speculators_config" in read_json(directory, "config.json"):
+        raise ServingError(
+            f"servers get z-lab's layout here, vLLM too, and {directory} is written for speculators: export it without "
+            "--format speculators"
+        )
     served = read_target_config(read_json(target, "config.json"), str(target / "config.json"))
     try:
         config = check_directory(directory, served)

@@ -9,9 +9,11 @@ import contextlib
 import dataclasses
 import math
 import shlex
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -58,6 +60,31 @@ def _told_of_death(server: Server) -> Iterator[None]:
         raise ServingError(f"{death}; at that, {error}" if death else str(error)) from None
 
 
+def _at_once(ask: Callable[[list[int]], Answer], prompts: Sequence[list[int]], concurrency: int) -> list[Answer]:
+    """The answers in the order of the prompts, so many asked at a time; raises what the first of them raised.
+
+    Nothing waits for a thread: a request that is cut short must keep neither its server nor us from ending.
+    """
+    answers: list[Future[Answer]] = [Future() for _ in prompts]
+    todo = deque(zip(answers, prompts, strict=True))
+
+    def work() -> None:
+        with contextlib.suppress(IndexError):
+            while True:
+                answer, prompt = todo.popleft()
+                try:
+                    answer.set_result(ask(prompt))
+                except Exception as error:
+                    answer.set_exception(error)
+
+    for _ in range(min(concurrency, len(prompts))):
+        threading.Thread(target=work, daemon=True).start()
+    try:
+        return [answer.result() for answer in answers]
+    finally:
+        todo.clear()
+
+
 class _Side:
     """One server and what it answered; `mark` is where its account of acceptance stood before the timed rounds."""
 
@@ -68,16 +95,10 @@ class _Side:
 
     def round(self) -> Round:
         run = self._run
-        # Left without waiting: a request that is cut short must not keep its server from being ended.
-        pool = ThreadPoolExecutor(run.concurrency)
-        try:
-            begun = time.perf_counter()
-            asked = [pool.submit(self.client.ask, p, run.max_new_tokens) for p in run.prompts]
-            with _told_of_death(self.server):
-                answers = [a.result() for a in asked]
-            return Round(answers=answers, seconds=time.perf_counter() - begun)
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        begun = time.perf_counter()
+        with _told_of_death(self.server):
+            answers = _at_once(lambda p: self.client.ask(p, run.max_new_tokens), run.prompts, run.concurrency)
+        return Round(answers=answers, seconds=time.perf_counter() - begun)
 
     def counters(self) -> str:
         """Its page of counters; empty where it has none."""

@@ -17,7 +17,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -53,7 +53,6 @@ class Server:
     url: str
     process: subprocess.Popen[bytes] | None = None
     log: Path | None = None
-    ready_s: float | None = None
 
     def read_log(self, start: int = 0) -> str:
         """The log from a byte on; empty where there is none."""
@@ -89,39 +88,40 @@ def started(
     health: str,
     log: Path,
     timeout_s: float,
-    environment: Mapping[str, str] | None = None,
 ) -> Iterator[Server]:
     """A server that answers `url` + `health`, until the block is left in whatever way; SIGTERM and SIGHUP included.
 
-    `environment` is added to ours. Raises ServingError when it can't be started, ends, or is not ready in time.
+    Raises ServingError when it can't be started, ends, or is not ready in time.
     """
-    log.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text(f"$ {redacted(shlex.join(command))}\n", encoding="utf-8")
+    except OSError as error:
+        raise ServingError(f"a server's log goes to {log} (--log-dir): {error.strerror}") from None
     process = None
     with _leaving_on_signals():
         try:
-            with log.open("wb") as out:
-                out.write(f"$ {redacted(shlex.join(command))}\n".encode())
-                out.flush()
+            with log.open("ab") as out:
                 process = subprocess.Popen(
                     command,
                     stdin=subprocess.DEVNULL,
                     stdout=out,
                     stderr=subprocess.STDOUT,
-                    env=os.environ | dict(environment or {}),
                     # A group of its own: Ctrl-C reaches us alone, and we end all of it.
                     start_new_session=True,
                 )
-            begun = time.monotonic()
             _wait_until_ready(Server(url=url, process=process, log=log), health, timeout_s)
-            yield Server(url=url, process=process, log=log, ready_s=time.monotonic() - begun)
+            yield Server(url=url, process=process, log=log)
         except OSError as error:
             if process is not None:
                 raise
             raise ServingError(f"a server is started by a command; {command[0]}: {error.strerror}") from None
         finally:
             if process is not None:
-                _end(process)
-                write_atomically(log, redacted(log.read_text(encoding="utf-8", errors="replace")))
+                try:
+                    _end(process)
+                finally:  # also where a second Ctrl-C cuts the wait short
+                    write_atomically(log, redacted(log.read_text(encoding="utf-8", errors="replace")))
 
 
 def _wait_until_ready(server: Server, health: str, timeout_s: float) -> None:
@@ -166,7 +166,9 @@ def _leaving_on_signals() -> Iterator[None]:
     def leave(number: int, _: FrameType | None) -> None:
         raise KeyboardInterrupt(signal.Signals(number).name)
 
-    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    # What is ignored stays so: under nohup a run goes on.
+    heeded = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, leave) for number in heeded}
     try:
         yield
     finally:

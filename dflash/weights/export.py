@@ -52,7 +52,7 @@ def _own_faults(c: DraftConfig) -> list[str]:
     return faults
 
 
-def _reader_faults(c: DraftConfig, consumer: Consumer) -> list[str]:
+def reader_faults(c: DraftConfig, consumer: Consumer) -> list[str]:
     """What this reader would do otherwise than we do."""
     faults = []
     last = c.num_target_layers - 1
@@ -76,7 +76,7 @@ def _reader_faults(c: DraftConfig, consumer: Consumer) -> list[str]:
 
 def check_export(config: DraftConfig, consumer: Consumer, target: TargetConfig | None = None) -> None:
     """Raises ConfigError with every reason why this reader can't run the draft as we do."""
-    faults = _own_faults(config) + _reader_faults(config, consumer)
+    faults = _own_faults(config) + reader_faults(config, consumer)
     if target is not None:
         try:
             check_draft(config, target)

@@ -21,6 +21,8 @@ DEFAULTS = {
     "cut": False,  # closes every stream half-way
     "takes_ids": True,
     "gives_ids": True,
+    "counts": True,  # says how many tokens; else it refuses to be asked for it
+    "refuses_with": 400,
     "adds": 0,  # tokens that it reads more than the prompt has
     "told": {},  # in meta_info
     "metrics": None,  # counters that grow by this much an answer
@@ -62,7 +64,9 @@ class _Handler(BaseHTTPRequestHandler):
         if (isinstance(prompt, list) and not (sglang or settings["takes_ids"])) or (
             "return_token_ids" in request and not settings["gives_ids"]
         ):
-            return self._whole(400, {"detail": "prompt must be a string without token ids"})
+            return self._whole(settings["refuses_with"], {"detail": "prompt must be a string without token ids"})
+        if "stream_options" in request and not settings["counts"]:
+            return self._whole(settings["refuses_with"], {"detail": "unknown field stream_options hf_averysecretword"})
         budget = request["sampling_params"]["max_new_tokens"] if sglang else request["max_tokens"]
         count = budget + settings["over"] if settings["stop_at"] is None else min(budget, settings["stop_at"])
         places = [(len(prompt) + i + (i == settings["wrong_at"])) % 26 for i in range(count)]
@@ -87,7 +91,7 @@ class _Handler(BaseHTTPRequestHandler):
                 choice = {"text": chr(97 + letter), "finish_reason": "length" if last else None}
                 if "return_token_ids" in request and settings["letters"]:
                     choice["token_ids"] = [settings["letters"][letter]]
-                event = {"choices": [choice]} | ({"usage": usage} if last else {})
+                event = {"choices": [choice]} | ({"usage": usage} if last and settings["counts"] else {})
             self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
         self.wfile.write(b"data: [DONE]\n\n")
         if settings["log_line"]:

@@ -131,11 +131,16 @@ def test_what_is_installed_says_whether_it_has_dflash(name, files, has, installe
         ({}, {}, None),
         ({"architectures": ["GptOssForCausalLM"]}, {}, "Qwen3 and Llama targets alone, and this is GptOssForCausalLM"),
         ({"tie_word_embeddings": True}, {}, "is tied to its embeddings"),
-        ({"num_hidden_layers": 4}, {}, "can't read the last one, 3"),
+        ({}, {"num_target_layers": 4}, "can't read the output of the target's last layer (3)"),
+        (
+            {},
+            {"layer_types": ["sliding_attention"] * 2, "sliding_window": 16, "use_sliding_window": True},
+            "has neither sliding windows nor causal blocks",
+        ),
         (
             {},
             {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}},
-            "no rope_scaling of a draft, and this one's is yarn",
+            "reads no rope_scaling; the draft's rope is yarn",
         ),
     ],
 )
@@ -175,7 +180,11 @@ def test_no_version_of_transformers_drafts():
 
 @pytest.mark.parametrize(
     ("python", "said"),
-    [("/nowhere/python", "--server-python names the Python interpreter"), (sys.executable, "has no vllm to start")],
+    [
+        ("/nowhere/python", "--server-python names the Python interpreter that has the server; .*: No such file"),
+        ("/bin/false", "--server-python names the Python interpreter that has the server; /bin/false: CalledProcess"),
+        (sys.executable, "has no vllm to start"),
+    ],
 )
 def test_an_interpreter_without_the_server_is_refused(python, said):
     with pytest.raises(ServingError, match=said):

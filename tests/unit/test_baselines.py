@@ -224,6 +224,17 @@ def test_spoilt_files_are_refused(tmp_path, text, said):
     assert baseline_path(tmp_path, DEVICE).read_text() == text
 
 
+def test_what_a_server_reached_is_held_to_nothing_and_written_nowhere(tmp_path):
+    """Its device is unknown here."""
+    served = CASE | {"mode": "served", "device_kind": "vllm server"}
+    assert close_run([served], tmp_path) == close_run([], tmp_path)
+    assert close_run([served], tmp_path, require=True).failed
+    assert close_run([served], tmp_path, update=True).failed
+    assert not list(tmp_path.iterdir())
+    close_run([served, CASE], tmp_path, update=True)
+    assert [p.name for p in tmp_path.iterdir()] == [baseline_path(tmp_path, DEVICE).name]
+
+
 def test_all_faults_of_a_file_are_in_one_error(tmp_path):
     baseline_path(tmp_path, DEVICE).write_text(spoilt(schema_version=2, cases={"a": {}, "b": {"workload": 1}}))
     with pytest.raises(BaselineError, match="schema_version must be 1, got 2; a: needs a `workload`; b: needs"):

@@ -1,6 +1,9 @@
 """One request over HTTP: what is sent, how answers are cut and counted, and what is said when one fails."""
 
 import dataclasses
+import http.client
+import io
+import json
 
 import pytest
 from stub_server import serving
@@ -71,6 +74,14 @@ def test_text_is_sent_and_encoded_again_where_a_server_has_no_ids(ask, tokenizer
     assert answer.counted == BUDGET
 
 
+@pytest.mark.parametrize("code", [400, 422, 500])
+def test_a_server_that_takes_and_tells_the_least_is_asked_so(ask, tokenizer, code):
+    answer, request = ask(takes_ids=False, gives_ids=False, counts=False, letters=[], refuses_with=code)
+    assert set(request) == {"model", "prompt", "max_tokens", "temperature", "stream"}
+    assert answer.tokens == tuple(tokenizer.encode("klmnopqr"))
+    assert answer.counted == BUDGET
+
+
 @pytest.mark.parametrize("api", ["openai", "sglang"])
 def test_an_answer_is_cut_to_the_budget_before_it_is_counted(ask, api):
     answer, _ = ask(api, over=4)
@@ -80,11 +91,11 @@ def test_an_answer_is_cut_to_the_budget_before_it_is_counted(ask, api):
     assert first_difference(plain, answer, BUDGET) is None
 
 
-def test_an_answer_ends_before_its_stop_token_which_counts(ask, tokenizer, letters):
+def test_an_answer_ends_with_its_stop_token_which_counts(ask, tokenizer, letters):
     stop = tokenizer.stop_token_ids[0]
     stopping = [stop if chr(97 + i) == "n" else token for i, token in enumerate(letters)]
     answer, _ = ask(letters=stopping)
-    assert answer.tokens == tuple(tokenizer.encode("klm"))
+    assert answer.tokens == (*tokenizer.encode("klm"), stop)
     assert answer.counted == 4
     assert answer.emitted == BUDGET
 
@@ -109,6 +120,41 @@ def test_a_refusal_says_what_the_server_said(tokenizer):
         client = Client(url, api="openai", model="m", tokenizer=tokenizer, timeout_s=20)
         with pytest.raises(ServingError, match=r"/nothing refused a request with 404: .*not found"):
             client.get("/nothing")
+
+
+def test_what_a_server_says_holds_no_secret(tokenizer, letters):
+    with serving(letters=letters, counts=False) as (url, _):
+        client = Client(url, api="openai", model="m", tokenizer=tokenizer, timeout_s=20)
+        with pytest.raises(ServingError, match=r"unknown field stream_options \*\*\*"):
+            client.ask([5], BUDGET)
+
+
+@pytest.mark.parametrize("event", ["7", "[]", '"text"'])
+def test_an_event_that_is_no_object_is_refused(tokenizer, monkeypatch, event):
+    client = Client("http://127.0.0.1:1", api="openai", model="m", tokenizer=tokenizer, timeout_s=20)
+    monkeypatch.setattr(client, "_send", lambda path, body: io.BytesIO(f"data: {event}\n\n".encode()))
+    with pytest.raises(ServingError, match="must stream JSON objects"):
+        client.ask([5], BUDGET)
+
+
+@pytest.mark.parametrize("models", [[], {"data": [7]}, {"data": []}, {"data": [{"id": "a"}, {"id": "b"}]}, "x"])
+def test_a_list_of_models_that_tells_no_name_is_passed_over(tokenizer, monkeypatch, models):
+    client = Client("http://127.0.0.1:1", api="openai", model="", tokenizer=tokenizer, timeout_s=20)
+    monkeypatch.setattr(client, "get", lambda path: json.dumps(models))
+    monkeypatch.setattr(client, "ask", lambda prompt, budget: None)
+    client.learn([5], unnamed="nobody")
+    assert client.model == "nobody"
+
+
+def test_a_page_that_breaks_off_is_told(tokenizer, monkeypatch):
+    class Broken(io.BytesIO):
+        def read(self, *_):
+            raise http.client.IncompleteRead(b"")
+
+    client = Client("http://127.0.0.1:1", api="openai", model="m", tokenizer=tokenizer, timeout_s=20)
+    monkeypatch.setattr(client, "_send", lambda path, body: Broken())
+    with pytest.raises(ServingError, match="/metrics broke off"):
+        client.get("/metrics")
 
 
 def test_a_server_that_is_not_there_is_named(tokenizer):

@@ -150,14 +150,13 @@ def test_time_steps(target, draft):
 
 
 def test_the_largest_verify_step_is_timed_until_it_is_sure(target, draft, monkeypatch):
-    """A clock that only some calls move: every other round of the verify step takes 5% longer."""
-    calls = 0
+    """A clock that only some calls move, by a verify step that now and then takes longer."""
+    rng, calls = np.random.default_rng(0), 0
 
     def tick(timed, *, rounds, warmup=2):
         nonlocal calls
         calls += rounds
-        long = 1 + 0.05 * (np.arange(rounds) % 2)
-        return {name: long * 1.2 if name == "verify 4" else np.ones(rounds) for name in timed}
+        return {name: 1.2 * np.exp(rng.normal(0, 0.05, rounds)) if "4" in name else np.ones(rounds) for name in timed}
 
     monkeypatch.setattr(measure, "in_turn", tick)
     monkeypatch.setattr(measure.time, "monotonic", lambda: 0.0)

@@ -55,7 +55,6 @@ def test_a_server_and_its_children_end_with_the_block(start, tmp_path):
         assert alive(server.process.pid)
         assert alive(child)
         assert server.death() is None
-        assert server.ready_s > 0
     assert not alive(server.process.pid)
     assert ends(child)
     log = (tmp_path / "logs" / "target.log").read_text()
@@ -111,6 +110,42 @@ def test_a_server_that_is_never_ready_is_ended(start, tmp_path):
 def test_a_command_that_does_not_exist_is_named(start):
     with pytest.raises(ServingError, match="/nowhere/python: No such file"), start(["/nowhere/python"]):
         pass
+
+
+def test_a_log_that_can_not_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(ServingError, match=r"a server's log goes to .*/file/log \(--log-dir\)"),
+        started(python("pass"), "http://127.0.0.1:1", health="/", log=tmp_path / "file" / "log", timeout_s=1),
+    ):
+        pass
+
+
+def test_a_log_keeps_no_secret_when_the_wait_for_its_server_is_cut_short(start, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_averysecretword")
+
+    def cut_short(process):
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        (tmp_path / "logs" / "target.log").write_text("hf_averysecretword")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_end", cut_short)
+    with pytest.raises(KeyboardInterrupt), start():
+        pass
+    assert (tmp_path / "logs" / "target.log").read_text() == "***"
+
+
+def test_a_signal_that_is_ignored_stays_so(start):
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with start():
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_server_that_dies_later_says_how(start):

@@ -103,6 +103,11 @@ def test_no_device_is_opened(sound, target):
     subprocess.run([sys.executable, "-c", script, sound, target], check=True)
 
 
+def test_a_config_for_speculators_is_refused_by_name(spoilt, target):
+    with pytest.raises(ServingError, match="written for speculators: export it without --format"):
+        load(spoilt({"speculators_config": {}}), target)
+
+
 def test_a_run_directory_is_to_be_exported(tmp_path, target):
     (tmp_path / "run_config.json").write_text("{}")
     with pytest.raises(ServingError, match="python -m dflash export"):

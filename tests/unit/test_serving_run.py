@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from stub_server import serving
 
 import dflash
 from dflash import init_draft, load_target, load_tokenizer
-from dflash.gate import Floors, failures, remark
+from dflash.gate import Floors, failures, remark, status
 from dflash.report.page import write_report
 from dflash.report.run import read_run
 from dflash.report.text import speedup_table
@@ -17,7 +18,7 @@ from dflash.serving.adapters import ADAPTERS, Adapter, Installed, Launch
 from dflash.serving.draft import Draft
 from dflash.serving.plan import Plan, Request, make_plan
 from dflash.serving.results import case_facts, results_of, write_results
-from dflash.serving.run import served_run
+from dflash.serving.run import _at_once, served_run
 from dflash.serving.server import ServingError
 from dflash.tiny import write_tiny_target, write_tiny_tokenizer
 
@@ -168,7 +169,6 @@ def stub(**settings):
         return [str(STUB), json.dumps(settings | (drafting if launch.draft else {}))]
 
     return Adapter(
-        name="sglang-jax",
         package="",
         distribution="",
         api="sglang",
@@ -230,6 +230,30 @@ def test_a_target_that_does_not_repeat_itself_is_told(plan, measure, tokenizer):
     with serving(letters=letters) as (url, _):
         info, _ = measure(plan(base_url=url, no_draft="why", with_draft=False))
     assert not info["target_repeats_itself"]
+
+
+def test_a_draft_is_not_blamed_for_a_target_that_does_not_repeat_itself(compared):
+    info = compared(wrong_at=3) | {"target_repeats_itself": False}
+    info["status"] = status(info)
+    assert info["status"] == "invalid"
+    assert "answers otherwise when it is asked again" in remark(info)
+
+
+def test_the_first_failure_ends_a_round_and_nothing_more_is_asked():
+    asked = []
+
+    def ask(prompt):
+        asked.append(prompt)
+        if prompt == [1]:
+            raise ServingError("no")
+        time.sleep(0.05)
+        return prompt
+
+    with pytest.raises(ServingError, match="no"):
+        _at_once(ask, [[i] for i in range(50)], 2)
+    time.sleep(0.3)
+    assert len(asked) < 10
+    assert _at_once(lambda prompt: prompt, [[i] for i in range(7)], 3) == [[i] for i in range(7)]
 
 
 @pytest.mark.parametrize("drafts", [True, False])
