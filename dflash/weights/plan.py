@@ -79,6 +79,7 @@ def _expert_plan(path: str, prefix: str, c: TargetConfig, packed: bool) -> Plan:
 
 
 def target_plan(c: TargetConfig, packed: bool) -> Plan:
+    """Every weight of a target and what makes it; `packed`: its experts are MXFP4. Raises WeightsError."""
     H, D = c.hidden_size, c.head_dim
     yield "embedding.weight", _one("model.embed_tokens.weight", c.vocab_size, H)
     for i in range(c.num_layers):
@@ -114,6 +115,7 @@ def _swiglu_plan(path: str, prefix: str, hidden: int, inner: int, bias: bool) ->
 
 
 def draft_plan(c: DraftConfig) -> Plan:
+    """Every weight of a draft and what makes it, by z-lab's names."""
     H, D = c.hidden_size, c.head_dim
     yield "fc.weight", _one("fc.weight", H, c.num_features * H)
     if c.fc_bias:

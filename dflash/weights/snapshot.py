@@ -49,7 +49,10 @@ def holds_weights(directory: Path) -> bool:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a snapshot, by its index or the single file; names never leave the directory."""
+    """The safetensors files of a snapshot, by its index or the single file; names never leave the directory.
+
+    Raises WeightsError when the index is none, or names files that are missing or lie elsewhere.
+    """
     if (directory / "model.safetensors").is_file():
         return [directory / "model.safetensors"]
     if not (directory / "model.safetensors.index.json").is_file():
@@ -71,6 +74,7 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def read_headers(files: Sequence[Path]) -> dict[str, Header]:
+    """Every tensor of these files by its name. Raises WeightsError for a damaged file, and a name in two of them."""
     headers: dict[str, Header] = {}
     for path in files:
         try:
