@@ -159,9 +159,10 @@ def lost_chunks(directory: Path, entries: Iterable[Entry]) -> list[str]:
         except (ValueError, OSError):
             lost.append(f"{entry.path} (without a readable .zarray)")
             continue
+        assert store.kvstore is not None
         chunk = store.chunk_layout.read_chunk.shape or ()
-        wanted = math.prod(-(-n // c) for n, c in zip(store.shape, chunk, strict=True))
-        found = sum(not key.startswith(b".z") for key in store.kvstore.list().result())
+        wanted = math.prod(math.ceil(n / (c or 1)) for n, c in zip(store.shape, chunk, strict=True))
+        found = len([key for key in store.kvstore.list().result() if not key.startswith(b".z")])
         if found < wanted:
             lost.append(f"{entry.path} ({wanted - found} of {wanted} chunks)")
     return lost
