@@ -152,7 +152,7 @@ def open_target(directory: Path) -> Opened:
     if faults:
         raise WeightsError(f"{directory} does not fit its config.json ({len(faults)} faults): " + "; ".join(faults))
 
-    # EasyDeL leaves chunks of zeros out, which a bias or a sink may well be, and no other weight is.
+    # tensorstore may leave chunks of zeros out when it writes; a bias or a sink may well be one, and no other weight.
     told = [entry for path, entry in there.items() if entry.sha256 is None and not path.endswith(_MAY_BE_ZERO)]
     lost = lost_chunks(directory, told)
     if lost:

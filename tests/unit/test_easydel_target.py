@@ -120,7 +120,7 @@ def test_no_weight_is_held_twice(tmp_path):
 def test_lost_chunks_are_no_zeros(tmp_path):
     theirs = write_theirs(write_tiny_target(tmp_path / "snapshot", "gpt_oss"), tmp_path / "theirs")
     layer = theirs / "model/model/layers/1"
-    # What EasyDeL leaves out where all of it is zero.
+    # What a writer may leave out, being zero.
     for path in ("self_attn/q_proj/bias", "self_attn/sinks", "mlp/experts/down_proj/bias"):
         for chunk in (layer / path).glob("[0-9]*"):
             chunk.unlink()
