@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
@@ -25,7 +26,7 @@ from jax.sharding import Mesh
 from dflash.models.layers import precision
 from dflash.models.llama import Llama
 from dflash.weights.config_json import read_target_config
-from dflash.weights.easydel_target import from_state, to_state
+from dflash.weights.easydel_target import HEAD, from_state, to_state
 from dflash.weights.huggingface import DTYPES
 from dflash.weights.snapshot import read_json
 
@@ -100,10 +101,16 @@ def load(*more: str) -> ModuleType:
             raise EasyDelError(f"EasyDeL can't be imported ({error}): pip install 'dflash-bench[easydel]'") from error
 
 
+_AXES = ("dp", "fsdp", "ep", "tp", "sp")
+
+
 def _settings(dtype: jnp.dtype) -> dict[str, Any]:
-    """The one attention of its that is right on a CPU: the others ignore sinks, or compute in bfloat16."""
+    """The one attention of its that is right on a CPU (the others ignore sinks, or compute in bfloat16); one device."""
     names = ("attn_dtype", "kvdtype", "attn_softmax_dtype")
-    return {"attn_mechanism": "vanilla", **dict.fromkeys(names[:2], dtype), names[2]: jnp.float32}
+    attention = {"attn_mechanism": "vanilla", **dict.fromkeys(names[:2], dtype), names[2]: jnp.float32}
+    # Where none is set it makes one, of every device there is.
+    mesh = Mesh(np.array(jax.local_devices()[:1]).reshape(1, 1, 1, 1, 1), _AXES)
+    return attention | {"_hidden_mesh": mesh}
 
 
 def load_model(directory: Path, dtype: str = "float32") -> Any:
@@ -118,15 +125,15 @@ def load_model(directory: Path, dtype: str = "float32") -> Any:
             precision=precision(DTYPES[dtype]),
             # Its default takes every weight through float16.
             torch_load_mode="streaming",
-            sharding_axis_dims=(1, 1, 1, 1, 1),
             config_kwargs=_settings(DTYPES[dtype]),
             verbose=False,
         )
 
 
 def _parameters(model: Any) -> dict[str, nnx.Variable]:
-    """The weights of a model by their paths joined with "/"."""
-    return {"/".join(map(str, path)): v for path, v in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    """The weights of a model by their paths joined with "/"; a tied head has none of its own."""
+    parameters = {"/".join(map(str, path)): v for path, v in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    return {path: v for path, v in parameters.items() if v.get_value() is not None}
 
 
 def to_target(model: Any, dtype: str = "float32", mesh: Mesh | None = None) -> Llama:
@@ -145,8 +152,7 @@ def from_target(target: Llama, directory: Path) -> Any:
     family, dtype = target.config.family, target.dtype
     module, name = sys.modules[f"easydel.modules.{family}"], _FAMILIES[family]
     with isolated():
-        settings = {"sharding_axis_dims": (1, 1, 1, 1, 1), **_settings(dtype)}
-        config = getattr(module, f"{name}Config")(**raw | settings)
+        config = getattr(module, f"{name}Config")(**raw | _settings(dtype))
         kind = getattr(module, f"{name}ForCausalLM")
         model = kind.lazy_init(
             config=config, dtype=dtype, param_dtype=dtype, precision=precision(dtype), rngs=nnx.Rngs(0)
@@ -155,8 +161,9 @@ def from_target(target: Llama, directory: Path) -> Any:
         graph, state = nnx.split(model)
         flat = []
         for path, variable in nnx.to_flat_state(state):
-            empty, value = variable.get_value(), arrays.pop("/".join(map(str, path)), None)
-            # What is no weight counts random draws, of which there are none; a tied head has none of its own.
-            flat.append((path, variable.replace(jnp.zeros(empty.shape, empty.dtype) if value is None else value)))
+            empty, name = variable.get_value(), "/".join(map(str, path))
+            # What is no weight counts random draws, of which there are none; a tied head is none, as when it loads one.
+            other = None if name == HEAD else jnp.zeros(empty.shape, empty.dtype)
+            flat.append((path, variable.replace(arrays.pop(name, other))))
         assert not arrays, sorted(arrays)
         return nnx.merge(graph, nnx.from_flat_state(flat))

@@ -25,6 +25,8 @@ from dflash.teacher_cache.source import FeatureReader
 _SAME_TABLE = 1e-4
 # The experts' bfloat16, which is another deviation, rounds a weight of up to 1 by less.
 _SAME_WEIGHTS = 0.02
+# Looking at a window takes several masks, each twice as long as it on both sides: 4 GiB each for one of 32768.
+_LONGEST_LOOK = 1024
 
 
 def _rope_rows(config: TargetConfig, positions: Array) -> Array:
@@ -34,8 +36,9 @@ def _rope_rows(config: TargetConfig, positions: Array) -> Array:
 
 
 def _table_is_off(model: Any, config: TargetConfig) -> bool:
-    positions = np.array([[1, 7, 63, 511]])
-    table = np.asarray(model.model.frequencies.get_value(), np.float32)[positions[0]]
+    table = np.asarray(model.model.frequencies.get_value(), np.float32)
+    positions = np.minimum([[1, 7, 63, 511]], len(table) - 1)
+    table = table[positions[0]]
     return bool(np.abs(table - _rope_rows(config, jnp.asarray(positions))).max() > _SAME_TABLE)
 
 
@@ -67,11 +70,21 @@ def _experts_round(model: Any, config: TargetConfig) -> bool:
 
 
 def _window_is_off(model: Any, config: TargetConfig) -> bool:
-    """Whether the last of many tokens sees another number of keys than the window has."""
+    """Whether other layers than should have a window, or the last of many tokens sees more or fewer keys than it."""
+    attentions = [layer.self_attn for layer in model.model.layers]
+    # So it is of a Qwen with `use_sliding_window: false`.
+    if [a.sliding_window is None for a in attentions] != [window is None for window in config.windows]:
+        return True
     layer = next((i for i, window in enumerate(config.windows) if window is not None), None)
     if layer is None:
         return False
-    attention, length = model.model.layers[layer].self_attn, 2 * config.windows[layer] + 2  # type: ignore[operator]
+    attention, window = attentions[layer], config.windows[layer]
+    assert window is not None
+    # The window is an argument of the method, which compares differences of positions with it, so a shorter one that
+    # is off by as much as theirs shows the same.
+    theirs, shorter = attention.sliding_window, max(window - _LONGEST_LOOK, 0)
+    left, right = theirs if isinstance(theirs, tuple) else (theirs, theirs)
+    length = 2 * (window - shorter) + 2
     keys = jnp.zeros((1, length, 1, 1))
     causal = jnp.tril(jnp.ones((1, 1, length, length), bool))
     mask = SimpleNamespace(attention_mask=causal, replace=lambda **changes: SimpleNamespace(**changes))
@@ -81,12 +94,12 @@ def _window_is_off(model: Any, config: TargetConfig) -> bool:
         mask_info=mask,
         mode="train",
         cache_view=None,
-        sliding_window=attention.sliding_window,
+        sliding_window=(left - shorter, right),
         query_length=length,
         masking_details=None,
         cache_metadata=None,
     )
-    return int(seen.attention_mask[0, 0, -1].sum()) != config.windows[layer]
+    return int(seen.attention_mask[0, 0, -1].sum()) != window - shorter
 
 
 def _leave(_model: Any, _config: TargetConfig) -> None:
@@ -105,8 +118,7 @@ def _compute_experts(model: Any, _config: TargetConfig) -> None:
 
 def _narrow_windows(model: Any, config: TargetConfig) -> None:
     for layer, window in zip(model.model.layers, config.windows, strict=True):
-        if window is not None:
-            layer.self_attn.sliding_window = (window - 1, 0)
+        layer.self_attn.sliding_window = None if window is None else (window - 1, 0)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -146,7 +158,8 @@ CORRECTIONS = (
         _window_is_off,
         _narrow_windows,
         "a window of W shows W + 1 keys: behind the first W tokens every feature of a sliding layer mixes in one "
-        "token that the target does not see there",
+        "token that the target does not see there; and Qwen's `use_sliding_window: false` is passed over: a layer "
+        "that should see everything sees a window",
     ),
 )
 
@@ -239,7 +252,9 @@ def audit_teacher(target: Llama, directory: Path, tokens: np.ndarray) -> tuple[l
     wanted, features = target.forward(jnp.asarray(tokens))
     best = wanted.argmax(axis=-1)
     rows = []
+    teacher: Teacher | None = None
     for count in range(len(CORRECTIONS) + 1):
+        teacher = None  # given up before the next one is made: each holds a model
         teacher = Teacher(easydel.from_target(target, directory), target.config, CORRECTIONS[:count])
         if count and CORRECTIONS[count - 1] not in teacher.applied:
             continue
@@ -248,4 +263,5 @@ def audit_teacher(target: Llama, directory: Path, tokens: np.ndarray) -> tuple[l
         name = CORRECTIONS[count - 1].name if count else ""
         share = float((logits.argmax(axis=-1) == best).mean())
         rows.append(Deviation(name, float(jnp.abs(logits - wanted).max()), share, max(off)))
+    assert teacher is not None
     return rows, teacher

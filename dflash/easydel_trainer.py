@@ -8,7 +8,7 @@ start again from step 0; what interrupts it between two steps ends it as if that
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,8 @@ def train(
         model = _filled(weights_of(settings_of(**content, **axes), rngs=nnx.Rngs(0)), draft)
         trainer = _trainer_class(package)(job, arguments=_arguments(package, job), model=model)
         ended = int(trainer.train().state.step)
+    if trainer.raised is not None:
+        raise trainer.raised
     saved = latest_run(root)
     if ended < config.steps:
         raise TrainingError(
@@ -232,6 +234,20 @@ def _step(job: _Job, mesh: Any, metrics: Any) -> Any:
     return step
 
 
+def _kept(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of the trainer; what it raises is kept, since EasyDeL ends a run in silence at a TypeError or Ctrl-C."""
+
+    @functools.wraps(method)
+    def call(self: Any, *arguments: Any, **settings: Any) -> Any:
+        try:
+            return method(self, *arguments, **settings)
+        except BaseException as error:
+            self.raised = error
+            raise
+
+    return call
+
+
 @functools.cache
 def _trainer_class(package: Any) -> Any:
     """EasyDeL's `Trainer`, with our batches, step, figures and checkpoints."""
@@ -241,6 +257,7 @@ def _trainer_class(package: Any) -> Any:
         def __init__(self, job: _Job, **settings: Any):
             self.job = job
             self.sums: list[dict[str, Any]] = []
+            self.raised: BaseException | None = None
             super().__init__(**settings)
 
         # ---- batches: in the order that follows from the seed, from the state's step on
@@ -280,8 +297,21 @@ def _trainer_class(package: Any) -> Any:
                 checkpoint_manager=self.arguments.get_streaming_checkpointer(),
             )
 
+        def _execute_train_step(self, *arguments: Any, **settings: Any) -> Any:
+            state, metrics, stopped = super()._execute_train_step(*arguments, **settings)
+            if stopped is not None:
+                # The step has taken the state's memory already: there is nothing to save.
+                raise stopped
+            return state, metrics, None
+
+        def _prepare_training_output(self, state: Any, run_exception: BaseException | None = None) -> Any:
+            """Saves a checkpoint, also where waiting for a batch was interrupted."""
+            self.raised = self.raised or run_exception
+            return super()._prepare_training_output(state=state, run_exception=run_exception)
+
         # ---- what is kept
 
+        @_kept
         def log_metrics(self, metrics: Mapping[str, Any], pbar: Any, step: int, **_: Any) -> None:
             """A line of metrics.jsonl every so often. Raises TrainingError when the step was not finite."""
             job = self.job
@@ -300,6 +330,7 @@ def _trainer_class(package: Any) -> Any:
         def _saves(self, step: int) -> bool:
             return step % self.job.settings.save_every == 0 or step == self.job.config.steps
 
+        @_kept
         def _save_checkpoint_for_step(self, state: Any, *, step: int, force: bool = False, **_: Any) -> str | None:
             """EasyDeL's files, whole or not there, with the SHA-256 of every array."""
             settings = self.job.settings

@@ -20,7 +20,18 @@ SCHEMA_VERSION = 1
 ROOT = Path(__file__).parents[1]
 # What decides the figures; results and notes that lie beside it don't.
 _SOURCES = ("dflash", "bench", "conftest.py", "pytest.ini", "pyproject.toml")
-_PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "numpy", "tensorstore", "pytest", "pytest-benchmark")
+_PACKAGES = (
+    "jax",
+    "jaxlib",
+    "libtpu",
+    "flax",
+    "optax",
+    "numpy",
+    "tensorstore",
+    "easydel",
+    "pytest",
+    "pytest-benchmark",
+)
 _FLAG_LISTS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 _SETTINGS = (
     "DFLASH_NATIVE",

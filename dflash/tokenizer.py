@@ -228,7 +228,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _read_backend(path: Path) -> tokenizers.Tokenizer:
     if not path.is_file():
-        raise TokenizerError(f"a snapshot must have a tokenizer.json, {path} is missing; fetch the snapshot anew")
+        remedy = "fetch the snapshot anew"
+        if (path.parent / "tensorstore_index.json").is_file():
+            remedy = "EasyDeL saves none: copy the tokenizer's files from the snapshot that the weights are of"
+        raise TokenizerError(f"a snapshot must have a tokenizer.json, {path} is missing; {remedy}")
     text = _read_text(path)
     try:
         backend = tokenizers.Tokenizer.from_str(text)

@@ -17,6 +17,8 @@ from dflash.weights.load import load_target, target_directory
 
 # What the corrected forward may differ by: rounding, and no token.
 _NEAR = {"float32": 2e-2, "bfloat16": float("inf")}
+# What is read by default at most: more, for windows of 32768, needs the memory and time of another kind of host.
+_LONGEST = 4096
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,7 +30,7 @@ class AuditTeacher:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of computation; bfloat16 hides the smaller deviations."""
     num_tokens: int = 0
-    """Tokens that are read, drawn at random; 0 for 64, or three times the target's longest window."""
+    """Tokens that are read, drawn at random; 0 for 64, or three times the target's longest window up to 4096."""
     json: bool = False
     """Print one JSON object instead."""
 
@@ -40,17 +42,24 @@ def audit_teacher_command(args: Annotated[AuditTeacher, tyro.conf.arg(name="")])
     if args.num_tokens < 0:
         raise RequestError(f"num_tokens must be at least 1, or 0 for enough of them, got {args.num_tokens}")
     target = load_target(args.target, args.dtype)
-    length = args.num_tokens or max(64, 3 * max((w for w in target.config.windows if w), default=0))
+    longest = max((w for w in target.config.windows if w), default=0)
+    length = args.num_tokens or min(max(64, 3 * longest), _LONGEST)
     tokens = np.random.default_rng(0).integers(0, target.config.vocab_size, (1, length))
     rows, teacher = audit_teacher(target, target_directory(args.target), tokens)
     same = rows[-1].features <= _NEAR[args.dtype] and (args.dtype != "float32" or rows[-1].argmax == 1)
     if args.json:
         figures = device_facts(device) | {"target": args.target, "dtype": args.dtype, "num_tokens": length}
         figures |= {"teacher": teacher.name, "rows": [dataclasses.asdict(row) for row in rows], "same": same}
+        figures |= {"window_not_reached": longest if longest >= length else None}
         print(json.dumps(metrics.finite(figures), allow_nan=False))
     else:
         print("\n".join(_lines(rows)))
         print(f"{teacher.name}: " + ("the target's own forward, up to rounding" if same else "still ANOTHER MODEL"))
+        if longest >= length:
+            print(
+                f"Not looked at: what a window of {longest} hides, since {length} tokens were read; "
+                f"--num-tokens {3 * longest} reads enough"
+            )
     if not same:
         sys.exit(1)
 

@@ -9,6 +9,7 @@ import tyro
 
 from dflash.config import build_target_layer_ids
 from dflash.device import open_default_device
+from dflash.easydel import load
 from dflash.easydel_teacher import TeacherReader, load_teacher
 from dflash.teacher_cache.build_sequences import build_sequences
 from dflash.teacher_cache.build_windows import WindowConfig, build_windows
@@ -89,6 +90,8 @@ class BuildCache:
 
 def build_cache(args: Annotated[BuildCache, tyro.conf.arg(name="")]) -> None:
     """Let the target write and answer prompts, and keep what its layers say of every token."""
+    if args.teacher == "easydel":
+        load()  # before a large target is read for nothing
     open_default_device()
     target = load_target(args.target, args.dtype)
     directory = target_directory(args.target)

@@ -10,10 +10,9 @@ import tyro
 from dflash.device import open_default_device
 from dflash.metrics import finite
 from dflash.training.curves import read_metrics
-from dflash.weights.easydel import resolve_run
 from dflash.weights.export import Consumer, Dtype, export_draft, parse_size
 from dflash.weights.load import is_own_run, read_any_draft, target_config, target_directory
-from dflash.weights.runs import step_of
+from dflash.weights.runs import resolve_run, step_of
 from dflash.weights.zarr import read_object
 
 # Directories say something on the machine that trained; elsewhere only hashes do.

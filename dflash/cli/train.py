@@ -10,6 +10,7 @@ import tyro
 from dflash import easydel_trainer
 from dflash.config import ConfigError, ConvConfig, SelectorConfig, TargetConfig
 from dflash.device import device_facts, open_default_device
+from dflash.easydel import load
 from dflash.evaluate import check_fit
 from dflash.models.draft import Draft
 from dflash.provenance import compile_cache, of_command
@@ -162,6 +163,8 @@ def _start(args: Train, borrowed: Borrowed, target_layer_ids: tuple[int, ...]) -
 
 def train(args: Annotated[Train, tyro.conf.arg(name="")]) -> None:
     """Train a draft on a teacher cache; no target runs. Start it again to resume."""
+    if args.trainer == "easydel":
+        load("easydel.trainers")  # before a large target is hashed for nothing
     device, compiled = open_default_device(), compile_cache()
     config = _config(args)
     cache = open_cache(args.cache_dir)

@@ -23,7 +23,8 @@ from dflash.training.batches import Batch, TrainingBatches, ahead
 from dflash.training.curves import read_metrics, write_curves
 from dflash.training.objective import SUMS, means
 from dflash.training.trainer import TrainConfig, Trainer, learning_rate, step_flops
-from dflash.weights.easydel import latest_run, read_optimizer_state, read_run, run_config, write_run
+from dflash.weights.easydel import read_optimizer_state, read_run, run_config, write_run
+from dflash.weights.runs import latest_run
 
 
 class TrainingError(RuntimeError):

@@ -122,10 +122,14 @@ def _read_rope(reader: _Reader, max_position: int, default_theta: float) -> Rope
 def _read_windows(reader: _Reader, num_layers: int, family: str) -> tuple[int | None, ...]:
     """Per-layer windows from `layer_types` and `sliding_window`; GPT-OSS alternates when `layer_types` is absent."""
     raw = reader.raw
-    types = raw.get("layer_types")
+    types, qwen = raw.get("layer_types"), family in ("qwen2", "qwen3")
+    if qwen and raw.get("use_sliding_window") is False:
+        # EasyDeL writes `layer_types` without looking at this key. It decides: the __post_init__ of transformers'
+        # Qwen2Config and Qwen3Config then sets sliding_window to None, whatever `layer_types` says.
+        return (None,) * num_layers
     if types is None and family == "gpt_oss":
         types = ["sliding_attention" if i % 2 == 0 else "full_attention" for i in range(num_layers)]
-    elif types is None and family in ("qwen2", "qwen3") and reader.flag("use_sliding_window"):
+    elif types is None and qwen and reader.flag("use_sliding_window"):
         first = reader.number("max_window_layers", 28, minimum=0)
         types = ["sliding_attention" if i >= first else "full_attention" for i in range(num_layers)]
     elif types is None:

@@ -22,7 +22,7 @@ from dflash.models.draft import Draft
 from dflash.weights.config_json import read_draft_config, write_draft_config
 from dflash.weights.huggingface import DTYPES
 from dflash.weights.leaves import check_leaves, leaf_kind, leaves_of, restore
-from dflash.weights.runs import MARKER, check_run, latest_run, new_run, resolve_run
+from dflash.weights.runs import MARKER, check_run, new_run
 from dflash.weights.snapshot import WeightsError
 from dflash.weights.zarr import (
     array_faults,
@@ -32,8 +32,6 @@ from dflash.weights.zarr import (
     write_array,
     write_index,
 )
-
-__all__ = ["latest_run", "read_optimizer_state", "read_run", "resolve_run", "run_config", "write_run"]
 
 _FLOATS = ("float32", "bfloat16", "float16")
 
@@ -235,7 +233,7 @@ def write_run(
 
 
 def read_run(directory: Path, dtype: str = "float32") -> Draft:
-    """The draft of one run directory (`resolve_run` finds the latest of a root), in `dtype` (float32 or bfloat16).
+    """The draft of one run directory, in `dtype` (float32 or bfloat16); `runs.resolve_run` finds the latest of a root.
 
     Raises ConfigError, or WeightsError when the run is incomplete or damaged; each with every fault.
     """

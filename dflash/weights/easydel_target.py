@@ -18,9 +18,10 @@ from dflash.weights.config_json import read_target_config
 from dflash.weights.huggingface import Opened, build_target
 from dflash.weights.plan import Source
 from dflash.weights.snapshot import WeightsError, read_json
-from dflash.weights.zarr import array_faults, read_arrays, read_index
+from dflash.weights.zarr import array_faults, lost_chunks, read_arrays, read_index
 
 _FLOATS = ("float32", "bfloat16", "float16")
+_MAY_BE_ZERO = ("/bias", "/sinks")
 # Not saved where the head is the embedding, but part of the state.
 HEAD = "lm_head/kernel"
 
@@ -150,6 +151,17 @@ def open_target(directory: Path) -> Opened:
     faults = array_faults(there, {f"model/{path}": (shape, _FLOATS) for path, shape in wanted.items()})
     if faults:
         raise WeightsError(f"{directory} does not fit its config.json ({len(faults)} faults): " + "; ".join(faults))
+
+    # tensorstore may leave chunks of zeros out when it writes; a bias or a sink may well be one, and no other weight.
+    told = [entry for path, entry in there.items() if entry.sha256 is None and not path.endswith(_MAY_BE_ZERO)]
+    lost = lost_chunks(directory, told)
+    if lost:
+        raise WeightsError(
+            f"{directory} was copied incompletely, {len(lost)} weights would be read as zeros: "
+            + "; ".join(lost)
+            + ": "
+            "copy it again"
+        )
 
     def read(path: str) -> np.ndarray:
         entry = entries[f"model/{path}"]

@@ -24,7 +24,7 @@ from dflash.weights import easydel, huggingface, smollm2, snapshot
 from dflash.weights.config_json import read_target_config
 from dflash.weights.older import convert
 from dflash.weights.older_layouts import is_older_run, linen_step, read_older
-from dflash.weights.runs import is_root, is_run
+from dflash.weights.runs import is_root, is_run, resolve_run
 from dflash.weights.zarr import INDEX
 
 # In place of a directory: a draft with random weights.
@@ -62,7 +62,7 @@ def read_any_draft(name_or_dir: str | Path, dtype: str = "float32", target: Targ
     if older is not None:
         return convert(older, dtype)
     if _is_training_run(directory):
-        return easydel.read_run(easydel.resolve_run(directory), dtype)
+        return easydel.read_run(resolve_run(directory), dtype)
     return huggingface.read_draft(directory, dtype)
 
 
@@ -74,7 +74,7 @@ def _is_training_run(directory: Path) -> bool:
 def is_own_run(name_or_dir: str | Path) -> bool:
     """Whether this is a run directory, or a root of them, that this project's trainer wrote."""
     directory = Path(name_or_dir)
-    return _is_training_run(directory) and not is_older_run(easydel.resolve_run(directory))
+    return _is_training_run(directory) and not is_older_run(resolve_run(directory))
 
 
 def draft_hash(name_or_dir: str | Path) -> str:
@@ -84,7 +84,7 @@ def draft_hash(name_or_dir: str | Path) -> str:
     if step is not None:
         files = [step.parent.parent / "meta.json", step]
     elif _is_training_run(directory):
-        run = easydel.resolve_run(directory)
+        run = resolve_run(directory)
         files = [run / "config.json", run / INDEX]
         # Our index holds the hash of every array; an older trainer's doesn't.
         if is_older_run(run):

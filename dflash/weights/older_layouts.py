@@ -9,7 +9,6 @@ import numpy as np
 from flax.serialization import msgpack_restore
 
 from dflash.config import ConfigError, TargetConfig
-from dflash.weights.easydel import resolve_run
 from dflash.weights.huggingface import read_tensors
 from dflash.weights.older import (
     OlderDraft,
@@ -19,7 +18,7 @@ from dflash.weights.older import (
     recorded_target,
     target_settings,
 )
-from dflash.weights.runs import is_root, is_run
+from dflash.weights.runs import is_root, is_run, resolve_run
 from dflash.weights.snapshot import WeightsError, holds_weights, read_json
 from dflash.weights.zarr import read_arrays, read_index, read_object
 

@@ -1,12 +1,13 @@
 """Arrays on disk as EasyDeL keeps them: zarr v2 directories with zstd chunks, listed in tensorstore_index.json.
 
 tensorstore reads a chunk that is not there as zeros. So the index holds the SHA-256 of every array that we write, under
-one more key; an array without one (EasyDeL's own) may have such holes unseen.
+one more key; of an array without one (EasyDeL's own) `lost_chunks` counts them.
 """
 
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -147,6 +148,24 @@ def array_faults(entries: Mapping[str, Entry], wanted: Wanted) -> list[str]:
         if entry.dtype not in dtypes:
             faults.append(f"{path} is {entry.dtype}, must be one of {list(dtypes)}")
     return faults
+
+
+def lost_chunks(directory: Path, entries: Iterable[Entry]) -> list[str]:
+    """Every array of which not all chunks are there, with how many: they would be read as zeros."""
+    lost = []
+    for entry in entries:
+        try:
+            store = tensorstore.open(_spec(directory / entry.path), open=True, context=_CONTEXT).result()
+        except (ValueError, OSError):
+            lost.append(f"{entry.path} (without a readable .zarray)")
+            continue
+        assert store.kvstore is not None
+        chunk = store.chunk_layout.read_chunk.shape or ()
+        wanted = math.prod(math.ceil(n / (c or 1)) for n, c in zip(store.shape, chunk, strict=True))
+        found = len([key for key in store.kvstore.list().result() if not key.startswith(b".z")])
+        if found < wanted:
+            lost.append(f"{entry.path} ({wanted - found} of {wanted} chunks)")
+    return lost
 
 
 def _read_array(directory: Path, entry: Entry) -> np.ndarray:

@@ -234,6 +234,12 @@ def test_windows():
     assert windows("qwen2", **older, use_sliding_window=True) == (None, None, None, 12)
     assert windows("qwen2", **older, use_sliding_window=False) == (None,) * 4
     assert windows("qwen2", **older) == (None,) * 4
+    # What EasyDeL writes of a Qwen without windows contradicts itself.
+    for family in ("qwen2", "qwen3"):
+        told = {"layer_types": MIXED, "sliding_window": 12}
+        assert windows(family, **told, use_sliding_window=False) == (None,) * 4
+        assert windows(family, **told, use_sliding_window=True) == (None, 12, 12, None)
+    assert windows("gpt_oss", **told, use_sliding_window=False) == (None, 12, 12, None)
 
 
 @pytest.mark.parametrize(

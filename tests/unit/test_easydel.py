@@ -24,9 +24,10 @@ import dflash
 from dflash import ConfigError, WeightsError, decode, load_draft, load_target, write_draft
 from dflash.tiny import write_tiny_target
 from dflash.weights import easydel, runs
-from dflash.weights.easydel import latest_run, read_optimizer_state, read_run, resolve_run, write_run
+from dflash.weights.easydel import read_optimizer_state, read_run, write_run
 from dflash.weights.huggingface import read_draft
 from dflash.weights.load import read_any_draft
+from dflash.weights.runs import latest_run, resolve_run
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "head_dim": 8, "windows": (None,), "causal": (False,)}
 

@@ -11,7 +11,6 @@ import pytest
 
 from dflash import easydel
 from dflash.cli import main
-from dflash.tiny import write_tiny_target, write_tiny_tokenizer
 from dflash.weights.easydel import write_run
 
 _LOOK = """
@@ -108,19 +107,26 @@ def test_where_it_is_missing_or_another_the_error_says_what_to_do(monkeypatch):
         easydel.load()
 
 
-@pytest.mark.parametrize("command", [["audit-teacher"], ["build-cache", "cache", "--teacher", "easydel"]])
-def test_a_command_that_needs_it_says_so_in_one_sentence(command, monkeypatch, capsys, tmp_path):
+@pytest.mark.parametrize(
+    "command",
+    ["audit-teacher", "build-cache cache --teacher easydel", "train cache runs --trainer easydel"],
+)
+def test_a_command_that_needs_it_says_so_first_and_in_one_sentence(command, monkeypatch, capsys, tmp_path):
     def missing(name):
         raise importlib.metadata.PackageNotFoundError(name)
 
-    folder = write_tiny_tokenizer(write_tiny_target(tmp_path / "target", num_hidden_layers=4))
+    def read(*arguments):
+        raise AssertionError(f"{arguments} was read for nothing")
+
+    for module, name in (("audit_teacher", "load_target"), ("build_cache", "load_target"), ("train", "open_cache")):
+        # In the package, the command has the module's name.
+        monkeypatch.setattr(sys.modules[f"dflash.cli.{module}"], name, read)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(easydel.metadata, "version", missing)
-    more = ["--target-layer-ids", "0"] if "build-cache" in command else []
-    monkeypatch.setattr(sys, "argv", ["dflash", *command, "--target", str(folder), *more])
+    monkeypatch.setattr(sys, "argv", ["dflash", *command.split(), "--target", "target"])
     assert main() == 2
     assert capsys.readouterr().err.startswith("dflash: EasyDeL is not installed: pip install")
-    assert not (tmp_path / "cache").exists()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture

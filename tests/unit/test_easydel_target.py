@@ -117,6 +117,23 @@ def test_no_weight_is_held_twice(tmp_path):
     assert target.embedding.weight.get_value().unsafe_buffer_pointer() == address["model/embed_tokens/embedding"]
 
 
+def test_lost_chunks_are_no_zeros(tmp_path):
+    theirs = write_theirs(write_tiny_target(tmp_path / "snapshot", "gpt_oss"), tmp_path / "theirs")
+    layer = theirs / "model/model/layers/1"
+    # What a writer may leave out, being zero.
+    for path in ("self_attn/q_proj/bias", "self_attn/sinks", "mlp/experts/down_proj/bias"):
+        for chunk in (layer / path).glob("[0-9]*"):
+            chunk.unlink()
+    attention = load_target(theirs).layers[1].attention
+    assert not np.asarray(attention.sinks.get_value()).any()
+    for path in ("input_layernorm/kernel/0", "self_attn/o_proj/kernel/0.0", "mlp/experts/up_proj/kernel/.zarray"):
+        (layer / path).unlink()
+    with pytest.raises(WeightsError, match=r"copied incompletely, 3 weights.*: copy it again") as error:
+        load_target(theirs)
+    for said in ("1/input_layernorm/kernel (1 of 1 chunks)", "1/self_attn/o_proj/kernel (", "up_proj/kernel (without"):
+        assert said in str(error.value)
+
+
 def test_a_tied_head_that_they_saved_is_passed_over(tmp_path):
     snapshot = write_tiny_target(tmp_path / "snapshot", tie_word_embeddings=True)
     target = load_target(snapshot)

@@ -248,22 +248,61 @@ def test_another_run_is_refused(finished, train, draw_draft, table, batches, tmp
 # ---- what stops it
 
 
-def test_an_interrupt_is_no_end(train, package, monkeypatch, tmp_path):
-    """Stock, it returns as if that step had been the last."""
+def stop(monkeypatch, error):
+    """Raises where a step's figures are looked at; returns the error."""
 
+    def fail(step, *arguments):
+        if step == 4:
+            raise error
+
+    monkeypatch.setattr(easydel_trainer, "check_finite", fail)
+    return error
+
+
+def test_an_interrupt_is_one_and_no_end(train, monkeypatch, tmp_path):
+    """Stock, it returns as if that step had been the last."""
+    stop(monkeypatch, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "runs")
+    assert list(completed_runs(tmp_path / "runs")) == [3, 4]
+    monkeypatch.undo()
+    assert train(tmp_path / "runs").name == "run-6"
+
+
+def test_a_mistake_of_ours_is_not_told_as_an_interrupt(train, monkeypatch, tmp_path):
+    """Stock, a TypeError between two steps ends the run as Ctrl-C does."""
+    error = stop(monkeypatch, TypeError("a mistake"))
+    with pytest.raises(TypeError) as raised:
+        train(tmp_path / "runs")
+    assert raised.value is error
+
+
+def test_an_interrupt_within_a_step_leaves_the_last_checkpoint(train, package, monkeypatch, tmp_path):
+    kind = easydel_trainer._trainer_class(package)
+    place = kind._preprocess_batch_input
+
+    def interrupt(self, state, batch, is_train):
+        if int(state.step) == 4:
+            raise KeyboardInterrupt
+        return place(self, state, batch, is_train)
+
+    monkeypatch.setattr(kind, "_preprocess_batch_input", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "runs")
+    assert list(completed_runs(tmp_path / "runs")) == [3]
+
+
+def test_what_ends_it_in_their_code_is_no_end(train, package, monkeypatch, tmp_path):
     def interrupt(self, state, metrics, step):
         if step == 4:
             raise KeyboardInterrupt
         return state, metrics
 
-    kind = easydel_trainer._trainer_class(package)
-    monkeypatch.setattr(kind, "on_step_end", interrupt)
+    monkeypatch.setattr(easydel_trainer._trainer_class(package), "on_step_end", interrupt)
     with pytest.raises(
         TrainingError, match=r"interrupted after step 4 of 6; the checkpoint is .*run-4: start it again"
     ):
         train(tmp_path / "runs")
-    monkeypatch.undo()
-    assert train(tmp_path / "runs").name == "run-6"
 
 
 def test_what_is_not_finite_stops_it(train, cache, table, tmp_path):

@@ -21,8 +21,8 @@ from dflash.training.batches import TrainingBatches
 from dflash.training.curves import write_curves
 from dflash.training.run import Run, RunConfig, TrainingError
 from dflash.training.trainer import TrainConfig, Trainer
-from dflash.weights.easydel import latest_run, read_run, write_run
-from dflash.weights.runs import completed_runs
+from dflash.weights.easydel import read_run, write_run
+from dflash.weights.runs import completed_runs, latest_run
 
 V, H, S = 199, 64, 4
 SMALL = {"windows": (None,), "causal": (False,), "block_size": S}

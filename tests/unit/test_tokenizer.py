@@ -163,6 +163,9 @@ def test_a_name_or_path_that_is_nothing_is_refused(tmp_path):
 def test_a_snapshot_without_tokenizer_json_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"tokenizer\.json is missing; fetch the snapshot anew"):
         load_tokenizer(tmp_path)
+    (tmp_path / "tensorstore_index.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"is missing; EasyDeL saves none: copy the tokenizer's files from the snap"):
+        load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize(
