@@ -168,8 +168,11 @@ def test_a_signal_to_us_ends_the_server(tmp_path, number):
     child, port = tmp_path / "child.txt", free_port()
     words = [sys.executable, str(STUB), json.dumps({"child": str(child)}), "--host", "127.0.0.1", "--port", str(port)]
     code = (
-        "import pathlib, sys, time\n"
+        "import pathlib, signal, sys, time\n"
         "from dflash.serving.server import started\n"
+        # A shell's jobs in the background are born deaf to it.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
         f"with started({words!r}, 'http://127.0.0.1:{port}', health='/health', "
         f"log=pathlib.Path({str(tmp_path / 'log')!r}), timeout_s=20) as server:\n"
         "    print(server.process.pid, flush=True)\n"
