@@ -129,6 +129,7 @@ def test_a_draft_from_a_directory(run, folder, draft_folder, expected):
     assert "a block of 4" in out
 
 
+@pytest.mark.slow
 def test_json_is_one_line(run, folder, draft_folder, expected, check_provenance):
     code, out, err = generate(run, folder, "--draft", draft_folder, "--json")
     assert (code, err, out.count("\n")) == (0, "", 1)

@@ -219,6 +219,7 @@ def test_collecting_opens_no_device(run):
     result.says("devices opened: False")
 
 
+@pytest.mark.slow
 def test_cpu_tests_leave_an_accelerator_alone(run, project):
     """However they are chosen: by marker, by a longer expression, by file."""
     cwd = project(
@@ -377,6 +378,7 @@ def measured(run, folder, tmp_path_factory):
     return run(*small(folder, *arguments, "--run-name=first")), json_file
 
 
+@pytest.mark.slow
 def test_a_run_writes_valid_json_with_every_figure(measured, folder):
     result, json_file = measured
     assert result.status == 0, result.text
@@ -403,6 +405,7 @@ def test_a_run_writes_valid_json_with_every_figure(measured, folder):
         assert info["workload_version"] >= 1
 
 
+@pytest.mark.slow
 def test_figures_agree_with_each_other(measured):
     for name, benchmark in read(measured[1]).items():
         info = benchmark["extra_info"]
@@ -437,6 +440,7 @@ def test_figures_agree_with_each_other(measured):
         assert benchmark["stats"]["rounds"] == 1
 
 
+@pytest.mark.slow
 def test_the_summary_has_both_tables(measured):
     result, json_file = measured
     result.says(
@@ -606,6 +610,7 @@ def test_a_sweep_of_which_every_case_fails_says_so_in_its_file(run, folder, tmp_
     assert "could not be measured" in (tmp_path / "out" / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_resuming_needs_a_file_to_go_on_with(run, folder, tmp_path):
     result = run("bench/test_decode.py", *small(folder, "--resume"))
     assert result.status == 4

@@ -201,6 +201,7 @@ def test_more_than_one_device_stays_with_xla(tmp_path: Path):
     assert done.stdout.startswith("XLA: 2 CPU devices")
 
 
+@pytest.mark.slow
 def test_two_processes_compile_at_once(tmp_path: Path):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "DFLASH_CACHE_DIR": str(tmp_path), "XLA_FLAGS": ""}
     command = [sys.executable, "-c", STATUS]

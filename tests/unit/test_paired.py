@@ -283,6 +283,7 @@ def close_call(target, prompt, tokens):
     return place, int(np.argsort(logits[place])[-2])
 
 
+@pytest.mark.slow
 def test_bfloat16_tokens_that_differ_are_audited(tmp_path):
     """A token that the target nearly chose leaves the case lossless, one that it did not makes it invalid."""
     target = load_target(write_tiny_target(tmp_path / "target", num_hidden_layers=1), "bfloat16")
