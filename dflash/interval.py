@@ -5,6 +5,7 @@ Reads seconds of two functions measured in turn, [rounds] or [rounds, prompts]. 
 
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 from scipy.special import stdtrit
@@ -151,3 +152,29 @@ def noise(baseline: np.ndarray, candidate: np.ndarray) -> Noise:
     return Noise(
         spread=math.expm1(spread), within=high / ratio - 1, drift=math.expm1(drift), outliers=far, rounds=count
     )
+
+
+def known(low: float, high: float) -> list[float] | None:
+    """An interval as it is reported: None where too few rounds gave one."""
+    return [low, high] if math.isfinite(high) else None
+
+
+# What `speedup_figures` gives, where nothing was compared.
+NO_SPEEDUP = dict.fromkeys(
+    ("speedup_x", "speedup_x_ci95", "speedup_x_timing_ci95", "spread", "drift", "outliers", "too_noisy")
+)
+
+
+def speedup_figures(baseline: np.ndarray, candidate: np.ndarray) -> dict[str, Any]:
+    """The speed-up of these rounds, both its intervals and what disturbed it, by their names in `metrics`."""
+    ratio, *by_prompt = ratio_interval(baseline, candidate)
+    disturbed = noise(baseline, candidate)
+    return {
+        "speedup_x": ratio,
+        "speedup_x_ci95": known(*by_prompt),
+        "speedup_x_timing_ci95": known(ratio / (1 + disturbed.within), ratio * (1 + disturbed.within)),
+        "spread": disturbed.spread,
+        "drift": disturbed.drift,
+        "outliers": disturbed.outliers,
+        "too_noisy": disturbed.too_noisy,
+    }

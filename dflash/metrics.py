@@ -90,6 +90,14 @@ def time_per_output_token_ms(produced: Sequence[Sequence[int]], decode_s: float)
     return 1000 * decode_s / longest if longest else None
 
 
+def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
+    """The first place where two rows of tokens differ, from 0, the end of the shorter included; None for equal ones."""
+    if a == b:
+        return None
+    places = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+    return next(places, min(len(a), len(b)))
+
+
 def predicted_speedup(acceptance_length: float, step_s: float, verify_s: float, draft_s: float) -> float:
     """The cost model: tokens per block over what a block costs in one-token steps (design.md, Leviathan et al. 2023).
 

@@ -21,7 +21,7 @@ from dflash.decoding.decode import RequestError, compiled_decoder, prefill, read
 from dflash.decoding.script import ScriptedDraft
 from dflash.gate import status
 from dflash.greedy import Greedy, Rows, timed_decode
-from dflash.interval import noise, ratio_interval, rounds_to_add
+from dflash.interval import NO_SPEEDUP, known, rounds_to_add, speedup_figures
 from dflash.measure import experts_awake
 from dflash.models.draft import Draft
 from dflash.models.gpt_oss import GptOss
@@ -31,20 +31,14 @@ def first_divergence(expected: Sequence[Rows], got: Sequence[Rows]) -> dict[str,
     """Where the first row differs (prompt and token, from 0), over groups of rows; None when all are equal."""
     pairs = zip([r for g in expected for r in g], [r for g in got for r in g], strict=True)
     for prompt, (a, b) in enumerate(pairs):
-        if a != b:
-            places = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
-            return {"prompt": prompt, "token": next(places, min(len(a), len(b)))}
+        if (place := metrics.first_difference(a, b)) is not None:
+            return {"prompt": prompt, "token": place}
     return None
 
 
 def _steps(produced: Sequence[Rows]) -> np.ndarray:
     """One-token steps of every group, int64 [groups]: a batch takes as many as its longest row."""
     return np.array([max(map(sum, rows)) for rows in produced])
-
-
-def _known(low: float, high: float) -> list[float] | None:
-    """An interval as it is reported: None where too few rounds gave one."""
-    return [low, high] if math.isfinite(high) else None
 
 
 class PairedRun:
@@ -155,13 +149,7 @@ class PairedRun:
             "rounds": len(dflash_s),
             "baseline_tok_s_total": None,
             "baseline_tpot_ms": None,
-            "speedup_x": None,
-            "speedup_x_ci95": None,
-            "speedup_x_timing_ci95": None,
-            "spread": None,
-            "drift": None,
-            "outliers": None,
-            "too_noisy": None,
+            **NO_SPEEDUP,
             "block_ratio": None,
             "lossless": None,
             "first_divergence": place,
@@ -184,18 +172,8 @@ class PairedRun:
             if longest:
                 # After a near tie the texts differ, and may in length: what is compared is the time of a token.
                 dflash_s = dflash_s * (greedy_steps / np.maximum(dflash_steps, 1))
-                ratio, *by_prompt = ratio_interval(baseline_s, dflash_s)
-                disturbed = noise(baseline_s, dflash_s)
-                info |= {
-                    "speedup_x": ratio,
-                    "speedup_x_ci95": _known(*by_prompt),
-                    "speedup_x_timing_ci95": _known(*ratio_interval(baseline_s, dflash_s, by_prompt=False)[1:]),
-                    "spread": disturbed.spread,
-                    "drift": disturbed.drift,
-                    "outliers": disturbed.outliers,
-                    "too_noisy": disturbed.too_noisy,
-                    "block_ratio": longest / self._block_steps() / ratio,
-                }
+                info |= speedup_figures(baseline_s, dflash_s)
+                info |= {"block_ratio": longest / self._block_steps() / info["speedup_x"]}
         info |= self._experts()
         if steps is not None:
             info |= self._prediction(steps, longest)
@@ -238,7 +216,7 @@ class PairedRun:
         verify, draft, predicted = steps.verify_ratio(size), steps.draft_ratio(size), info["predicted_speedup_x"]
         told: dict[str, Any] = {
             "verify_ratio": verify,
-            "verify_ratio_ci95": _known(*steps.verify_ratio_ci95.get(size, (0.0, math.inf))),
+            "verify_ratio_ci95": known(*steps.verify_ratio_ci95.get(size, (0.0, math.inf))),
             "draft_ratio": draft,
             "break_even_acceptance_length": info["predicted_block_ratio"],
             "residual": None,

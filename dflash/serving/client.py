@@ -14,6 +14,7 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
+from dflash import metrics
 from dflash.serving.server import ServingError, opener, redacted
 from dflash.tokenizer import Tokenizer
 
@@ -221,7 +222,4 @@ def first_difference(a: Answer, b: Answer, max_new_tokens: int) -> int | None:
         shorter, longer = sorted((a.text.rstrip("\ufffd"), b.text.rstrip("\ufffd")), key=len)
         if longer.startswith(shorter):
             return None
-    if a.tokens == b.tokens:
-        return None
-    places = (i for i, (x, y) in enumerate(zip(a.tokens, b.tokens, strict=False)) if x != y)
-    return next(places, min(len(a.tokens), len(b.tokens)))
+    return metrics.first_difference(a.tokens, b.tokens)

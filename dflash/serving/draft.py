@@ -33,7 +33,8 @@ def load(directory: Path, target: Path, block_size: int | None = None) -> Draft:
             f"a server reads a DFlashDraftModel directory, and {directory} holds training runs: write one with "
             f"`python -m dflash export {directory} NEW_DIR`"
         )
-    if "speculators_config" in read_json(directory, "config.json"):
+    raw = read_json(directory, "config.json")
+    if "speculators_config" in raw:
         raise ServingError(
             f"servers get z-lab's layout here, vLLM too, and {directory} is written for speculators: export it without "
             "--format speculators"
@@ -50,4 +51,4 @@ def load(directory: Path, target: Path, block_size: int | None = None) -> Draft:
         raise ServingError(
             f"a draft is served with blocks of 2 up to what it was trained for, {config.block_size}; got {size}"
         )
-    return Draft(directory=directory.resolve(), config=config, raw=read_json(directory, "config.json"), block_size=size)
+    return Draft(directory=directory.resolve(), config=config, raw=raw, block_size=size)

@@ -7,7 +7,6 @@ transport are in it. docs/serving.md says what is compared.
 
 import contextlib
 import dataclasses
-import math
 import shlex
 import threading
 import time
@@ -20,7 +19,7 @@ import numpy as np
 
 from dflash import metrics
 from dflash.gate import status
-from dflash.interval import noise, ratio_interval
+from dflash.interval import NO_SPEEDUP, speedup_figures
 from dflash.provenance import redact
 from dflash.serving import acceptance
 from dflash.serving.client import Answer, Client, first_difference
@@ -185,13 +184,7 @@ class ServedRun:
             "baseline_tok_s_total": _rate(self.target.rounds),
             "baseline_ttft_ms": _median_ms(self.target.rounds, lambda a: a.ttft_s),
             "baseline_tpot_ms": _median_ms(self.target.rounds, _per_token),
-            "speedup_x": None,
-            "speedup_x_ci95": None,
-            "speedup_x_timing_ci95": None,
-            "spread": None,
-            "drift": None,
-            "outliers": None,
-            "too_noisy": None,
+            **NO_SPEEDUP,
             "block_ratio": None,
             "divergences": None,
             "near_ties": None,
@@ -244,22 +237,7 @@ class ServedRun:
             np.array([r.shares() for r in side.rounds[-count:]]) / np.array([[r.counted] for r in side.rounds[-count:]])
             for side in (self.target, self.draft)
         )
-        ratio, *by_prompt = ratio_interval(before, after)
-        disturbed = noise(before, after)
-        return {
-            "speedup_x": ratio,
-            "speedup_x_ci95": _known(*by_prompt),
-            "speedup_x_timing_ci95": _known(*ratio_interval(before, after, by_prompt=False)[1:]),
-            "spread": disturbed.spread,
-            "drift": disturbed.drift,
-            "outliers": disturbed.outliers,
-            "too_noisy": disturbed.too_noisy,
-        }
-
-
-def _known(low: float, high: float) -> list[float] | None:
-    """An interval as it is reported: None where too few rounds gave one."""
-    return [low, high] if math.isfinite(high) else None
+        return speedup_figures(before, after)
 
 
 def _rate(rounds: Sequence[Round]) -> float | None:

@@ -158,9 +158,7 @@ def open_target(directory: Path) -> Opened:
     if lost:
         raise WeightsError(
             f"{directory} was copied incompletely, {len(lost)} weights would be read as zeros: "
-            + "; ".join(lost)
-            + ": "
-            "copy it again"
+            f"{'; '.join(lost)}: copy it again"
         )
 
     def read(path: str) -> np.ndarray:

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 
 from dflash.baselines import TOLERANCE
-from dflash.interval import Noise, noise, pair_ratio_interval, ratio_interval, rounds_to_add
+from dflash.interval import (
+    NO_SPEEDUP,
+    Noise,
+    noise,
+    pair_ratio_interval,
+    ratio_interval,
+    rounds_to_add,
+    speedup_figures,
+)
 
 DRAWS = 1000
 
@@ -125,6 +133,21 @@ def test_a_slow_down_of_short_calls_is_found_through_bursts():
 def test_fewer_short_calls_than_stretches_have_no_interval():
     assert pair_ratio_interval(np.full(11, 3.0), np.full(11, 2.0)) == (1.5, 0, math.inf)
     assert pair_ratio_interval(np.full(12, 3.0), np.full(12, 2.0)) == pytest.approx((1.5, 1.5, 1.5))
+
+
+@pytest.mark.parametrize("rounds", [2, 9])
+def test_figures_hold_both_intervals_and_what_disturbed_them(rounds):
+    pair = drawn_rounds(np.random.default_rng(4), rounds, 6, 2.0, spread=0.3)
+    figures, disturbed = speedup_figures(*pair), noise(*pair)
+    assert figures.keys() == NO_SPEEDUP.keys()
+    assert figures["spread"] == disturbed.spread
+    assert figures["outliers"] == disturbed.outliers
+    told = [figures["speedup_x_ci95"], figures["speedup_x_timing_ci95"]]
+    if rounds < 3:
+        assert told == [None, None]
+        return
+    for by_prompt, interval in zip((True, False), told, strict=True):
+        assert (figures["speedup_x"], *interval) == pytest.approx(ratio_interval(*pair, by_prompt=by_prompt))
 
 
 def test_swapped_roles_give_the_reciprocal():
