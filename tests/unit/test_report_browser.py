@@ -14,10 +14,6 @@ import sample_runs
 from dflash.report.page import write_report
 from dflash.report.run import read_run
 
-webdriver = pytest.importorskip(
-    "selenium.webdriver", reason="the browser extra is not installed: pip install .[browser]"
-)
-
 pytestmark = pytest.mark.browser
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")
@@ -36,6 +32,9 @@ LOOKS = {"light": ("light", 1200), "dark": ("dark", 1200), "phone": ("light", 39
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
+    webdriver = pytest.importorskip(
+        "selenium.webdriver", reason="the browser extra is not installed: pip install .[browser]"
+    )
     if not CHROMIUM or not DRIVER:
         pytest.skip("no Chromium with its driver here: apt-get install chromium chromium-driver")
     options = webdriver.ChromeOptions()
