@@ -159,6 +159,8 @@ def _attend_xla(q: Array, keys: Array, values: Array, visible: Array, sinks: Arr
     if sinks is not None:
         sink = sinks.astype(jnp.float32)[None, :, :, None, None]
         top = jnp.maximum(top, sink)
+    # The result does not depend on it: so neither does the derivative, which would go through all scores once more.
+    top = jax.lax.stop_gradient(top)
     weights = jnp.exp(scores - top)
     total = weights.sum(axis=-1, keepdims=True)
     if sinks is not None:

@@ -31,19 +31,27 @@ def check_init_layers(layers: Sequence[int], target: TargetConfig, num_layers: i
 def start_from_layers(draft: Draft, layers: Sequence[Mapping[str, np.ndarray]]) -> None:
     """Draft layer i becomes layers[i] (`read_layers`), fc the mean of the features; in place.
 
-    What a target has no counterpart of stays as it is: the norm of the context, and q/k norms unless it has some.
+    Where the target has no q/k norms, the draft's keep the length that queries and keys have without one: weights of 1
+    would make its attention all but uniform. The norm of the context has no counterpart and stays as it is.
     """
-    H, inner = draft.config.hidden_size, draft.config.num_heads * draft.config.head_dim
-    K = draft.config.num_features
+    H, K, head_dim = draft.config.hidden_size, draft.config.num_features, draft.config.head_dim
+    inner = draft.config.num_heads * head_dim
     draft.fc.weight[...] = jnp.tile(jnp.eye(H, dtype=draft.dtype) / K, (1, K))
     for layer, source in zip(draft.layers, layers, strict=True):
         values = dict(source)
-        values["attention.q.weight"], values["attention.kv.weight"] = np.split(
-            values.pop("attention.qkv.weight"), [inner]
-        )
+        q, kv = np.split(values.pop("attention.qkv.weight"), [inner])
+        values |= {"attention.q.weight": q, "attention.kv.weight": kv}
+        lengths = {"attention.q_norm.weight": q, "attention.k_norm.weight": np.split(kv, 2)[0]}
+        for name, weight in lengths.items():
+            values.setdefault(name, np.full(head_dim, _length(weight * values["attention_norm.weight"])))
         nnx.update(
             layer,
             nnx.from_flat_state(
                 [(tuple(p.split(".")), nnx.Param(jnp.asarray(v, draft.dtype))) for p, v in values.items()]
             ),
         )
+
+
+def _length(weight: np.ndarray) -> np.floating:
+    """Root mean square of W x, W [out, in], over independent x of root mean square 1."""
+    return np.sqrt((weight**2).sum(axis=1).mean())

@@ -38,12 +38,22 @@ def test_a_copied_layer_is_the_targets_layer(pair):
         expected, _ = target.layers[source](x, rope, {None: mask}, None)
         got = layer.uncached(x, jnp.ones((H, 1)), (rope, rope), jnp.array([[[False, True]]]), 1)
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
-        np.testing.assert_array_equal(layer.attention.q_norm.weight[...], _norm(target.layers[source].attention.q_norm))
-        np.testing.assert_array_equal(layer.attention.k_norm.weight[...], _norm(target.layers[source].attention.k_norm))
 
 
-def _norm(norm):
-    return np.ones(16) if norm is None else norm.weight[...]
+def test_queries_and_keys_are_as_long_as_the_targets(pair):
+    """The norms are the target's; where it has none, they give back the length that they take."""
+    target, draft = pair
+    x = jax.random.normal(jax.random.key(2), (target.config.hidden_size, 4000))
+    for layer, source in zip(draft.layers, LAYERS, strict=True):
+        mine, its = layer.attention, target.layers[source].attention
+        if its.q_norm is not None:
+            np.testing.assert_array_equal(mine.q_norm.weight[...], its.q_norm.weight[...])
+            np.testing.assert_array_equal(mine.k_norm.weight[...], its.k_norm.weight[...])
+            continue
+        q, k, _ = jnp.split(its.qkv(target.layers[source].attention_norm(x)), [64, 96])
+        for norm, heads in ((mine.q_norm, q), (mine.k_norm, k)):
+            normed = norm(heads.reshape(-1, 16, x.shape[1]), axis=1)
+            assert float(jnp.mean(normed**2)) == pytest.approx(float(jnp.mean(heads**2)), rel=0.04)
 
 
 def test_the_context_starts_as_the_mean_of_the_features(pair):
