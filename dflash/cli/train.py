@@ -24,7 +24,9 @@ from dflash.weights.huggingface import Borrowed, read_borrowed, read_layers
 from dflash.weights.load import draft_hash, new_draft, read_any_draft, target_directory
 from dflash.weights.snapshot import snapshot_hash
 
+# Scored every so often: this many batches, and as many more as make this many blocks.
 HELD_OUT_BATCHES = 4
+HELD_OUT_BLOCKS = 512
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -212,6 +214,7 @@ def train(args: Annotated[Train, tyro.conf.arg(name="")]) -> None:
         last = easydel_trainer.train(*reads, batches(False), settings, provenance, origin)
     else:
         held_out = batches(True) if len(cache.rows(True)) else None
-        scored = [held_out(i) for i in range(HELD_OUT_BATCHES)] if held_out else []
+        count = max(HELD_OUT_BATCHES, -(-HELD_OUT_BLOCKS // (config.batch_size * config.num_anchors)))
+        scored = [held_out(i) for i in range(count)] if held_out else []
         last = Run(Trainer(*reads), batches(False), scored, settings, provenance, origin).train()
     print(f"draft: {last}")
