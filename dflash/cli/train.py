@@ -24,7 +24,7 @@ from dflash.weights.huggingface import Borrowed, read_borrowed, read_layers
 from dflash.weights.load import draft_hash, new_draft, read_any_draft, target_directory
 from dflash.weights.snapshot import snapshot_hash
 
-# Scored every so often: this many batches, and as many more as make this many blocks.
+# Scored every so often: this many batches, and of sequences as many more as make this many blocks.
 HELD_OUT_BATCHES = 4
 HELD_OUT_BLOCKS = 512
 
