@@ -91,7 +91,8 @@ class DraftConfig:
     `target_layer_ids[k]` names the target layer whose *output* is context feature k. `windows` and `causal` are per
     layer; a causal layer hides later block slots. `block_size` counts the anchor. Drafts of older
     trainers may have what canonical ones don't: a mask vector of their own, biases in fc and MLP, no q/k norm. A DFlash
-    2 draft has `conv` and `selector`.
+    2 draft has `conv` and `selector`. `vocabulary`, a bit per token of the target's (`models.draft.pack_tokens`), says
+    which ones the draft proposes; None is all of them.
     """
 
     vocab_size: int
@@ -116,6 +117,7 @@ class DraftConfig:
     qk_norm: bool = True
     conv: ConvConfig | None = None
     selector: SelectorConfig | None = None
+    vocabulary: bytes | None = None
 
     @property
     def num_layers(self) -> int:
@@ -124,6 +126,11 @@ class DraftConfig:
     @property
     def num_features(self) -> int:
         return len(self.target_layer_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens the draft proposes."""
+        return self.vocab_size if self.vocabulary is None else int.from_bytes(self.vocabulary, "little").bit_count()
 
 
 def build_target_layer_ids(num_target_layers: int, num_features: int) -> tuple[int, ...]:

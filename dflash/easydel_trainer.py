@@ -27,7 +27,7 @@ from dflash.config import ConfigError, DraftConfig
 from dflash.models.draft import Draft
 from dflash.training.batches import Batch, TrainingBatches, ahead
 from dflash.training.curves import write_curves
-from dflash.training.objective import SUMS, means
+from dflash.training.objective import SUMS, means, trained_head
 from dflash.training.run import (
     RunConfig,
     TrainingError,
@@ -89,7 +89,7 @@ def train(
         draft=draft.config,
         config=config,
         optimizer=make_optimizer(config),
-        head=head,
+        head=trained_head(draft.config, head),
         mask_embedding=mask_embedding,
         batches=batches,
         settings=dataclasses.replace(settings, root=root),
@@ -219,7 +219,7 @@ def _step(job: _Job, mesh: Any, metrics: Any) -> Any:
     def step(state: Any, batch: Batch, head: Array, mask_embedding: Array) -> tuple[Any, Any]:
         (graphstate, opt_state), sums = train_step(
             build,
-            job.draft.vocab_size,
+            job.draft.num_tokens,
             job.config,
             job.optimizer,
             mesh,

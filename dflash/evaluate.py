@@ -21,7 +21,7 @@ from dflash.models.draft import Draft
 from dflash.teacher_cache.sequences import SequenceCache
 from dflash.teacher_cache.windows import WindowCache
 from dflash.training.batches import Batch, anchor_candidates, sequence_batch, widened, window_batch
-from dflash.training.objective import predict_blocks
+from dflash.training.objective import predict_blocks, trained_head
 
 SPLITS = ("held_out", "train", "all")
 _ANCHORS = 32
@@ -77,11 +77,13 @@ class Evaluator:
     def __init__(self, embedding: np.ndarray, head: np.ndarray, *, chunk: int = 2048, batch_size: int = 4):
         self.embedding = embedding
         self._head: Array | None = None
+        self._head_of: tuple[Any, bytes | None] | None = None
         self._raw_head, self.chunk, self.batch_size = head, chunk, batch_size
 
     def _score(self, draft: Draft, batches: Iterator[tuple[np.ndarray, Batch]]) -> Blocks:
-        if self._head is None or self._head.dtype != draft.dtype:
-            self._head = jax.numpy.asarray(self._raw_head, draft.dtype)
+        of = draft.dtype, draft.config.vocabulary
+        if self._head is None or self._head_of != of:
+            self._head, self._head_of = jax.numpy.asarray(trained_head(draft.config, self._raw_head), draft.dtype), of
         graph, weights = nnx.split(draft)
         mask_embedding = jax.numpy.asarray(self.embedding[draft.config.mask_token_id], draft.dtype)
         found: dict[str, list[np.ndarray]] = {f.name: [] for f in dataclasses.fields(Blocks)}

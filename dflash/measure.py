@@ -17,7 +17,7 @@ from flax import nnx
 from jax import Array
 
 from dflash.cost_model import StepTimes
-from dflash.decoding.loop import drafted_tokens
+from dflash.decoding.loop import draft_head, drafted_tokens
 from dflash.device import weight_bytes
 from dflash.interval import pair_ratio_interval
 from dflash.kv_cache import KVCache
@@ -141,13 +141,13 @@ def verify_step(target: Llama, *, tokens: int, batch: int, context: int, layer_i
 def draft_step(target: Llama, draft: Draft, *, block_size: int, batch: int, context: int) -> _Step:
     """T_draft(block_size): proposing a block, LM head included, and taking in the last block's features."""
     (target_graph, target_weights), (draft_graph, draft_weights) = nnx.split(target), nnx.split(draft)
-    weights = (target_weights, draft_weights)
+    weights = (target_weights, draft_weights, draft_head(target, draft))
     hidden, ids = target.config.hidden_size, draft.config.target_layer_ids
 
     def run(weights: Any, cache: KVCache, block: Array, features: Array) -> tuple[Array, KVCache]:
         target, draft = nnx.merge(target_graph, weights[0]), nnx.merge(draft_graph, weights[1])
         x = draft.block(draft.masked(target.embed(block).astype(draft.dtype), block_size), cache)
-        drafted = drafted_tokens(target, draft, x, block[:, 0])
+        drafted = drafted_tokens(target, draft, weights[2], x, block[:, 0])
         return drafted, draft.append_context([features] * len(ids), cache)
 
     capacity = -(-(context + block_size) // 64) * 64

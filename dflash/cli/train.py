@@ -12,13 +12,15 @@ from dflash.config import ConfigError, ConvConfig, SelectorConfig, TargetConfig
 from dflash.device import device_facts, open_default_device
 from dflash.easydel import load
 from dflash.evaluate import check_fit
-from dflash.models.draft import Draft
+from dflash.models.draft import Draft, pack_tokens
 from dflash.provenance import compile_cache, of_command
 from dflash.teacher_cache import open_cache
+from dflash.teacher_cache.sequences import SequenceCache
+from dflash.teacher_cache.windows import WindowCache
 from dflash.training.batches import TrainingBatches
 from dflash.training.objective import Objective
 from dflash.training.run import Run, RunConfig
-from dflash.training.start import check_init_layers, start_from_layers
+from dflash.training.start import check_init_layers, frequent_tokens, start_from_layers
 from dflash.training.trainer import TrainConfig, Trainer
 from dflash.weights.huggingface import Borrowed, read_borrowed, read_layers
 from dflash.weights.load import draft_hash, new_draft, read_any_draft, target_directory
@@ -55,6 +57,9 @@ class Train:
     """dflash2: rank of the product that says how well one token follows another."""
     selector_top_k: int = 8
     """dflash2: tokens of a slot that are chosen among."""
+    draft_vocab_size: int | None = None
+    """Tokens that a new draft proposes, the cache's most frequent ones; by default all of the vocabulary. Proposing and
+    training then multiply so many rows of the head."""
     block_size: int | None = None
     """Slots of a block, the anchor included; by default those of init-from's draft, 8 for a new one."""
     mask_token_id: int | None = None
@@ -137,7 +142,18 @@ def _second(args: Train, target: TargetConfig) -> dict[str, Any]:
     }
 
 
-def _start(args: Train, borrowed: Borrowed, target_layer_ids: tuple[int, ...]) -> Draft:
+def _vocabulary(args: Train, cache: SequenceCache | WindowCache, target: TargetConfig) -> bytes | None:
+    """The tokens that a new draft proposes; None for all."""
+    count = args.draft_vocab_size
+    if count is None:
+        return None
+    least = args.selector_top_k if args.architecture == "dflash2" else 1
+    if not least <= count <= target.vocab_size:
+        raise ConfigError(f"draft_vocab_size must be {least} to {target.vocab_size}, the target's tokens; got {count}")
+    return pack_tokens(frequent_tokens(cache, count), target.vocab_size)
+
+
+def _start(args: Train, borrowed: Borrowed, cache: SequenceCache | WindowCache) -> Draft:
     """The draft before the first step."""
     if args.block_size is not None and args.block_size < 2:
         raise ConfigError(f"block_size is at least 2 (anchor and one drafted token), got {args.block_size}")
@@ -150,7 +166,8 @@ def _start(args: Train, borrowed: Borrowed, target_layer_ids: tuple[int, ...]) -
         borrowed.config,
         num_layers=args.draft_layers,
         block_size=args.block_size or 8,
-        target_layer_ids=target_layer_ids,
+        target_layer_ids=cache.feature_layer_ids,
+        vocabulary=_vocabulary(args, cache, borrowed.config),
         mask_token_id=args.mask_token_id,
         seed=args.seed,
         **_second(args, borrowed.config),
@@ -175,7 +192,7 @@ def train(args: Annotated[Train, tyro.conf.arg(name="")]) -> None:
     if cache.snapshot_sha256 not in (None, target_hash):
         raise ConfigError(f"{args.cache_dir} was made with another target than {args.target} (their hashes differ)")
     borrowed = read_borrowed(directory)
-    draft = _start(args, borrowed, cache.feature_layer_ids)
+    draft = _start(args, borrowed, cache)
     check_fit(draft, cache)
 
     def batches(held_out: bool) -> TrainingBatches:

@@ -19,7 +19,8 @@ from jax import Array
 
 from dflash.decoding.accept import accept_length, produced_length
 from dflash.kv_cache import KVCache
-from dflash.models.draft import Draft
+from dflash.models.draft import Draft, proposed_tokens
+from dflash.models.layers import multiply
 from dflash.models.llama import Llama
 
 PREFILL_CHUNK = 128
@@ -59,21 +60,31 @@ def _greedy_tokens(target: Llama, x: Array, batch: int) -> Array:
     return target.most_likely(x).reshape(batch, -1)
 
 
-def drafted_tokens(target: Llama, draft: Draft, x: Array, anchors: Array) -> Array:
-    """The draft's columns of whole blocks [H, B*S] behind anchors int32 [B] -> the tokens that it drafts [B, S-1]."""
+def draft_head(target: Llama, draft: Draft) -> Array | None:
+    """The head's rows for the tokens that the draft proposes [M, H], gathered once; None for the whole head."""
+    ids = proposed_tokens(draft.config)
+    return None if ids is None else target.head_rows(ids)
+
+
+def drafted_tokens(target: Llama, draft: Draft, head: Array | None, x: Array, anchors: Array) -> Array:
+    """The draft's columns of whole blocks [H, B*S] behind anchors int32 [B] -> the tokens that it drafts [B, S-1].
+
+    `head` is `draft_head`'s.
+    """
     slots = x.reshape(x.shape[0], anchors.shape[0], -1)[:, :, 1:].reshape(x.shape[0], -1)
-    return draft.choose(slots, target.logits(slots.astype(target.dtype)), anchors)
+    read = slots.astype(target.dtype)
+    return draft.choose(slots, target.logits(read) if head is None else multiply(head, read), anchors)
 
 
-def propose(target: Llama, draft: Draft, state: State, block_size: int) -> Array:
-    """[anchor, drafted tokens] int32 [B, S] of every row."""
+def propose(target: Llama, draft: Draft, head: Array | None, state: State, block_size: int) -> Array:
+    """[anchor, drafted tokens] int32 [B, S] of every row. `head` is `draft_head`'s."""
     assert state.draft_cache is not None
     batch = state.anchor.shape[0]
     masks = jnp.full((batch, block_size - 1), draft.config.mask_token_id, jnp.int32)
     block = jnp.concatenate([state.anchor[:, None], masks], axis=1)
     with jax.named_scope("propose"):
         x = draft.masked(target.embed(block).astype(draft.dtype), block_size)
-        drafted = drafted_tokens(target, draft, draft.block(x, state.draft_cache), state.anchor)
+        drafted = drafted_tokens(target, draft, head, draft.block(x, state.draft_cache), state.anchor)
     places = state.count[:, None] + jnp.arange(block_size - 1)
     scripted = jnp.take_along_axis(state.script, jnp.minimum(places, state.script.shape[1] - 1), axis=1)
     drafted = jnp.where(scripted >= 0, scripted, drafted)
@@ -148,7 +159,7 @@ def _advance(state: State, predictions: Array, accepted: Array, cache: KVCache, 
     )
 
 
-def _step(mode: str, block_size: int, target: Llama, draft: Draft | None, state: State) -> State:
+def _step(mode: str, block_size: int, target: Llama, draft: Draft | None, head: Array | None, state: State) -> State:
     if mode == "greedy":
         nothing = jnp.zeros_like(state.anchor)
         x, _, cache = target.hidden(state.anchor[:, None], cache=state.cache)
@@ -157,19 +168,23 @@ def _step(mode: str, block_size: int, target: Llama, draft: Draft | None, state:
     assert draft is not None
     assert state.draft_cache is not None
     verify = _verify_block if mode == "cached_block_verify" else _verify_sequentially
-    candidates = propose(target, draft, state, block_size)
+    candidates = propose(target, draft, head, state, block_size)
     predictions, accepted, features, cache = verify(target, draft.config.target_layer_ids, state, candidates)
     with jax.named_scope("commit"):
         draft_cache = draft.append_context(features, state.draft_cache)
         return _advance(state, predictions, accepted, cache, draft_cache)
 
 
-def _merge(graphs: tuple[Any, Any], weights: tuple[Any, Any]) -> tuple[Llama, Draft | None]:
+# The target's, the draft's, and `draft_head`'s.
+Weights = tuple[Any, Any, Array | None]
+
+
+def _merge(graphs: tuple[Any, Any], weights: Weights) -> tuple[Llama, Draft | None]:
     return nnx.merge(graphs[0], weights[0]), None if graphs[1] is None else nnx.merge(graphs[1], weights[1])
 
 
 def _run_loop(
-    graphs: tuple[Any, Any], mode: str, block_size: int, weights: tuple[Any, Any], state: State, limit: Array
+    graphs: tuple[Any, Any], mode: str, block_size: int, weights: Weights, state: State, limit: Array
 ) -> State:
     """Steps until every row has ended or `state.step` reaches `limit`."""
     target, draft = _merge(graphs, weights)
@@ -177,12 +192,10 @@ def _run_loop(
     def unfinished(state: State) -> Array:
         return (state.step < limit) & ~state.done.all()
 
-    return jax.lax.while_loop(unfinished, lambda s: _step(mode, block_size, target, draft, s), state)
+    return jax.lax.while_loop(unfinished, lambda s: _step(mode, block_size, target, draft, weights[2], s), state)
 
 
-def _prefill_chunk(
-    graphs: tuple[Any, Any], weights: tuple[Any, Any], state: State, tokens: Array, keep: Array
-) -> State:
+def _prefill_chunk(graphs: tuple[Any, Any], weights: Weights, state: State, tokens: Array, keep: Array) -> State:
     """The next chunk of every prompt, tokens int32 [B, C], the first `keep` [B] of them real; its end is answered."""
     target, draft = _merge(graphs, weights)
     batch, chunk = tokens.shape
@@ -256,7 +269,12 @@ class Decoder:
 
     def take_weights(self) -> None:
         """Takes the models' present weights: training may have changed them since."""
-        self._weights = tuple(None if m is None else nnx.state(m) for m in (self.target, self.draft))
+        target, draft = self.target, self.draft
+        self._weights: Weights = (
+            nnx.state(target),
+            None if draft is None else nnx.state(draft),
+            None if draft is None else draft_head(target, draft),
+        )
 
     def _empty(self) -> State:
         B, N, S = self.batch, self.max_new_tokens, self.block_size

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from dflash.models.draft import Draft
+from dflash.models.draft import Draft, proposed_tokens
 from dflash.models.llama import Llama
 
 # Sequences are padded to a multiple of this, so that few shapes are compiled.
@@ -37,8 +37,12 @@ def _propose(graphs: Any, weights: Any, features: list[Array], context: Array, b
     target, draft = (nnx.merge(g, w) for g, w in zip(graphs, weights, strict=True))
     x = draft.masked(target.embed(block).astype(draft.dtype), block.shape[1])
     slots = draft.uncached(features, context[:, None], x)[:, 1:]
-    logits = target.logits(slots.astype(target.dtype))
-    return draft.choose(slots, logits, block[:, 0])[0] if draft.selector is not None else jnp.argmax(logits, axis=0)
+    ids = proposed_tokens(draft.config)
+    logits = target.logits(slots.astype(target.dtype))[... if ids is None else ids]
+    if draft.selector is not None:
+        return draft.choose(slots, logits, block[:, 0])[0]
+    best = jnp.argmax(logits, axis=0)
+    return best if ids is None else jnp.asarray(ids)[best]
 
 
 def _padded(tokens: Sequence[int]) -> Array:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import partial
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 
@@ -21,6 +22,20 @@ from dflash.models.layers import Linear, RMSNorm, SwiGLU, attend, most_likely, r
 from dflash.models.selector import CandidateSelector
 
 Rope = tuple[Array, Array]
+
+
+def pack_tokens(token_ids: np.ndarray, vocab_size: int) -> bytes:
+    """Token ids as a bit per token of the vocabulary, the first in the lowest bit: `DraftConfig.vocabulary`."""
+    chosen = np.zeros(vocab_size, bool)
+    chosen[token_ids] = True
+    return np.packbits(chosen, bitorder="little").tobytes()
+
+
+def proposed_tokens(config: DraftConfig) -> np.ndarray | None:
+    """The ids of the tokens that a draft proposes, int32 [M], ascending; None when they are all of the vocabulary."""
+    if config.vocabulary is None:
+        return None
+    return np.flatnonzero(np.unpackbits(np.frombuffer(config.vocabulary, np.uint8), bitorder="little")).astype(np.int32)
 
 
 class DraftAttention(nnx.Module):
@@ -171,10 +186,15 @@ class Draft(nnx.Module):
         return attention.mix(normed, rope, filled.keys[i], filled.values[i], visible)
 
     def choose(self, x: Array, logits: Array, anchors: Array) -> Array:
-        """Drafted columns [H, B*T] and their logits [V, B*T], behind anchors int32 [B] -> tokens int32 [B, T]."""
-        if self.selector is None:
-            return most_likely(logits).reshape(anchors.shape[0], -1)
-        return self.selector.select(x.astype(self.dtype), logits, anchors)
+        """Drafted columns [H, B*T] and their logits [M, B*T], behind anchors int32 [B] -> tokens int32 [B, T].
+
+        The M rows of logits are those of `proposed_tokens`, and the whole vocabulary's for a draft that proposes any.
+        """
+        ids = proposed_tokens(self.config)
+        if self.selector is not None:
+            return self.selector.select(x.astype(self.dtype), logits, anchors, ids)
+        best = most_likely(logits).reshape(anchors.shape[0], -1)
+        return best if ids is None else jnp.asarray(ids)[best]
 
     def uncached(
         self, features: list[Array], anchors: Array, x: Array, start: Array | None = None, *, remat: bool = False

@@ -22,6 +22,13 @@ def precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
+def multiply(weight: Array, x: Array) -> Array:
+    """weight [out, in] times columns x [in, N] -> [out, N]."""
+    if native.takes(x.shape[1], weight, x):
+        return native.product(weight, x)
+    return jnp.matmul(weight, x, precision=precision(x.dtype))
+
+
 class Linear(nnx.Module):
     """y = W x + b. `weight` [out, in], `bias` [out] or None."""
 
@@ -31,11 +38,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """x [in, N] -> [out, N]."""
-        weight = self.weight[...]
-        if native.takes(x.shape[1], weight, x):
-            y = native.product(weight, x)
-        else:
-            y = jnp.matmul(weight, x, precision=precision(x.dtype))
+        y = multiply(self.weight[...], x)
         return y if self.bias is None else y + self.bias[...][:, None]
 
 

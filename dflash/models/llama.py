@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 
@@ -97,6 +98,10 @@ class Llama(nnx.Module):
     def embed(self, tokens: Array) -> Array:
         """tokens int32 of any shape -> columns [H, tokens.size]."""
         return self.embedding.weight[...][tokens.reshape(-1)].T
+
+    def head_rows(self, tokens: np.ndarray) -> Array:
+        """The LM head's rows of these token ids [M] -> [M, H]."""
+        return (self.embedding if self.head is None else self.head).weight[...][tokens]
 
     def logits(self, x: Array) -> Array:
         """Columns after the final norm [H, N] -> [V, N] in the dtype of computation."""

@@ -7,6 +7,7 @@ Canonical form: PyPI `dflash==0.1.0`.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 
@@ -31,10 +32,14 @@ class CandidateSelector(nnx.Module):
         wanted = self.predecessor[...][previous] * hidden.T
         return jnp.einsum("nr,nkr->nk", wanted, self.successor[...][candidates], precision=precision(hidden.dtype))
 
-    def select(self, x: Array, logits: Array, anchors: Array) -> Array:
-        """Drafted slots [H, B*T] and their logits [V, B*T], behind anchors int32 [B] -> tokens int32 [B, T]."""
+    def select(self, x: Array, logits: Array, anchors: Array, ids: np.ndarray | None = None) -> Array:
+        """Drafted slots [H, B*T] and their logits [V, B*T], behind anchors int32 [B] -> tokens int32 [B, T].
+
+        With `ids` int32 [M] the logits are those of these tokens, [M, B*T].
+        """
         B = anchors.shape[0]
         unary, candidates = jax.lax.top_k(logits.T.reshape(B, -1, logits.shape[0]), self.top_k)
+        candidates = candidates if ids is None else jnp.asarray(ids)[candidates]
         hidden = self.hidden(x).reshape(-1, B, unary.shape[1])
 
         def choose(previous: Array, slot: tuple[Array, Array, Array]) -> tuple[Array, Array]:

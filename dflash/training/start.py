@@ -1,4 +1,4 @@
-"""Where a new draft starts: the target's own layers and final norm instead of random weights.
+"""Where a new draft starts: the tokens that it proposes, and the target's own layers and final norm.
 
 Random weights spend their first hundred thousand slots on learning how often each token occurs.
 """
@@ -11,6 +11,20 @@ from flax import nnx
 
 from dflash.config import ConfigError, TargetConfig
 from dflash.models.draft import Draft
+from dflash.teacher_cache.sequences import SequenceCache
+from dflash.teacher_cache.windows import WindowCache
+
+
+def frequent_tokens(cache: SequenceCache | WindowCache, count: int) -> np.ndarray:
+    """The `count` most frequent tokens of the training rows' labels, ascending; of equally frequent ones the lowest."""
+    rows = cache.rows(False)
+    if isinstance(cache, WindowCache):
+        labels = cache.samples(rows).target_ids
+    else:
+        tokens = np.concatenate([np.arange(cache.bounds[row], cache.bounds[row + 1]) for row in rows])
+        labels = cache.token_ids[tokens[np.asarray(cache.loss_mask[tokens]) > 0]]
+    occurrences = np.bincount(np.ravel(labels), minlength=count)
+    return np.sort(np.argsort(-occurrences, kind="stable")[:count])
 
 
 def check_init_layers(layers: Sequence[int], target: TargetConfig, num_layers: int) -> None:

@@ -23,7 +23,7 @@ from dflash.config import ConfigError, DraftConfig
 from dflash.models.draft import Draft
 from dflash.training.batches import Batch
 from dflash.training.loss import pad_head
-from dflash.training.objective import SUMS, Objective, block_sums, predict_blocks
+from dflash.training.objective import SUMS, Objective, block_sums, predict_blocks, trained_head
 from dflash.weights.huggingface import DTYPES
 
 SCHEDULES = ("constant", "linear", "cosine")
@@ -218,7 +218,10 @@ def place_target(
 
 
 class Trainer:
-    """A draft in training. `head` [V, H] and `mask_embedding` [H] are the target's, frozen."""
+    """A draft in training. `head` [V, H] and `mask_embedding` [H] are the target's, frozen.
+
+    Of the head it keeps the rows of the tokens that the draft proposes.
+    """
 
     def __init__(self, draft: Draft, head: Array | np.ndarray, mask_embedding: Array | np.ndarray, config: TrainConfig):
         if jax.device_count() < config.dp * config.tp:
@@ -235,8 +238,9 @@ class Trainer:
         self.optimizer = make_optimizer(config)
         params = jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), nnx.state(draft))
         self.state = self._own(params, self.optimizer.init(params))
-        self.head, self.mask_embedding = place_target(self.mesh, config, head, mask_embedding)
-        compute, vocab_size = jnp.dtype(config.dtype), head.shape[0]
+        rows = trained_head(draft.config, head)
+        self.head, self.mask_embedding = place_target(self.mesh, config, rows, mask_embedding)
+        compute, vocab_size = jnp.dtype(config.dtype), rows.shape[0]
         build = partial(_built, _graph(draft.config, compute), compute)
         step = partial(train_step, build, vocab_size, config, self.optimizer, self.mesh)
         self._step = jax.jit(step, donate_argnums=0)
@@ -282,5 +286,5 @@ def step_flops(draft: DraftConfig, batch: Batch) -> float:
     blocks = B * A * (drafted + 1) * draft.num_layers * 3 * per_layer
     # A selector's candidates take a product with the head more.
     products = 2 if draft.selector is None else 3
-    head = B * A * drafted * products * 2 * H * draft.vocab_size
+    head = B * A * drafted * products * 2 * H * draft.num_tokens
     return float(context + blocks + head)

@@ -3,6 +3,7 @@
 Every fault of one file is collected and raised in one error.
 """
 
+import base64
 import sys
 from typing import Any
 
@@ -226,6 +227,21 @@ def _read_extras(reader: "_Reader", nested: dict[str, Any]) -> dict[str, bool]:
     return values
 
 
+def _read_vocabulary(reader: _Reader, nested: dict[str, Any], vocab_size: int) -> bytes | None:
+    """The tokens that a draft proposes: base64 of a bit per token of the target's vocabulary."""
+    value = nested.get("draft_vocabulary")
+    if value is None:
+        return None
+    try:
+        bits = base64.b64decode(value, validate=True)
+    except (TypeError, ValueError):
+        bits = b""
+    number = int.from_bytes(bits, "little")
+    fits = len(bits) == -(-vocab_size // 8) and 0 < number < 2**vocab_size
+    reader.check(fits, f"dflash_config.draft_vocabulary must be base64 of {vocab_size} bits with some set")
+    return bits if fits else None
+
+
 def _read_second(
     reader: _Reader, merged: dict[str, Any], hidden_size: int, vocab_size: int
 ) -> tuple[ConvConfig, SelectorConfig]:
@@ -297,7 +313,9 @@ def read_draft_config(raw: dict[str, Any], source: str = "config.json") -> Draft
     rope = _read_rope(reader, max_position, 10000.0)
     vocab_size = reader.number("vocab_size")
     second = isinstance(architectures, list) and architectures[:1] == ["DFlash2DraftModel"]
-    conv, selector = _read_second(reader, merged, hidden_size, vocab_size) if second else (None, None)
+    vocabulary = _read_vocabulary(reader, nested, vocab_size)
+    proposed = vocab_size if vocabulary is None else int.from_bytes(vocabulary, "little").bit_count()
+    conv, selector = _read_second(reader, merged, hidden_size, proposed) if second else (None, None)
     intermediate_size = reader.number("intermediate_size")
     eps = reader.number("rms_norm_eps", 1e-6, kind=float, minimum=0)
     reader.finish()
@@ -325,6 +343,7 @@ def read_draft_config(raw: dict[str, Any], source: str = "config.json") -> Draft
         **extras,
         conv=conv,
         selector=selector,
+        vocabulary=vocabulary,
     )
 
 
@@ -390,6 +409,7 @@ def write_draft_config(config: DraftConfig, dtype: str) -> dict[str, Any]:
             "block_size": config.block_size,
             **draft_extras(config),
             **second,
+            **({} if config.vocabulary is None else {"draft_vocabulary": base64.b64encode(config.vocabulary).decode()}),
         },
         **write_rope(config.rope),
     }

@@ -142,6 +142,7 @@ def new_draft(
     mask_token_id: int | None = None,
     conv: ConvConfig | None = None,
     selector: SelectorConfig | None = None,
+    vocabulary: bytes | None = None,
     dtype: jnp.dtype = jnp.float32,
     seed: int = 0,
 ) -> Draft:
@@ -150,7 +151,7 @@ def new_draft(
     With `conv` and `selector` a DFlash 2 draft, which at first proposes what the DFlash draft of this seed would.
 
     `target_layer_ids` default to as many as there are draft layers, `mask_token_id` to the last of the vocabulary
-    (unused in most: vocabularies are padded). Raises ConfigError.
+    (unused in most: vocabularies are padded); `vocabulary` is `DraftConfig`'s. Raises ConfigError.
     """
     if block_size < 2 or num_layers < 1:
         raise ConfigError(f"a draft has at least 1 layer and blocks of 2; got {num_layers} and {block_size}")
@@ -175,6 +176,7 @@ def new_draft(
         num_target_layers=target.num_layers,
         conv=conv,
         selector=selector,
+        vocabulary=vocabulary,
     )
     check_draft(config, target)
     return Draft(config, dtype=dtype, rngs=nnx.Rngs(seed))
