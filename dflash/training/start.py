@@ -15,7 +15,7 @@ from dflash.teacher_cache.sequences import SequenceCache
 from dflash.teacher_cache.windows import WindowCache
 
 
-def frequent_tokens(cache: SequenceCache | WindowCache, count: int) -> np.ndarray:
+def frequent_tokens(cache: SequenceCache | WindowCache, count: int, vocab_size: int) -> np.ndarray:
     """The `count` most frequent tokens of the training rows' labels, ascending; of equally frequent ones the lowest."""
     rows = cache.rows(False)
     if isinstance(cache, WindowCache):
@@ -23,7 +23,7 @@ def frequent_tokens(cache: SequenceCache | WindowCache, count: int) -> np.ndarra
     else:
         tokens = np.concatenate([np.arange(cache.bounds[row], cache.bounds[row + 1]) for row in rows])
         labels = cache.token_ids[tokens[np.asarray(cache.loss_mask[tokens]) > 0]]
-    occurrences = np.bincount(np.ravel(labels), minlength=count)
+    occurrences = np.bincount(np.ravel(labels), minlength=vocab_size)
     return np.sort(np.argsort(-occurrences, kind="stable")[:count])
 
 

@@ -238,7 +238,7 @@ def _read_vocabulary(reader: _Reader, nested: dict[str, Any], vocab_size: int) -
         bits = b""
     number = int.from_bytes(bits, "little")
     fits = len(bits) == -(-vocab_size // 8) and 0 < number < 2**vocab_size
-    reader.check(fits, f"dflash_config.draft_vocabulary must be base64 of {vocab_size} bits with some set")
+    reader.check(fits, f"dflash_config.draft_vocabulary must be base64 of {vocab_size} bits, some of them set")
     return bits if fits else None
 
 

@@ -12,7 +12,7 @@ from flax import nnx
 
 from dflash import ScriptedDraft, decode, init_draft, load_draft, load_target, load_tokenizer, write_draft
 from dflash.decoding.decode import build_decoder, check_request, prefill
-from dflash.decoding.loop import propose
+from dflash.decoding.loop import draft_head, propose
 from dflash.prompts import load_prompts
 from dflash.tiny import write_tiny_target
 
@@ -117,7 +117,7 @@ def test_a_checkpoint_proposes_what_its_draft_proposed(case_of, tmp_path):
         options = {"mode": "cached_block_verify", "block_size": None, "max_new_tokens": 8, "stop_token_ids": ()}
         request = check_request(target, draft, prompts, temperature=0.0, allow_larger_block=False, **options)
         state = prefill(build_decoder(target, request), request)
-        return np.asarray(jax.jit(lambda s: propose(target, draft, s, BLOCK))(state))
+        return np.asarray(jax.jit(lambda s: propose(target, draft, draft_head(target, draft), s, BLOCK))(state))
 
     blocks = first_block(draft)
     assert len(np.unique(blocks[:, 1:])) > len(blocks), "a draft that repeats itself proves nothing"

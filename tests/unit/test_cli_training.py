@@ -152,6 +152,20 @@ def test_a_dflash2_draft_is_trained_exported_and_decoded_with(run, made):
     assert run("generate", "Why?", "--draft", "second", "--max-new-tokens", 8)[1].splitlines()[0] == greedy
 
 
+def test_a_draft_of_few_tokens_is_trained_exported_and_decoded_with(run, made):
+    assert run("train", "cache", "few", *SHORT, "--draft-vocab-size", 40)[0] == 0
+    assert run("export", "few", "few-hf", "--dtype", "float32")[0] == 0
+    drafts = [read_any_draft(made / name).config for name in ("few", "few-hf")]
+    assert drafts[0] == drafts[1]
+    assert drafts[0].num_tokens == 40
+    figures = [run("evaluate", "cache", draft)[1] for draft in ("few", "few-hf")]
+    assert figures[0] == figures[1] != ""
+    greedy = run("generate", "Why?", "--mode", "greedy", "--max-new-tokens", 8)[1].splitlines()[0]
+    assert run("generate", "Why?", "--draft", "few", "--max-new-tokens", 8)[1].splitlines()[0] == greedy
+    assert run("train", "cache", "more", *SHORT, "--init-from", "few")[0] == 0
+    assert read_any_draft(made / "more").config == drafts[0]
+
+
 def test_windows_train_from_a_draft_and_evaluate(run, made):
     windows = ("--form", "windows", "--ctx-len", 33, "--num-blocks", 6, "--rollout-steps", 3)
     windows += ("--rollout-accept-len-mode", "geometric", "--position-offsets", 0, 4096)
@@ -170,6 +184,8 @@ def test_windows_train_from_a_draft_and_evaluate(run, made):
     ("command", "said"),
     [
         (("train", "nowhere", "r"), "there is none at nowhere: build-cache makes one"),
+        (("train", "cache", "r", "--draft-vocab-size", 261), "draft_vocab_size must be 1 to 260, the target's tokens"),
+        (("train", "cache", "r", "--architecture", "dflash2", "--draft-vocab-size", 7), "draft_vocab_size must be 8 to"),
         (("evaluate", "nowhere", "r"), "there is none at nowhere"),
         (("build-cache", "cache", *SMALL, *FEW), "a cache is built into a new directory; cache exists"),
         (("build-cache", "new", "--position-offsets", 131072, *FEW), "within 131072 positions; got [131072]"),

@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from dflash import init_draft, load_target, write_draft
 from dflash.config import ConvConfig, SelectorConfig
+from dflash.models.draft import pack_tokens
 from dflash.serving.draft import load
 from dflash.serving.server import ServingError
 from dflash.tiny import write_tiny_target
@@ -92,6 +93,14 @@ def test_no_server_knows_a_second_architecture(target, tmp_path):
     write_draft(second, tmp_path / "second")
     with pytest.raises(ServingError, match="no server knows DFlash 2 drafts"):
         load(tmp_path / "second", target)
+
+
+def test_a_server_would_propose_tokens_that_were_never_learned(target, tmp_path):
+    config = load_target(target).config
+    few = new_draft(config, num_layers=2, block_size=8, vocabulary=pack_tokens(np.arange(50), config.vocab_size))
+    write_draft(few, tmp_path / "few")
+    with pytest.raises(ServingError, match="servers propose every token of the vocabulary, and .* learned 50 of them"):
+        load(tmp_path / "few", target)
 
 
 def test_no_device_is_opened(sound, target):
