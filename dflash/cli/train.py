@@ -80,6 +80,8 @@ class Train:
     """How the rate falls afterwards."""
     weight_decay: float = 0.0
     """AdamW's weight decay; norms don't decay."""
+    beta2: float = 0.95
+    """AdamW's decay of squared gradients: nearer to 1 averages more steps, as those of few slots need."""
     clip: float = 1.0
     """Largest norm of the gradient; 0 clips nothing."""
     position_weights: Literal["uniform", "decay", "dpace"] = "dpace"
