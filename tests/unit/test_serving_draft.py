@@ -99,7 +99,7 @@ def test_a_server_would_propose_tokens_that_were_never_learned(target, tmp_path)
     config = load_target(target).config
     few = new_draft(config, num_layers=2, block_size=8, vocabulary=pack_tokens(np.arange(50), config.vocab_size))
     write_draft(few, tmp_path / "few")
-    with pytest.raises(ServingError, match="servers propose every token of the vocabulary, and .* learned 50 of them"):
+    with pytest.raises(ServingError, match=r"servers propose every token of the vocabulary, and .* learned 50 of them"):
         load(tmp_path / "few", target)
 
 
