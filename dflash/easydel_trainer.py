@@ -23,9 +23,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dflash import easydel
+from dflash.ahead import ahead
 from dflash.config import ConfigError, DraftConfig
 from dflash.models.draft import Draft
-from dflash.training.batches import Batch, TrainingBatches, ahead
+from dflash.training.batches import Batch, TrainingBatches
 from dflash.training.curves import write_curves
 from dflash.training.objective import SUMS, means, trained_head
 from dflash.training.run import (

@@ -103,9 +103,12 @@ class Llama(nnx.Module):
         """The LM head's rows of these token ids [M] -> [M, H]."""
         return (self.embedding if self.head is None else self.head).weight[...][tokens]
 
-    def logits(self, x: Array) -> Array:
-        """Columns after the final norm [H, N] -> [V, N] in the dtype of computation."""
-        return (self.embedding if self.head is None else self.head)(x)
+    def logits(self, x: Array, dtype: jnp.dtype | None = None) -> Array:
+        """Columns after the final norm [H, N] -> [V, N] in the dtype of computation, or summed and kept in `dtype`."""
+        head = self.embedding if self.head is None else self.head
+        if dtype is None or dtype == x.dtype:
+            return head(x)
+        return jnp.matmul(head.weight[...], x, preferred_element_type=dtype)
 
     def most_likely(self, x: Array) -> Array:
         """Columns after the final norm [H, N] -> the most likely token of each, int32 [N]; the lowest id of a tie."""

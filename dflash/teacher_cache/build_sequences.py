@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from dflash.ahead import ahead
 from dflash.teacher_cache.arrays import ArrayWriter
 from dflash.teacher_cache.conversations import (
     Conversation,
@@ -52,7 +53,8 @@ def build_sequences(
     with ArrayWriter(Path(directory), settings) as writer:
         with too_little_leaves_nothing(writer):
             made = write_conversations(target, source.tokenizer, conversations, writer.building / "conversations.jsonl")
-        _write_sequences(writer, made, source.reader(layer_ids), settings, batch_size)
+        # A sequence is read whole: an eighth of the rows that are written a token at a time are columns enough.
+        _write_sequences(writer, made, source.reader(layer_ids), settings, max(batch_size // 8, 1))
         counts = {"num_sequences": len(made), "num_tokens": sum(len(c.prompt) + len(c.answer) for c in made)}
         return writer.finish(settings | counts | text_record(writer.building, made))
 
@@ -72,11 +74,20 @@ def _write_sequences(
     arrays["sequence_start_i64"][:] = bounds
     arrays["held_out_u8"][:] = [c.held_out for c in made]
     arrays["ctx_pos_start_i32"][:] = [offsets[i % len(offsets)] for i in range(len(made))]
-    with tqdm(total=bounds[-1], initial=bounds[writer.done], desc="features", unit="token") as bar:
-        for first in range(writer.done, len(rows), batch_size):
-            batch = range(first, min(first + batch_size, len(rows)))
-            features = read([rows[i] for i in batch], arrays["ctx_pos_start_i32"][batch.start : batch.stop])
-            for i, values in zip(batch, features, strict=True):
+    begun = writer.done
+
+    def read_batch(number: int) -> tuple[range, list[np.ndarray]]:
+        batch = range(begun + number * batch_size, min(begun + (number + 1) * batch_size, len(rows)))
+        # The last batch is filled up: a device compiles a program for every shape.
+        filled = [rows[i] for i in batch] + [[0]] * (batch_size - len(batch) if number else 0)
+        starts = np.zeros(len(filled), np.int32)
+        starts[: len(batch)] = arrays["ctx_pos_start_i32"][batch.start : batch.stop]
+        return batch, read(filled, starts)
+
+    with tqdm(total=bounds[-1], initial=bounds[begun], desc="features", unit="token") as bar:
+        # One batch ahead: the device computes while the disk writes.
+        for _, (batch, features), _ in ahead(read_batch, 0, -(-(len(rows) - begun) // batch_size), depth=1):
+            for i, values in zip(batch, features, strict=False):
                 part = slice(bounds[i], bounds[i + 1])
                 arrays["features_u16"][part] = values
                 arrays["token_ids"][part] = rows[i]

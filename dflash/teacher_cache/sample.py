@@ -15,6 +15,7 @@ from flax import nnx
 from jax import Array
 
 from dflash.kv_cache import KVCache
+from dflash.models.layers import most_likely
 from dflash.models.llama import Llama
 
 # Columns are batch x chunk: a short chunk keeps them busy and pads little.
@@ -36,15 +37,17 @@ class _State:
     stops: Array
 
 
-def _draw(logits: Array, state: _State, temperature: float, min_p: float) -> Array:
-    """logits [V, B] -> the next token of each row, int32 [B]; temperature 0 takes the most likely one.
+def _draw(target: Llama, x: Array, state: _State, temperature: float, min_p: float) -> Array:
+    """Columns after the final norm [H, B] -> the next token of each row, int32 [B]; temperature 0: the likeliest one.
 
     min_p leaves out what is less likely than min_p times the most likely token (arXiv 2407.01082). Row b's n-th token
     is drawn with key b folded with n: what a row gets depends on no other row.
     """
+    # In float32 also of a bfloat16 target: rounded logits tie at the top in some percent of all tokens.
+    logits = target.logits(x, jnp.float32)
     if temperature == 0:
-        return jnp.argmax(logits, axis=0).astype(jnp.int32)
-    scores = logits.T.astype(jnp.float32) / temperature
+        return most_likely(logits)
+    scores = logits.T / temperature
     if min_p > 0:
         scores = jnp.where(scores >= scores.max(axis=1, keepdims=True) + jnp.log(min_p), scores, -jnp.inf)
     keys = jax.vmap(jax.random.fold_in)(state.keys, state.count)
@@ -83,7 +86,7 @@ def _read(graph: Any, weights: Any, state: _State, tokens: Array, keep: Array) -
 
 @partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
 def _first(graph: Any, temperature: float, min_p: float, weights: Any, state: _State, x: Array) -> _State:
-    return _emit(state, _draw(nnx.merge(graph, weights).logits(x), state, temperature, min_p))
+    return _emit(state, _draw(nnx.merge(graph, weights), x, state, temperature, min_p))
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
@@ -95,7 +98,7 @@ def _write(graph: Any, temperature: float, min_p: float, weights: Any, state: _S
         positions = state.cache.positions(1) + state.offset[:, None]
         x, _, cache = target.hidden(state.newest[:, None], cache=state.cache, positions=positions)
         assert cache is not None
-        token = _draw(target.logits(x), state, temperature, min_p)
+        token = _draw(target, x, state, temperature, min_p)
         return _emit(dataclasses.replace(state, cache=cache.commit(~state.done)), token)
 
     return jax.lax.while_loop(lambda s: ~s.done.all(), step, state)

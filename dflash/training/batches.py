@@ -5,9 +5,7 @@ and the step's number alone, so a resumed run reads what an unbroken one would h
 """
 
 import dataclasses
-import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -144,19 +142,3 @@ def widened(batch: Batch, num_anchors: int) -> Batch:
 
     names = ("anchors", "anchor_ids", "anchor_embedding", "labels", "mask")
     return dataclasses.replace(batch, **{n: widen(getattr(batch, n)) for n in names}) if missing else batch
-
-
-def ahead(batch: Callable[[int], Batch], first: int, last: int, depth: int = 2) -> Iterator[tuple[int, Batch, float]]:
-    """Steps first..last-1 with their batches, read by a thread of its own while the device works, and how many seconds
-
-    the caller had to wait for each.
-    """
-    with ThreadPoolExecutor(1) as pool:
-        pending = [pool.submit(batch, s) for s in range(first, min(first + depth, last))]
-        for step in range(first, last):
-            start = time.perf_counter()
-            ready = pending.pop(0).result()
-            waited = time.perf_counter() - start
-            if step + depth < last:
-                pending.append(pool.submit(batch, step + depth))
-            yield step, ready, waited

@@ -15,11 +15,12 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from dflash.ahead import ahead
 from dflash.config import ConfigError, DraftConfig
 from dflash.measure import matmul_rate
 from dflash.metrics import finite
 from dflash.teacher_cache.arrays import write_atomically
-from dflash.training.batches import Batch, TrainingBatches, ahead
+from dflash.training.batches import Batch, TrainingBatches
 from dflash.training.curves import read_metrics, write_curves
 from dflash.training.objective import SUMS, means
 from dflash.training.trainer import TrainConfig, Trainer, learning_rate, step_flops

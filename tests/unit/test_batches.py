@@ -1,8 +1,6 @@
 """Training batches against plain loops: what a step reads, and that it follows from the seed and the step alone."""
 
 import collections
-import threading
-import time
 
 import ml_dtypes
 import numpy as np
@@ -12,9 +10,7 @@ from dflash.teacher_cache import CacheError
 from dflash.teacher_cache.arrays import ArrayWriter
 from dflash.teacher_cache.windows import LABELS, open_windows, to_bits, window_specs
 from dflash.training.batches import (
-    Batch,
     TrainingBatches,
-    ahead,
     anchor_candidates,
     sequence_batch,
     widened,
@@ -226,7 +222,7 @@ def test_training_reads_windows_too(windows, embedding):
     same(batches(2), window_batch(windows, batches.rows(2), S))
 
 
-# ---- one shape, and reading ahead
+# ---- one shape
 
 
 def test_widened_batches_have_room_for_anchors_that_count_nothing(cache, embedding):
@@ -240,62 +236,3 @@ def test_widened_batches_have_room_for_anchors_that_count_nothing(cache, embeddi
         np.testing.assert_array_equal(same_rows, getattr(batch, name))
         assert kept.dtype == getattr(batch, name).dtype
     assert widened(batch, 2) is batch
-
-
-def numbered(step):
-    return Batch(**dict.fromkeys(FIELDS, np.array([step])))
-
-
-@pytest.mark.parametrize("depth", [1, 2, 5, 50])
-@pytest.mark.parametrize(("first", "last"), [(0, 7), (3, 7), (6, 7), (7, 7)])
-def test_reading_ahead_gives_the_same_batches_in_order(first, last, depth):
-    asked = []
-
-    def read(step):
-        asked.append(step)
-        return numbered(step)
-
-    steps = [(step, int(batch.starts[0])) for step, batch, _ in ahead(read, first, last, depth)]
-    assert steps == [(s, s) for s in range(first, last)]
-    assert asked == list(range(first, last))
-
-
-def test_batches_are_read_while_the_caller_works():
-    read = threading.Semaphore(0)
-
-    def batch(step):
-        read.release()
-        return numbered(step)
-
-    steps = ahead(batch, 0, 9, depth=3)
-    next(steps)
-    for _ in range(4):  # the first, and three ahead of the one that is worked on
-        assert read.acquire(timeout=30)
-    assert not read.acquire(timeout=0.05)
-    steps.close()
-
-
-def test_the_wait_is_what_the_caller_waited():
-    def slow(step):
-        time.sleep(0.05)
-        return numbered(step)
-
-    waits = [waited for _, _, waited in ahead(slow, 0, 3, depth=1)]
-    assert min(waits) > 0.02
-    steps = ahead(slow, 0, 2)
-    next(steps)
-    time.sleep(0.3)
-    assert next(steps)[2] < 0.03
-
-
-@pytest.mark.parametrize("depth", [1, 3])
-def test_a_fault_while_reading_ahead_is_raised_at_its_step(depth):
-    def read(step):
-        if step == 4:
-            raise OSError("the disk is gone")
-        return numbered(step)
-
-    steps = ahead(read, 0, 9, depth)
-    assert [next(steps)[0] for _ in range(4)] == [0, 1, 2, 3]
-    with pytest.raises(OSError, match="the disk is gone"):
-        next(steps)
