@@ -45,11 +45,25 @@ def _without_directories(origin: dict[str, Any]) -> dict[str, Any]:
     return origin | {"read": read, "command": ["..." if "/" in word else word for word in origin["command"]]}
 
 
+def _record_of(draft: str) -> dict[str, Any] | None:
+    """The record of the draft that a run started from, as far as it is still there: a run, or a directory with one."""
+    directory = Path(draft)
+    if is_own_run(directory):
+        return training_record(resolve_run(directory))
+    kept = directory / "training.json"
+    return json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else None
+
+
 def training_record(run: Path) -> dict[str, Any]:
-    """How a run was trained: settings, hashes of what it read, step, last line of metrics, and where it was begun."""
+    """How a run was trained: settings, hashes of what it read, step, last line of metrics, and where it was begun.
+
+    Under `init_from` stands the same of the draft that it started from.
+    """
     step = step_of(run)
     provenance = read_object(run, "config.json")["dflash"]["provenance"]
     record = {"step": step, "provenance": {k: v for k, v in provenance.items() if k not in _PATHS}}
+    if provenance.get("init_from"):
+        record["init_from"] = _record_of(provenance["init_from"])
     settings = run.parent / "run_config.json"
     if settings.is_file():
         begun = json.loads(settings.read_text(encoding="utf-8"))

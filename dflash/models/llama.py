@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -108,7 +109,8 @@ class Llama(nnx.Module):
         head = self.embedding if self.head is None else self.head
         if dtype is None or dtype == x.dtype:
             return head(x)
-        return jnp.matmul(head.weight[...], x, preferred_element_type=dtype)
+        # The barrier keeps a transposition out of the product, which XLA for CPUs then has no kernel for.
+        return jax.lax.optimization_barrier(jnp.matmul(head.weight[...], x, preferred_element_type=dtype))
 
     def most_likely(self, x: Array) -> Array:
         """Columns after the final norm [H, N] -> the most likely token of each, int32 [N]; the lowest id of a tie."""

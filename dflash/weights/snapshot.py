@@ -113,6 +113,9 @@ def write_snapshot(
             whole = {"draft_sha256": snapshot_hash(temporary), **record}
             text = json.dumps(whole, indent=2, sort_keys=True, allow_nan=False)
             (temporary / "training.json").write_text(text + "\n", encoding="utf-8")
+        # Temporary folders and the files of safetensors are for their owner alone; a server may be somebody else.
+        for file in temporary.iterdir():
+            file.chmod(0o644)
         temporary.chmod(0o755)
         temporary.rename(directory)
     except BaseException:

@@ -44,6 +44,24 @@ def test_a_run_becomes_a_directory_with_its_record(export, work):
     assert (record["step"], record["provenance"]) == (7, {"cache_sha256": "ab"})
     assert json.loads((work / "plain" / "config.json").read_text())["dtype"] == "bfloat16"
     assert {value.dtype.name for value in read_tensors(work / "plain").values()} == {"bfloat16"}
+    modes = {file.stat().st_mode & 0o777 for file in (work / "plain").iterdir()}
+    assert modes == {0o644}  # whoever serves it
+
+
+def test_a_record_holds_that_of_the_draft_it_started_from(export, work, draw_draft):
+    provenance = {"init_from": str(work / "runs"), "init_from_sha256": "cd"}
+    write_run(draw_draft(**FULL), work / "later", 3, optimizer_state=None, provenance=provenance, keep=None)
+    assert export("later", "whole")[0] == 0
+    record = json.loads((work / "whole" / "training.json").read_text())
+    assert record["provenance"] == {"init_from_sha256": "cd"}
+    assert record["init_from"] == {"step": 7, "provenance": {"cache_sha256": "ab"}}
+    for start, kept in ((work / "whole", record), (work / "target", None)):
+        provenance = {"init_from": str(start)}
+        name = f"from-{start.name}"
+        write_run(draw_draft(**FULL), work / name, 1, optimizer_state=None, provenance=provenance, keep=None)
+        assert export(name, f"{name}-draft")[0] == 0
+        told = json.loads((work / f"{name}-draft" / "training.json").read_text())["init_from"]
+        assert (told and {k: told[k] for k in record}) == kept
 
 
 def test_every_option_reaches_the_directory(export, work):

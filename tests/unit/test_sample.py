@@ -2,6 +2,8 @@
 
 import itertools
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
@@ -46,6 +48,19 @@ def test_without_a_temperature_it_is_greedy(target, prompts):
     rows = sampler(target).run(prompts, indices=range(3), offsets=offsets)
     assert rows == [plain_greedy(target, p, o) for p, o in zip(prompts, offsets, strict=True)]
     assert len(set(itertools.chain(*rows))) > 8
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_bfloat16_target_chooses_among_float32_logits(temperature, prompts, tmp_path):
+    low = read_target(write_tiny_target(tmp_path / "llama", "llama"), "bfloat16")
+    x = jax.random.normal(jax.random.key(0), (low.config.hidden_size, 64), jnp.bfloat16)
+    logits = low.logits(x, jnp.float32)
+    assert logits.dtype == jnp.float32
+    rounded = logits.astype(jnp.bfloat16)
+    np.testing.assert_array_equal(rounded, low.logits(x))
+    assert (logits.argmax(axis=0) != rounded.argmax(axis=0)).any()  # as rounded logits would have it
+    rows = sampler(low, temperature=temperature).run(prompts, indices=range(3))
+    assert [len(row) for row in rows] == [BUDGET] * 3
 
 
 def test_a_stop_token_ends_a_row_and_no_other(target, prompts):
