@@ -102,7 +102,7 @@ def _make_workload(target: Llama, setting: Setting, options: Any) -> Workload:
             prompt_set = load_prompts(source).take(count)
             facts["prompts_sha256"] = prompt_set.sha256
             prompts = exact_length_prompts(tokenizer, length, count, 0) if length else prompt_set.encode(tokenizer)
-        except (PromptError, TokenizerError, ImportError) as error:
+        except (PromptError, TokenizerError) as error:
             pytest.exit(str(error), pytest.ExitCode.USAGE_ERROR)
     if len(prompts) < count:
         pytest.exit(f"{source} has {len(prompts)} prompts, --num-prompts asks {count}", pytest.ExitCode.USAGE_ERROR)

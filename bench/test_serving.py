@@ -57,7 +57,7 @@ def test_served(benchmark: BenchmarkFixture, plan: Plan, results: Results, pytes
         tokenizer = load_tokenizer(options.target)
         prompt_set = load_prompts(options.prompts[0]).take(options.num_prompts)
         prompts = prompt_set.encode(tokenizer)
-    except (PromptError, TokenizerError, ImportError) as error:
+    except (PromptError, TokenizerError) as error:
         pytest.exit(str(error), pytest.ExitCode.USAGE_ERROR)
     sizes = {"max_new_tokens": max(options.max_new_tokens), "concurrency": options.batch_size[0]}
     try:

