@@ -80,9 +80,10 @@ def _proposers(asked: Sequence[str], block_size: int) -> dict[str, list[tuple[st
     trained = [d for d in asked if d != UNTRAINED]
     names = {d: "draft" if i == 0 else f"draft{i + 1}" for i, d in enumerate(trained)} | {UNTRAINED: UNTRAINED}
     own: list[tuple[str, str, int | None]] = [(names[d], d, None) for d in asked]
-    lengths = [block_size - 1] if asked[0] != UNTRAINED else [(block_size - 1) // 2, block_size - 1]
+    lengths = (block_size - 1) // 2, block_size - 1
     scripts: list[tuple[str, str, int | None]] = [(f"a{a}", asked[0], a) for a in lengths]
-    return {"block": [*own, *scripts], "seq": [*own, scripts[-1]]}
+    # Token by token is for correctness: a trained draft shows it, of an untrained one nothing would ever be accepted.
+    return {"block": [*own, *scripts], "seq": own if asked[0] != UNTRAINED else [*own, scripts[-1]]}
 
 
 def cases(options: Any) -> list[Case]:

@@ -553,7 +553,7 @@ def test_a_sweep_is_listed_without_a_device(run):
 @pytest.mark.parametrize(
     ("options", "env", "proposers"),
     [
-        ([], {}, {"draft", "a7"}),
+        ([], {}, {"draft", "a3", "a7"}),
         (["--target=DIR"], {}, {"untrained", "a3", "a7"}),
         (["--draft=untrained"], {}, {"untrained", "a3", "a7"}),
         ([], {"DRAFT_RUN_DIR": "untrained,DIR"}, {"untrained", "draft", "a3", "a7"}),

@@ -31,7 +31,8 @@ def test_one_value_in_each_list():
     assert ids() == every
     # Which one it is does not matter.
     assert ids(batch_size=[32], prompt_len=[512], prompts=["random"]) == every
-    assert ids(draft=["runs/x"]) == ["block-b8-n64-draft", "block-b8-n64-a7", "seq-b8-n64-draft", "seq-b8-n64-a7"]
+    trained = ["block-b8-n64-draft", "block-b8-n64-a3", "block-b8-n64-a7", "seq-b8-n64-draft"]
+    assert ids(draft=["runs/x"]) == trained
 
 
 @pytest.mark.parametrize(
@@ -92,9 +93,9 @@ def test_drafts_share_their_baseline_and_the_first_is_scripted():
         ("block", "draft"): ("runs/x", None),
         ("block", "untrained"): ("untrained", None),
         ("block", "draft2"): ("runs/y", None),
+        ("block", "a3"): ("runs/x", 3),
         ("block", "a7"): ("runs/x", 7),
         ("seq", "draft"): ("runs/x", None),
         ("seq", "untrained"): ("untrained", None),
         ("seq", "draft2"): ("runs/y", None),
-        ("seq", "a7"): ("runs/x", 7),
     }
