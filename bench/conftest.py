@@ -19,7 +19,7 @@ from dflash.measure import time_steps
 from dflash.models.draft import Draft
 from dflash.models.llama import Llama
 from dflash.prompts import PromptError, exact_length_prompts, load_prompts
-from dflash.sweep import Case, Setting, cases, settings
+from dflash.sweep import Case, Setting, cases, drafts, settings
 from dflash.tokenizer import TokenizerError
 from dflash.weights.load import UNTRAINED, draft_hash, target_directory
 from dflash.weights.smollm2 import SnapshotError
@@ -53,7 +53,7 @@ def target(device: jax.Device, pytestconfig: pytest.Config) -> Llama:
 
 @pytest.fixture(scope="session")
 def draft_of(target: Llama, pytestconfig: pytest.Config) -> Callable[[str], Draft]:
-    """A draft by what --draft calls it; loaded once."""
+    """A draft by what `drafts` calls it; loaded once."""
     options = pytestconfig.option
 
     @functools.cache
@@ -68,8 +68,8 @@ def draft_of(target: Llama, pytestconfig: pytest.Config) -> Callable[[str], Draf
 
 @pytest.fixture(scope="session")
 def draft(draft_of: Callable[[str], Draft], pytestconfig: pytest.Config) -> Draft:
-    """The first of --draft. So with `workload` and `facts`: what is no case takes the first of every list."""
-    return draft_of(pytestconfig.option.draft[0])
+    """The first of `drafts`. So with `workload` and `facts`: what is no case takes the first of every list."""
+    return draft_of(drafts(pytestconfig.option)[0])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,8 +119,8 @@ def workload_of(
     made = {setting: _make_workload(target, setting, options) for setting in settings(options)}
     # Greedy's block more is for the scripts.
     block, budget = max(options.block_sizes), max(options.max_new_tokens)
-    drafts = [draft_of(name) for name in options.draft]
-    plans = [(None, "greedy", budget + block), *((d, "cached_block_verify", budget) for d in drafts)]
+    proposers = [draft_of(name) for name in drafts(options)]
+    plans = [(None, "greedy", budget + block), *((d, "cached_block_verify", budget) for d in proposers)]
     for workload, (proposer, mode, tokens) in itertools.product(made.values(), plans):
         _or_usage_error(
             lambda w=workload, d=proposer, m=mode, n=tokens: check_request(
@@ -176,7 +176,7 @@ def facts_of(
 @pytest.fixture(scope="session")
 def facts(facts_of: Callable[[str, Setting], dict[str, Any]], pytestconfig: pytest.Config) -> dict[str, Any]:
     options = pytestconfig.option
-    return facts_of(options.draft[0], settings(options)[0])
+    return facts_of(drafts(options)[0], settings(options)[0])
 
 
 @pytest.fixture(scope="session")

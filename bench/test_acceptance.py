@@ -14,6 +14,7 @@ from dflash.models.draft import Draft
 from dflash.models.llama import Llama
 from dflash.prompts import Prompt, load_prompts
 from dflash.report.summary import Results
+from dflash.sweep import drafts
 from dflash.tokenizer import load_tokenizer
 from dflash.weights.load import UNTRAINED
 
@@ -37,7 +38,7 @@ def test_acceptance_by_category(
     pytestconfig: pytest.Config,
 ) -> None:
     options = pytestconfig.option
-    if options.draft[0] == UNTRAINED:
+    if drafts(options)[0] == UNTRAINED:
         pytest.skip("an untrained draft is accepted never: --draft DIR names another")
     if options.prompts[0] == "random":
         pytest.skip("random prompts have no category: --prompts SOURCE names others")

@@ -11,6 +11,7 @@ from dflash.config import ConfigError
 from dflash.evaluate import Evaluator, summarise, walk
 from dflash.metrics import finite
 from dflash.models.draft import Draft
+from dflash.sweep import drafts
 from dflash.teacher_cache import CacheError, SequenceCache, open_cache
 from dflash.weights.huggingface import read_borrowed
 from dflash.weights.load import UNTRAINED, target_directory
@@ -50,6 +51,6 @@ def test_offline_acceptance(
     benchmark.extra_info.update(finite(info))
     least = options.min_acceptance_length
     reached = info.get("live_acceptance_length", info["acceptance_length"])
-    assert not (least and options.draft[0] != UNTRAINED) or reached >= float(least), (
+    assert not (least and drafts(options)[0] != UNTRAINED) or reached >= float(least), (
         f"acceptance_length {reached:.2f} < {least} on held-out prompts"
     )

@@ -29,7 +29,8 @@ def plan(pytestconfig: pytest.Config) -> Plan:
     options = pytestconfig.option
     if not options.server and not options.base_url:
         pytest.skip("no server: --server KIND starts one, --base-url URL names one that runs")
-    draft = options.draft[0]
+    # Only one that is named: servers can't read the draft that comes with a target.
+    draft = options.draft[0] if options.draft else UNTRAINED
     asked = Request(
         server=options.server or OPENAI,
         target=options.target,
@@ -51,7 +52,7 @@ def plan(pytestconfig: pytest.Config) -> Plan:
 
 
 @pytest.mark.benchmark(group="serving")
-def test_served(benchmark: BenchmarkFixture, plan: Plan, results: Results, pytestconfig: pytest.Config) -> None:
+def test_served(plan: Plan, benchmark: BenchmarkFixture, results: Results, pytestconfig: pytest.Config) -> None:
     options = pytestconfig.option
     try:
         tokenizer = load_tokenizer(options.target)

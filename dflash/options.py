@@ -16,7 +16,6 @@ import pytest
 from dflash import baselines
 from dflash.device import KINDS
 from dflash.serving.plan import SERVERS
-from dflash.weights.load import UNTRAINED
 
 T = TypeVar("T")
 
@@ -88,13 +87,13 @@ def _seconds(text: str) -> float:
     return _number(text, "seconds, 0 or more", lambda v: 0 <= v < math.inf)
 
 
-def _option(group: pytest.OptionGroup, name: str, env: str, default: str, text: str, **more: Any) -> None:
-    """An option whose default comes from the environment; the help says which name."""
+def _option(group: pytest.OptionGroup, name: str, env: str, default: str | None, text: str, **more: Any) -> None:
+    """An option whose default comes from the environment; the help says which name. None: not given."""
     value = os.environ.get(env) or default
     choices = more.get("choices")
     if choices and value not in choices:  # argparse checks what is typed, and takes a default as it is
         raise pytest.UsageError(f"{env} must be one of {', '.join(filter(None, choices))}, got {value!r}")
-    group.addoption(name, default=value, help=f"{text} (env {env}; now {value!r})", **more)
+    group.addoption(name, default=value, help=f"{text} (env {env}; now {value or ''!r})", **more)
 
 
 def add_options(parser: pytest.Parser, root: Path) -> None:
@@ -121,8 +120,9 @@ def add_options(parser: pytest.Parser, root: Path) -> None:
         group,
         "--draft",
         "DRAFT_RUN_DIR",
-        UNTRAINED,
-        "drafts: a DFlashDraftModel or run directory (write --draft=DIR), or untrained",
+        None,  # dflash.sweep.drafts: it depends on the target, and a server gets a draft that is named only
+        "drafts: a DFlashDraftModel or run directory (write --draft=DIR), smollm2-135m (the trained one that is here, "
+        "and the default for the target of that name), or untrained (the default for every other)",
         type=_names,
         metavar="DIR,DIR",
     )

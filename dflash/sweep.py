@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Any
 
-from dflash.weights.load import UNTRAINED
+from dflash.weights.load import UNTRAINED, default_draft
 
 MODES = {"block": "cached_block_verify", "seq": "cached_sequential_verify"}
 
@@ -49,6 +49,11 @@ class Case:
         return self.setting, self.max_new_tokens
 
 
+def drafts(options: Any) -> list[str]:
+    """The drafts that are named; without any, the one that comes with the target, or else an untrained one."""
+    return options.draft or [default_draft(options.target) or UNTRAINED]
+
+
 def settings(options: Any) -> list[Setting]:
     """Every combination, in the order of the lists; the batch size changes first."""
     return [
@@ -67,17 +72,18 @@ def _named(setting: Setting, first: Setting) -> str:
     return "".join(f"-{text}" for name, text in parts.items() if getattr(setting, name) != getattr(first, name))
 
 
-def _proposers(drafts: Sequence[str], block_size: int) -> dict[str, list[tuple[str, str, int | None]]]:
+def _proposers(asked: Sequence[str], block_size: int) -> dict[str, list[tuple[str, str, int | None]]]:
     """By mode: name, draft and script. Each draft itself, and scripted acceptances, which show the machine's ceiling.
 
     What is scripted costs what the first draft costs.
     """
-    trained = [d for d in drafts if d != UNTRAINED]
+    trained = [d for d in asked if d != UNTRAINED]
     names = {d: "draft" if i == 0 else f"draft{i + 1}" for i, d in enumerate(trained)} | {UNTRAINED: UNTRAINED}
-    own: list[tuple[str, str, int | None]] = [(names[d], d, None) for d in drafts]
-    lengths = [block_size - 1] if drafts[0] != UNTRAINED else [(block_size - 1) // 2, block_size - 1]
-    scripts: list[tuple[str, str, int | None]] = [(f"a{a}", drafts[0], a) for a in lengths]
-    return {"block": [*own, *scripts], "seq": [*own, scripts[-1]]}
+    own: list[tuple[str, str, int | None]] = [(names[d], d, None) for d in asked]
+    lengths = (block_size - 1) // 2, block_size - 1
+    scripts: list[tuple[str, str, int | None]] = [(f"a{a}", asked[0], a) for a in lengths]
+    # Token by token is for correctness: a trained draft shows it, of an untrained one nothing would ever be accepted.
+    return {"block": [*own, *scripts], "seq": own if asked[0] != UNTRAINED else [*own, scripts[-1]]}
 
 
 def cases(options: Any) -> list[Case]:
@@ -95,6 +101,6 @@ def cases(options: Any) -> list[Case]:
             setting=setting,
         )
         for setting, budget, block in itertools.product(every, options.max_new_tokens, options.block_sizes)
-        for mode, proposers in _proposers(options.draft, block).items()
+        for mode, proposers in _proposers(drafts(options), block).items()
         for name, draft, scripted in proposers
     ]

@@ -26,7 +26,8 @@ class AuditArguments:
     target: str = "smollm2-135m"
     """Snapshot directory of the target, or smollm2-135m."""
     draft: str = ""
-    """DFlashDraftModel directory; without one an untrained draft, whose proposals the scripts replace."""
+    """DFlashDraftModel or run directory, or smollm2-135m; without one an untrained draft, whose proposals the scripts
+    replace."""
     block_size: int | None = None
     """Block size, the anchor included; by default the draft's own."""
     prompts: str = "builtin"

@@ -23,8 +23,8 @@ _PATHS = ("cache_dir", "init_from", "teacher_snapshot_dir")
 class Export:
     """What `export` takes."""
 
-    run_dir: Annotated[Path, tyro.conf.Positional]
-    """Run directory, or a directory of runs (its latest), or a DFlashDraftModel directory."""
+    run_dir: Annotated[str, tyro.conf.Positional]
+    """Run directory, or a directory of runs (its latest), or a DFlashDraftModel directory, or smollm2-135m."""
     out_dir: Annotated[Path, tyro.conf.Positional]
     """New draft directory: config.json, safetensors, and training.json with the run's record."""
     format: Consumer = "z-lab"
@@ -91,6 +91,6 @@ def export(args: Annotated[Export, tyro.conf.arg(name="")]) -> None:
         shard_bytes=shard_bytes,
         target_dir=directory,
         verifier=args.verifier,
-        record=finite(training_record(resolve_run(args.run_dir))) if is_own_run(args.run_dir) else None,
+        record=finite(training_record(resolve_run(Path(args.run_dir)))) if is_own_run(args.run_dir) else None,
     )
     print(f"draft: {args.out_dir}")

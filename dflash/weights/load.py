@@ -29,11 +29,33 @@ from dflash.weights.zarr import INDEX
 
 # In place of a directory: a draft with random weights.
 UNTRAINED = "untrained"
+# The trained draft that comes with the project; it is called as its target is.
+SHIPPED_DRAFT = Path(__file__).parents[1] / "data" / f"{smollm2.NAME}-draft"
 
 
 def target_directory(name_or_dir: str | Path) -> Path:
     """The snapshot directory of a target; `smollm2-135m` is made on first use."""
     return smollm2.snapshot_dir() if str(name_or_dir) == smollm2.NAME else Path(name_or_dir)
+
+
+def draft_directory(name_or_dir: str | Path) -> Path:
+    """The directory of a draft; `smollm2-135m` is the trained one that comes with the project.
+
+    Raises WeightsError when that one is not in this installation.
+    """
+    if str(name_or_dir) != smollm2.NAME:
+        return Path(name_or_dir)
+    if not snapshot.holds_weights(SHIPPED_DRAFT):
+        raise snapshot.WeightsError(
+            f"the draft {smollm2.NAME} comes with the project, and this installation has no weights at "
+            f"{SHIPPED_DRAFT}: install it anew from a whole checkout, or name another draft's directory, or {UNTRAINED}"
+        )
+    return SHIPPED_DRAFT
+
+
+def default_draft(target: str) -> str | None:
+    """The trained draft that decodes a target when none is named; None for a target that comes without one."""
+    return smollm2.NAME if target == smollm2.NAME else None
 
 
 def target_config(directory: Path) -> TargetConfig:
@@ -51,13 +73,13 @@ def load_target(name_or_dir: str | Path, dtype: str = "float32", mesh: Mesh | No
 
 
 def read_any_draft(name_or_dir: str | Path, dtype: str = "float32", target: TargetConfig | None = None) -> Draft:
-    """A draft from a `DFlashDraftModel` directory, a `run-<step>` directory, or a root of runs.
+    """A draft from a `DFlashDraftModel` directory, a `run-<step>` directory, a root of runs, or `smollm2-135m`.
 
     A root gives its latest complete run. What an older trainer left (`dflash.weights.older_layouts`) is converted; its
     runs leave rotary settings and vocabulary to the `target`, and without one, to the target that they recorded.
     Raises ConfigError or WeightsError.
     """
-    directory = Path(name_or_dir)
+    directory = draft_directory(name_or_dir)
     older = read_older(directory, target)
     if older is not None:
         return convert(older, dtype)
@@ -73,13 +95,13 @@ def _is_training_run(directory: Path) -> bool:
 
 def is_own_run(name_or_dir: str | Path) -> bool:
     """Whether this is a run directory, or a root of them, that this project's trainer wrote."""
-    directory = Path(name_or_dir)
+    directory = draft_directory(name_or_dir)
     return _is_training_run(directory) and not is_older_run(resolve_run(directory))
 
 
 def draft_hash(name_or_dir: str | Path) -> str:
     """SHA-256 of a draft's config and weights: what a result says that it was measured with. Raises WeightsError."""
-    directory = Path(name_or_dir)
+    directory = draft_directory(name_or_dir)
     step = linen_step(directory)
     if step is not None:
         files = [step.parent.parent / "meta.json", step]

@@ -14,6 +14,7 @@ import pytest
 from dflash import Tokenizer, cli, decode, device, init_draft, load_target, load_tokenizer, write_draft
 from dflash.cli.generate import _print_new
 from dflash.tiny import write_tiny_target, write_tiny_tokenizer
+from dflash.weights import load, smollm2
 from dflash.weights.load import draft_hash
 from dflash.weights.snapshot import snapshot_hash
 
@@ -156,6 +157,45 @@ def test_json_is_one_line(run, folder, draft_folder, expected, check_provenance)
     assert "draft" not in json.loads(generate(run, folder, "--json")[1])["dflash"]["read"]
 
 
+@pytest.fixture
+def built_in(folder, draft_folder, monkeypatch):
+    """What smollm2-135m names, target and draft: tiny ones here."""
+    monkeypatch.setattr(smollm2, "snapshot_dir", lambda: folder)
+    monkeypatch.setattr(load, "SHIPPED_DRAFT", draft_folder)
+    return smollm2.NAME
+
+
+@pytest.mark.parametrize(
+    ("more", "figures"),
+    [
+        ([], r".* cached_block_verify .* tokens a block of 4"),
+        (["--draft", "smollm2-135m", "--block-size", "3"], r".* cached_block_verify .* tokens a block of 3"),
+        (["--mode", "cached_sequential_verify"], r".* cached_sequential_verify .* tokens a block of 4"),
+        (["--mode", "greedy"], r".* greedy .*"),
+        (["--draft", "untrained"], r".* cached_block_verify .* tokens a block of 8"),
+    ],
+    ids=["default", "named", "sequential", "greedy", "untrained"],
+)
+def test_the_built_in_target_is_decoded_with_its_draft(run, built_in, expected, more, figures):
+    code, out, err = generate(run, built_in, *more)
+    assert (code, err) == (0, "")
+    printed, closing = split_figures(out)
+    assert printed == expected[1]
+    assert re.fullmatch(rf"{figures}\n", closing)
+
+
+def test_what_decoded_the_built_in_target_is_told(run, built_in, draft_folder):
+    told = json.loads(generate(run, built_in, "--json")[1])["dflash"]["read"]
+    assert (told["draft"], told["draft_sha256"]) == ("smollm2-135m", draft_hash(draft_folder))
+    assert "draft" not in json.loads(generate(run, built_in, "--json", "--mode", "greedy")[1])["dflash"]["read"]
+
+
+def test_another_target_may_be_decoded_with_that_draft_by_name(run, folder, built_in, expected):
+    code, out, _ = generate(run, folder, "--draft", built_in)
+    assert (code, split_figures(out)[0]) == (0, expected[1])
+    assert "a block of 4" in out
+
+
 def test_an_answer_of_one_token_has_no_speed(run, folder, expected):
     code, out, _ = generate(run, folder, "--max-new-tokens", 1, "--json")
     assert code == 0
@@ -292,6 +332,13 @@ def test_a_mask_token_outside_the_vocabulary_is_refused(run, folder, draft_folde
     raw["dflash_config"]["mask_token_id"] = 260
     (directory / "config.json").write_text(json.dumps(raw))
     refused(generate(run, folder, "--draft", directory), "mask token 260", "260")
+
+
+def test_an_installation_without_the_draft_is_told_and_decodes_without_it(run, built_in, monkeypatch, tmp_path):
+    monkeypatch.setattr(load, "SHIPPED_DRAFT", tmp_path / "gone")
+    refused(generate(run, built_in), "comes with the project", "gone", "untrained")
+    for more in (["--mode", "greedy"], ["--draft", "untrained"]):
+        assert generate(run, built_in, *more)[0] == 0
 
 
 def test_a_held_tpu_is_refused(run, folder, monkeypatch):

@@ -8,6 +8,7 @@ import pytest
 
 from dflash import cli
 from dflash.tiny import write_tiny_target, write_tiny_tokenizer
+from dflash.weights import load
 from dflash.weights.load import draft_hash, read_any_draft
 
 pytestmark = pytest.mark.slow
@@ -120,6 +121,18 @@ def test_an_exported_draft_is_the_run_and_says_how_it_was_made(run, made, folder
     code, _, err = run("export", "runs", "exported")
     assert code == 2
     assert "exported exists" in err
+
+
+def test_the_draft_that_comes_with_the_project_is_taken_by_its_name(run, made, monkeypatch):
+    assert run("export", "runs", "shipped", "--dtype", "float32")[0] == 0
+    monkeypatch.setattr(load, "SHIPPED_DRAFT", made / "shipped")
+    figures = [run("evaluate", "cache", draft)[1] for draft in ("shipped", "smollm2-135m")]
+    assert figures[0] == figures[1] != ""
+    assert run("export", "smollm2-135m", "again", "--dtype", "float32")[0] == 0
+    assert draft_hash(made / "again") == draft_hash(made / "shipped")
+    assert run("train", "cache", "onwards", *SHORT, "--init-from", "smollm2-135m")[0] == 0
+    provenance = json.loads((made / "onwards" / "run-4" / "config.json").read_text())["dflash"]["provenance"]
+    assert provenance["init_from_sha256"] == draft_hash(made / "shipped")
 
 
 def test_what_is_undefined_in_a_run_is_null_in_its_export(run, made):

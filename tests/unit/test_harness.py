@@ -550,6 +550,36 @@ def test_a_sweep_is_listed_without_a_device(run):
     assert result.text.count("::") == 8 * 7
 
 
+@pytest.mark.parametrize(
+    ("options", "env", "proposers"),
+    [
+        ([], {}, {"draft", "a3", "a7"}),
+        (["--target=DIR"], {}, {"untrained", "a3", "a7"}),
+        (["--draft=untrained"], {}, {"untrained", "a3", "a7"}),
+        ([], {"DRAFT_RUN_DIR": "untrained,DIR"}, {"untrained", "draft", "a3", "a7"}),
+    ],
+    ids=["built-in", "another-target", "option", "environment"],
+)
+def test_the_built_in_target_is_measured_with_its_draft(run, options, env, proposers):
+    """Unless another is named; other targets come without one."""
+    result = run("bench/test_decode.py", "--co", "-q", *options, **env)
+    assert result.status == 0
+    assert {p for p in ("untrained", "draft", "a3", "a7") if f"[block-b8-n64-{p}]" in result.text} == proposers
+
+
+@pytest.mark.slow
+@pytest.mark.model
+def test_a_server_of_the_built_in_target_gets_no_draft_but_a_named_one(run):
+    """There is no server: with a draft it would not even be asked, since none could read this one."""
+    nowhere = ["--base-url=http://127.0.0.1:1", "--draft-base-url=http://127.0.0.1:1", "--run-on=cpu"]
+    result = run("bench/test_serving.py", *nowhere)
+    assert result.status == 1
+    result.says("http://127.0.0.1:1 does not answer")
+    named = run("bench/test_serving.py", *nowhere, "--draft=smollm2-135m")
+    assert named.status == 4
+    named.says("no server knows DFlash 2 drafts")
+
+
 def sweep(path):
     """The cases of a file by id, those that failed by id, and the file."""
     cases = {b["extra_info"]["case"]: b for b in read(path).values() if b["group"] == "decode"}

@@ -9,10 +9,18 @@ from flax import nnx
 
 from dflash import ConfigError, WeightsError, init_draft, load_draft, load_target, write_draft
 from dflash.tiny import write_tiny_target
-from dflash.weights import smollm2
+from dflash.weights import load, smollm2
 from dflash.weights.easydel import write_run
 from dflash.weights.huggingface import read_borrowed
-from dflash.weights.load import draft_hash, target_directory
+from dflash.weights.load import (
+    default_draft,
+    draft_directory,
+    draft_hash,
+    is_own_run,
+    model_facts,
+    read_any_draft,
+    target_directory,
+)
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +44,26 @@ def test_target_directory(monkeypatch, tmp_path):
     assert target_directory(str(tmp_path)) == tmp_path
     monkeypatch.setattr(smollm2, "snapshot_dir", lambda: Path("made on first use"))
     assert target_directory("smollm2-135m") == Path("made on first use")
+
+
+def test_draft_directory(monkeypatch, tmp_path):
+    assert draft_directory(tmp_path) == draft_directory(str(tmp_path)) == tmp_path
+    assert draft_directory("./smollm2-135m") == Path("smollm2-135m")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    monkeypatch.setattr(load, "SHIPPED_DRAFT", tmp_path)
+    assert draft_directory("smollm2-135m") == tmp_path
+
+
+def test_an_installation_without_the_draft_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr(load, "SHIPPED_DRAFT", tmp_path / "gone")
+    for read in (draft_directory, read_any_draft, draft_hash, is_own_run):
+        with pytest.raises(WeightsError, match=r"no weights at .*gone: install it anew .*, or untrained$"):
+            read("smollm2-135m")
+
+
+def test_only_the_built_in_target_comes_with_a_draft(tmp_path):
+    assert default_draft("smollm2-135m") == "smollm2-135m"
+    assert default_draft(str(tmp_path)) is None
 
 
 def test_load_target(folder, target):
@@ -102,6 +130,17 @@ def test_load_draft(target, folder, tmp_path):
     assert read.config == draft.config
     assert same_weights(read, draft)
     assert load_draft(tmp_path / "draft", load_target(folder, dtype="bfloat16")).dtype == jnp.bfloat16
+
+
+def test_a_draft_by_its_name_is_the_one_of_its_directory(target, folder, monkeypatch, tmp_path):
+    directory = tmp_path / "draft"
+    write_draft(init_draft(target, num_layers=1, seed=5), directory)
+    monkeypatch.setattr(load, "SHIPPED_DRAFT", directory)
+    assert same_weights(load_draft("smollm2-135m", target), load_draft(directory, target))
+    assert same_weights(read_any_draft("smollm2-135m"), read_any_draft(directory))
+    assert not is_own_run("smollm2-135m")
+    facts = model_facts(str(folder), "smollm2-135m")
+    assert (facts["draft"], facts["draft_sha256"]) == ("smollm2-135m", draft_hash(directory))
 
 
 def test_a_draft_of_another_target_is_refused_at_load(target, tmp_path):

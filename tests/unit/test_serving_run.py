@@ -5,12 +5,14 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from stub_server import serving
 
 import dflash
-from dflash import init_draft, load_target, load_tokenizer
+from dflash import init_draft, load_target, load_tokenizer, write_draft
 from dflash.gate import Floors, failures, remark, status
+from dflash.models.draft import pack_tokens
 from dflash.report.page import write_report
 from dflash.report.run import read_run
 from dflash.report.text import speedup_table
@@ -21,6 +23,8 @@ from dflash.serving.results import case_facts, results_of, write_results
 from dflash.serving.run import _at_once, served_run
 from dflash.serving.server import ServingError
 from dflash.tiny import write_tiny_target, write_tiny_tokenizer
+from dflash.weights import load, smollm2
+from dflash.weights.load import new_draft
 
 STUB = Path(__file__).with_name("stub_server.py")
 BUDGET, SIZE = 6, 4
@@ -290,6 +294,20 @@ def test_the_file_is_as_its_schema_says_and_makes_a_report(plan, measure, letter
 def test_a_request_that_makes_no_sense_is_refused(asked, said, target):
     with pytest.raises(ServingError, match=said):
         make_plan(Request(**({"target": str(target)} | asked)))
+
+
+def test_a_server_gets_no_draft_that_is_not_named(target, monkeypatch, tmp_path):
+    """The target of that name comes with a draft, which no server could read; named, it is refused by what it is."""
+    config = load_target(target).config
+    few = new_draft(config, num_layers=1, block_size=SIZE, vocabulary=pack_tokens(np.arange(50), config.vocab_size))
+    write_draft(few, tmp_path / "draft")
+    monkeypatch.setattr(load, "SHIPPED_DRAFT", tmp_path / "draft")
+    monkeypatch.setattr(smollm2, "snapshot_dir", lambda: target)
+    asked = {"server": "openai", "target": "smollm2-135m"}
+    asked |= {"base_url": "http://127.0.0.1:1", "draft_base_url": "http://127.0.0.1:2"}
+    assert make_plan(Request(**asked)).draft is None
+    with pytest.raises(ServingError, match="servers propose every token of the vocabulary"):
+        make_plan(Request(draft="smollm2-135m", **asked))
 
 
 def test_why_nothing_is_drafted(target, monkeypatch, tmp_path):

@@ -5,9 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from dflash.sweep import cases
+from dflash.sweep import cases, drafts
 
 FIRST = {
+    "target": "smollm2-135m",
     "draft": ["untrained"],
     "prompts": ["builtin"],
     "prompt_len": [0],
@@ -30,7 +31,27 @@ def test_one_value_in_each_list():
     assert ids() == every
     # Which one it is does not matter.
     assert ids(batch_size=[32], prompt_len=[512], prompts=["random"]) == every
-    assert ids(draft=["runs/x"]) == ["block-b8-n64-draft", "block-b8-n64-a7", "seq-b8-n64-draft", "seq-b8-n64-a7"]
+    trained = ["block-b8-n64-draft", "block-b8-n64-a3", "block-b8-n64-a7", "seq-b8-n64-draft"]
+    assert ids(draft=["runs/x"]) == trained
+
+
+@pytest.mark.parametrize(
+    ("target", "named", "decodes"),
+    [
+        ("smollm2-135m", None, ["smollm2-135m"]),
+        ("some/target", None, ["untrained"]),
+        ("smollm2-135m", ["untrained"], ["untrained"]),
+        ("smollm2-135m", ["runs/x", "smollm2-135m"], ["runs/x", "smollm2-135m"]),
+        ("some/target", ["runs/x"], ["runs/x"]),
+    ],
+)
+def test_the_draft_that_comes_with_a_target_decodes_it_unless_another_is_named(target, named, decodes):
+    assert drafts(SimpleNamespace(target=target, draft=named)) == decodes
+    assert {case.draft for case in sweep(target=target, draft=named)} == set(decodes)
+
+
+def test_the_draft_that_comes_with_a_target_is_a_trained_one():
+    assert ids(draft=None) == ids(draft=["runs/x"])
 
 
 @pytest.mark.parametrize(
@@ -72,9 +93,9 @@ def test_drafts_share_their_baseline_and_the_first_is_scripted():
         ("block", "draft"): ("runs/x", None),
         ("block", "untrained"): ("untrained", None),
         ("block", "draft2"): ("runs/y", None),
+        ("block", "a3"): ("runs/x", 3),
         ("block", "a7"): ("runs/x", 7),
         ("seq", "draft"): ("runs/x", None),
         ("seq", "untrained"): ("untrained", None),
         ("seq", "draft2"): ("runs/y", None),
-        ("seq", "a7"): ("runs/x", 7),
     }
