@@ -11,7 +11,7 @@ from dflash.device import open_default_device
 from dflash.metrics import finite
 from dflash.training.curves import read_metrics
 from dflash.weights.export import Consumer, Dtype, export_draft, parse_size
-from dflash.weights.load import is_own_run, read_any_draft, target_config, target_directory
+from dflash.weights.load import draft_directory, is_own_run, read_any_draft, target_config, target_directory
 from dflash.weights.runs import resolve_run, step_of
 from dflash.weights.zarr import read_object
 
@@ -47,7 +47,7 @@ def _without_directories(origin: dict[str, Any]) -> dict[str, Any]:
 
 def _record_of(draft: str) -> dict[str, Any] | None:
     """The record of the draft that a run started from, as far as it is still there: a run, or a directory with one."""
-    directory = Path(draft)
+    directory = draft_directory(draft)
     if is_own_run(directory):
         return training_record(resolve_run(directory))
     kept = directory / "training.json"

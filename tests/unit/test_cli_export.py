@@ -55,7 +55,7 @@ def test_a_record_holds_that_of_the_draft_it_started_from(export, work, draw_dra
     record = json.loads((work / "whole" / "training.json").read_text())
     assert record["provenance"] == {"init_from_sha256": "cd"}
     assert record["init_from"] == {"step": 7, "provenance": {"cache_sha256": "ab"}}
-    for start, kept in ((work / "whole", record), (work / "target", None)):
+    for start, kept in ((work / "whole", record), (work / "target", None), (work / "gone", None)):
         provenance = {"init_from": str(start)}
         name = f"from-{start.name}"
         write_run(draw_draft(**FULL), work / name, 1, optimizer_state=None, provenance=provenance, keep=None)
