@@ -84,7 +84,7 @@ def test_it_names_no_path_of_a_machine(name):
     [
         ('"/home/somebody/cache"', True),
         ("train --cache=/data", True),
-        ("in `/work/x`", True),
+        ("in `/data/x`", True),
         ("C:\\runs", True),
         ("~/runs", True),
         ("https://arxiv.org/abs/2502.14856", False),
