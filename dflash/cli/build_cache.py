@@ -67,7 +67,7 @@ class BuildCache:
     exclude: tuple[str, ...] = ("builtin",)
     """Evaluation prompts: whatever shares 8 words in a row with one of them is left out."""
     batch_size: int = 32
-    """Conversations, sequences or windows at a time."""
+    """Conversations or windows at a time; of sequences, whose features are read whole, an eighth of it."""
     seed: int = 0
     """Seed of every draw."""
     position_offsets: tuple[int, ...] = (0,)
@@ -128,7 +128,8 @@ def build_cache(args: Annotated[BuildCache, tyro.conf.arg(name="")]) -> None:
             conversations,
             layer_ids=ids,
             position_offsets=args.position_offsets,
-            batch_size=args.batch_size,
+            # Sequences are read whole: an eighth of the rows that are written a token at a time are columns enough.
+            batch_size=max(args.batch_size // 8, 1),
         )
     else:
         windows = WindowConfig(

@@ -37,7 +37,7 @@ def build_sequences(
     position_offsets: Sequence[int] = (0,),
     batch_size: int = 16,
 ) -> Path:
-    """A cache in sequence form. Sequence i is read from position offset i modulo their number.
+    """A cache in sequence form. Sequence i is read from position offset i modulo their number, `batch_size` at a time.
 
     A killed build goes on where it stopped. Raises CacheError or PromptError.
     """
@@ -53,8 +53,7 @@ def build_sequences(
     with ArrayWriter(Path(directory), settings) as writer:
         with too_little_leaves_nothing(writer):
             made = write_conversations(target, source.tokenizer, conversations, writer.building / "conversations.jsonl")
-        # A sequence is read whole: an eighth of the rows that are written a token at a time are columns enough.
-        _write_sequences(writer, made, source.reader(layer_ids), settings, max(batch_size // 8, 1))
+        _write_sequences(writer, made, source.reader(layer_ids), settings, batch_size)
         counts = {"num_sequences": len(made), "num_tokens": sum(len(c.prompt) + len(c.answer) for c in made)}
         return writer.finish(settings | counts | text_record(writer.building, made))
 
@@ -79,7 +78,7 @@ def _write_sequences(
     def read_batch(number: int) -> tuple[range, list[np.ndarray]]:
         batch = range(begun + number * batch_size, min(begun + (number + 1) * batch_size, len(rows)))
         # The last batch is filled up: a device compiles a program for every shape.
-        filled = [rows[i] for i in batch] + [[0]] * (batch_size - len(batch) if number else 0)
+        filled = [rows[i] for i in batch] + [[0]] * (min(batch_size, len(rows)) - len(batch))
         starts = np.zeros(len(filled), np.int32)
         starts[: len(batch)] = arrays["ctx_pos_start_i32"][batch.start : batch.stop]
         return batch, read(filled, starts)

@@ -72,7 +72,7 @@ def build_all(source, directory):
     if not (directory / "sequences").exists():
         offsets = (0, LIMIT - 48)
         build_sequences(
-            source, directory / "sequences", TEXTS, layer_ids=LAYERS, position_offsets=offsets, batch_size=2
+            source, directory / "sequences", TEXTS, layer_ids=LAYERS, position_offsets=offsets, batch_size=5
         )
     for name, config in (("rollouts", ROLLOUTS), ("cycles", CYCLES)):
         if not (directory / name).exists():
