@@ -1,26 +1,33 @@
 """What every benchmark shares: target, drafts, prompts, and what identifies them in the results."""
 
-import dataclasses
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
-from dflash import init_draft, load_draft, load_target, load_tokenizer, native
+from dflash import Tokenizer, decode, init_draft, load_draft, load_target
+from dflash.cli.pytest_options import open_tokenizer, take_prompts
 from dflash.config import ConfigError
-from dflash.cost_model import StepTimes, sizes_to_time
 from dflash.decoding.decode import RequestError, check_request
-from dflash.device import device_facts
-from dflash.measure import time_steps
+from dflash.decoding.modes import BLOCK, GREEDY
+from dflash.decoding.sampling import Sampling
+from dflash.host.device import DeviceError, device_facts
+from dflash.host.hub import HubError
+from dflash.measuring.cases import Case, PromptSetting, cases, drafts, prompt_settings
+from dflash.measuring.cost_model import StepTimes, sizes_to_time
+from dflash.measuring.steps import time_steps
+from dflash.measuring.sweep import PromptGroups
+from dflash.models import native
 from dflash.models.draft import Draft
 from dflash.models.llama import Llama
-from dflash.prompts import PromptError, exact_length_prompts, load_prompts
-from dflash.sweep import Case, Setting, cases, drafts, settings
-from dflash.tokenizer import TokenizerError
+from dflash.models.mesh import open_mesh
+from dflash.text.lengths import exact_length_prompts
+from dflash.text.prompts import Prompt, PromptError, ids_sha256
+from dflash.text.tokenizer import TokenizerError
 from dflash.weights.load import UNTRAINED, draft_hash, target_directory
 from dflash.weights.smollm2 import SnapshotError
 from dflash.weights.snapshot import WeightsError, snapshot_hash
@@ -41,19 +48,31 @@ def _or_usage_error(load: Callable[[], Any]) -> Any:
     """A user's mistake is one sentence, not a traceback."""
     try:
         return load()
-    except (ConfigError, WeightsError, SnapshotError, RequestError) as error:
+    except (ConfigError, DeviceError, HubError, WeightsError, SnapshotError, RequestError) as error:
         pytest.exit(str(error), returncode=pytest.ExitCode.USAGE_ERROR)
+    except OSError as error:
+        pytest.exit(f"{error.filename}: {error.strerror}", returncode=pytest.ExitCode.USAGE_ERROR)
+
+
+@pytest.fixture(scope="session")
+def sampling(pytestconfig: pytest.Config) -> Sampling:
+    """How tokens are drawn."""
+    return Sampling.of(pytestconfig.option)
 
 
 @pytest.fixture(scope="session")
 def target(device: jax.Device, pytestconfig: pytest.Config) -> Llama:
     options = pytestconfig.option
-    return _or_usage_error(lambda: load_target(options.target, options.dtype))
+
+    def load() -> Llama:
+        return load_target(options.target, options.dtype, open_mesh(device, dp=options.dp, tp=options.tp))
+
+    return _or_usage_error(load)
 
 
 @pytest.fixture(scope="session")
 def draft_of(target: Llama, pytestconfig: pytest.Config) -> Callable[[str], Draft]:
-    """A draft by what `drafts` calls it; loaded once."""
+    """The draft with this name in `drafts`, loaded once."""
     options = pytestconfig.option
 
     @functools.cache
@@ -68,59 +87,62 @@ def draft_of(target: Llama, pytestconfig: pytest.Config) -> Callable[[str], Draf
 
 @pytest.fixture(scope="session")
 def draft(draft_of: Callable[[str], Draft], pytestconfig: pytest.Config) -> Draft:
-    """The first of `drafts`. So with `workload` and `facts`: what is no case takes the first of every list."""
+    """The first of `drafts`: benchmarks without cases take the first of every list."""
     return draft_of(drafts(pytestconfig.option)[0])
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Workload:
-    """Groups of prompts, a batch each, and what identifies them."""
-
-    groups: list[list[list[int]]]
-    stop_token_ids: tuple[int, ...]
-    facts: dict[str, Any]
-
-    @property
-    def mean_len(self) -> int:
-        lengths = [len(p) for g in self.groups for p in g]
-        return sum(lengths) // len(lengths)
+def _answers(target: Llama, tokenizer: Tokenizer, budget: int, prompts: Sequence[Prompt]) -> list[str]:
+    """The target's own answers: what a draft does not change is decoded once, before anything is measured."""
+    answers = []
+    for prompt in prompts:
+        row, stops = prompt.encode(tokenizer), tokenizer.stop_token_ids
+        made = decode(target, None, [row], mode=GREEDY.name, max_new_tokens=budget, stop_token_ids=stops)
+        answers.append(tokenizer.decode(made.tokens[0]))
+    return answers
 
 
-def _make_workload(target: Llama, setting: Setting, options: Any) -> Workload:
+def _make_workload(target: Llama, setting: PromptSetting, options: Any) -> PromptGroups:
     count, source, length, batch = options.num_prompts, setting.prompts, setting.prompt_len, setting.batch_size
-    if count % batch:
+    if count % batch and options.protocol != "zlab":
         pytest.exit(f"--num-prompts {count} must be a multiple of --batch-size {batch}", pytest.ExitCode.USAGE_ERROR)
     stops: tuple[int, ...] = ()
-    facts: dict[str, Any] = {"prompts": source}
+    facts: dict[str, Any] = {"prompts": source, "protocol": options.protocol}
     if source == "random":
         rng = np.random.default_rng(0)
         prompts = rng.integers(0, target.config.vocab_size, (count, length or 64)).tolist()
     else:
         try:
-            tokenizer = load_tokenizer(options.target)
+            tokenizer = open_tokenizer(options)
             stops = tokenizer.stop_token_ids
-            prompt_set = load_prompts(source).take(count)
-            facts["prompts_sha256"] = prompt_set.sha256
-            prompts = exact_length_prompts(tokenizer, length, count, 0) if length else prompt_set.encode(tokenizer)
+            prompt_set = take_prompts(options, source)
+            facts |= tokenizer.facts
+            count = len(prompt_set.prompts)
+            if length:
+                prompts = exact_length_prompts(tokenizer, length, count, 0)
+            else:
+                spoken = functools.partial(_answers, target, tokenizer, max(options.max_new_tokens))
+                prompts = prompt_set.turn_by_turn(spoken).encode(tokenizer)
         except (PromptError, TokenizerError) as error:
             pytest.exit(str(error), pytest.ExitCode.USAGE_ERROR)
-    if len(prompts) < count:
-        pytest.exit(f"{source} has {len(prompts)} prompts, --num-prompts asks {count}", pytest.ExitCode.USAGE_ERROR)
-    groups = [prompts[i : i + batch] for i in range(0, count, batch)]
-    return Workload(groups=groups, stop_token_ids=stops, facts=facts)
+    if len(prompts) % batch:
+        reason = f"the turns of {source} are {len(prompts)} prompts, no multiple of --batch-size {batch}"
+        pytest.exit(reason, pytest.ExitCode.USAGE_ERROR)
+    facts["prompts_sha256"] = ids_sha256(prompts)
+    groups = [prompts[i : i + batch] for i in range(0, len(prompts), batch)]
+    return PromptGroups(groups=groups, stop_token_ids=stops, facts=facts)
 
 
 @pytest.fixture(scope="session")
 def workload_of(
-    target: Llama, draft_of: Callable[[str], Draft], pytestconfig: pytest.Config
-) -> Callable[[Setting], Workload]:
-    """The prompts of a setting. Before anything is measured all prompts of all cases are made and checked."""
+    target: Llama, draft_of: Callable[[str], Draft], sampling: Sampling, pytestconfig: pytest.Config
+) -> Callable[[PromptSetting], PromptGroups]:
+    """The prompts of a setting. All prompts of all cases are made and checked before anything is measured."""
     options = pytestconfig.option
-    made = {setting: _make_workload(target, setting, options) for setting in settings(options)}
-    # Greedy's block more is for the scripts.
+    made = {setting: _make_workload(target, setting, options) for setting in prompt_settings(options)}
+    # Greedy decoding goes one block further, for the scripts.
     block, budget = max(options.block_sizes), max(options.max_new_tokens)
     proposers = [draft_of(name) for name in drafts(options)]
-    plans = [(None, "greedy", budget + block), *((d, "cached_block_verify", budget) for d in proposers)]
+    plans = [(None, GREEDY.name, budget + block), *((d, BLOCK.name, budget) for d in proposers)]
     for workload, (proposer, mode, tokens) in itertools.product(made.values(), plans):
         _or_usage_error(
             lambda w=workload, d=proposer, m=mode, n=tokens: check_request(
@@ -131,36 +153,38 @@ def workload_of(
                 block_size=block,
                 max_new_tokens=n,
                 stop_token_ids=w.stop_token_ids,
-                temperature=0.0,
-                allow_larger_block=False,
+                sampling=sampling,
             )
         )
     return made.__getitem__
 
 
 @pytest.fixture(scope="session")
-def workload(workload_of: Callable[[Setting], Workload], pytestconfig: pytest.Config) -> Workload:
-    return workload_of(settings(pytestconfig.option)[0])
+def workload(workload_of: Callable[[PromptSetting], PromptGroups], pytestconfig: pytest.Config) -> PromptGroups:
+    return workload_of(prompt_settings(pytestconfig.option)[0])
 
 
 @pytest.fixture(scope="session")
 def facts_of(
-    device: jax.Device, workload_of: Callable[[Setting], Workload], pytestconfig: pytest.Config
-) -> Callable[[str, Setting], dict[str, Any]]:
+    device: jax.Device,
+    workload_of: Callable[[PromptSetting], PromptGroups],
+    sampling: Sampling,
+    pytestconfig: pytest.Config,
+) -> Callable[[str, PromptSetting], dict[str, Any]]:
     """What identifies a draft and a setting in the results: device, versions, hashes."""
     options = pytestconfig.option
     common = {
-        **device_facts(device),
-        "mesh": {"dp": 1, "tp": 1},  # decoding runs on one device
+        **device_facts(device, dp=options.dp, tp=options.tp),
         "jax": jax.__version__,
-        "kernels": native.status(),
+        "kernels": _or_usage_error(lambda: native.status(device.platform, options.dp * options.tp)),
         "target": options.target,
         "target_sha256": snapshot_hash(target_directory(options.target)),
-        "run_name": options.run_name or None,
+        "run_name": options.run_name,
+        "sampling": sampling.facts,
     }
     hash_of = functools.cache(draft_hash)
 
-    def facts(draft: str, setting: Setting) -> dict[str, Any]:
+    def facts(draft: str, setting: PromptSetting) -> dict[str, Any]:
         trained = draft != UNTRAINED
         return {
             **common,
@@ -174,21 +198,25 @@ def facts_of(
 
 
 @pytest.fixture(scope="session")
-def facts(facts_of: Callable[[str, Setting], dict[str, Any]], pytestconfig: pytest.Config) -> dict[str, Any]:
+def facts(facts_of: Callable[[str, PromptSetting], dict[str, Any]], pytestconfig: pytest.Config) -> dict[str, Any]:
     options = pytestconfig.option
-    return facts_of(drafts(options)[0], settings(options)[0])
+    return facts_of(drafts(options)[0], prompt_settings(options)[0])
 
 
 @pytest.fixture(scope="session")
 def steps_of(
-    target: Llama, draft_of: Callable[[str], Draft], workload_of: Callable[[Setting], Workload]
+    target: Llama,
+    draft_of: Callable[[str], Draft],
+    workload_of: Callable[[PromptSetting], PromptGroups],
+    sampling: Sampling,
 ) -> Callable[[Case], StepTimes]:
-    """The cost model's terms up to a case's block size, half-way through its decode; timed once each."""
+    """The cost model's terms up to a case's block size, halfway through its decode; timed once each."""
 
     @functools.cache
-    def steps(draft: str, block_size: int, setting: Setting, max_new_tokens: int) -> StepTimes:
+    def steps(draft: str, block_size: int, setting: PromptSetting, max_new_tokens: int) -> StepTimes:
         context = workload_of(setting).mean_len + max_new_tokens // 2
         sizes = sizes_to_time(block_size)
-        return time_steps(target, draft_of(draft), sizes, batch=setting.batch_size, context=context)
+        terms = {"batch": setting.batch_size, "context": context, "sampling": sampling}
+        return time_steps(target, draft_of(draft), sizes, **terms)
 
     return lambda case: steps(case.draft, case.block_size, case.setting, case.max_new_tokens)

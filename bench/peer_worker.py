@@ -1,7 +1,7 @@
 """Runs beside the benchmark, in its own process: transformers in torch, and the reference's own decoder.
 
-Reads one JSON request a line, answers with one JSON line. A process of its own keeps torch's threads and jax's apart,
-and the reference package has our import name: its directory (DFLASH_REFERENCE_DIR) stands first on the path here.
+Reads one JSON request per line and answers with one JSON line. A separate process keeps torch's threads and jax's
+apart, and the reference package has our import name: its directory (DFLASH_REFERENCE_DIR) comes first on the path here.
 """
 
 import json
@@ -30,7 +30,7 @@ class Peer:
         self._script_proposals()
 
     def _script_proposals(self) -> None:
-        """Replaces proposals by `script` (tokens by place in the output), after the network and the head have run."""
+        """Replaces proposals by `script` (tokens by position in the output), after network and head have run."""
         forward, compute_logits = self.draft.forward, self.draft.compute_logits
 
         def remember_start(*args: Any, **kwargs: Any) -> Any:
@@ -50,7 +50,7 @@ class Peer:
 
     @torch.inference_mode()
     def step(self, context: int, tokens: int, repeats: int) -> dict[str, Any]:
-        """Seconds of `repeats` forwards of `tokens` tokens behind `context`."""
+        """Seconds of `repeats` forwards of `tokens` tokens after `context`."""
         cache = reference._make_cache(self.target.config)
         ids = torch.arange(context + tokens)[None] % 1000
         self.target(ids[:, :context], past_key_values=cache, use_cache=True, logits_to_keep=1)

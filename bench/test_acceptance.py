@@ -1,7 +1,7 @@
 """How much of the draft the target accepts, live, for each category of prompts; every token compared with greedy's.
 
-`--num-prompts` of each category, the longest of `--max-new-tokens`. Acceptance depends on the text: one mean over all
-prompts says little of a user's own.
+`--category-prompts` of each category, the longest of `--max-new-tokens`. Acceptance depends on the text: one mean over
+all prompts says little of a user's own.
 """
 
 from typing import Any
@@ -9,23 +9,19 @@ from typing import Any
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from dflash import decode, metrics
+from dflash import metrics
+from dflash.cli.pytest_options import open_prompts, open_tokenizer
+from dflash.decoding.decode import compiled_decoder, prefill, read_state
+from dflash.decoding.modes import BLOCK
+from dflash.decoding.sampling import Sampling
+from dflash.measuring.cases import drafts
+from dflash.measuring.greedy import Greedy
+from dflash.measuring.interval import acceptance_over_prompts
+from dflash.measuring.result import Acceptance, Category, Results, to_json
 from dflash.models.draft import Draft
 from dflash.models.llama import Llama
-from dflash.prompts import Prompt, load_prompts
-from dflash.report.summary import Results
-from dflash.sweep import drafts
-from dflash.tokenizer import load_tokenizer
+from dflash.text.prompts import ids_sha256
 from dflash.weights.load import UNTRAINED
-
-ROWS = 32
-
-
-def _of_each_category(source: str, count: int) -> list[Prompt]:
-    taken: dict[str, list[Prompt]] = {}
-    for prompt in load_prompts(source).prompts:
-        taken.setdefault(prompt.category, []).append(prompt)
-    return [p for prompts in taken.values() for p in prompts[:count]]
 
 
 @pytest.mark.benchmark(group="acceptance")
@@ -34,41 +30,64 @@ def test_acceptance_by_category(
     target: Llama,
     draft: Draft,
     facts: dict[str, Any],
+    sampling: Sampling,
     results: Results,
     pytestconfig: pytest.Config,
 ) -> None:
     options = pytestconfig.option
     if drafts(options)[0] == UNTRAINED:
-        pytest.skip("an untrained draft is accepted never: --draft DIR names another")
+        pytest.skip("nothing that an untrained draft proposes is accepted: --draft DIR names another")
     if options.prompts[0] == "random":
         pytest.skip("random prompts have no category: --prompts SOURCE names others")
-    tokenizer = load_tokenizer(options.target)
-    prompts = _of_each_category(options.prompts[0], options.num_prompts)
-    ids = [tokenizer.encode_chat(list(p.messages)) for p in prompts]
+    tokenizer = open_tokenizer(options)
+    categories = open_prompts(options, options.prompts[0]).by_category()
+    prompts = [prompt for some in categories.values() for prompt in some[: options.category_prompts]]
+    ids = [p.encode(tokenizer) for p in prompts]
     block_size, budget = max(options.block_sizes), max(options.max_new_tokens)
     stops = tokenizer.stop_token_ids
 
-    def run(draft: Draft | None) -> tuple[list[list[int]], list[list[int]]]:
-        mode = "greedy" if draft is None else "cached_block_verify"
-        more = {"mode": mode, "block_size": block_size, "max_new_tokens": budget, "stop_token_ids": stops}
-        results = [decode(target, draft, ids[i : i + ROWS], **more) for i in range(0, len(ids), ROWS)]
-        return [row for r in results for row in r.tokens], [row for r in results for row in r.accept_lens]
+    size = next(size for size in (4, 3, 2, 1) if len(ids) % size == 0)
+    batches = [ids[i : i + size] for i in range(0, len(ids), size)]
+    # One program for all batches.
+    greedy = Greedy(target, batches, max_new_tokens=budget, stop_token_ids=stops, sampling=sampling)
 
-    tokens, accepted = benchmark.pedantic(run, (draft,), rounds=1, warmup_rounds=0)
-    expected, _ = run(None)
-    by_category = {
-        name: {"num_prompts": sum(p.category == name for p in prompts)}
-        | metrics.acceptance([a for a, p in zip(accepted, prompts, strict=True) if p.category == name], block_size)
-        for name in dict.fromkeys(p.category for p in prompts)
-    }
+    def run() -> list[Any]:
+        """Tokens, accept lengths and what each block gave, of the rows of each batch."""
+        decoder = compiled_decoder(target, draft, BLOCK.name, block_size, *greedy.shape, budget, sampling)
+        decoder.take_weights()
+        requests = greedy.requests([draft] * len(batches), BLOCK.name, block_size)
+        return [read_state(decoder.steps(prefill(decoder, request))) for request in requests]
+
+    states = benchmark.pedantic(run, rounds=1, warmup_rounds=0)
+    tokens, accepted = ([row for state in states for row in state[i]] for i in (0, 1))
+    for group in range(len(batches)):
+        greedy.decode(group)
+    expected = [row for rows in greedy.tokens for row in rows]
+    of_category: dict[str, list[list[int]]] = {}
+    for row, prompt in zip(accepted, prompts, strict=True):
+        of_category.setdefault(prompt.category, []).append(row)
     overall = metrics.acceptance(accepted, block_size)
-    info = facts | overall | {"case": "acceptance", "block_size": block_size, "max_new_tokens": budget}
-    info = metrics.finite(info | {"lossless": tokens == expected, "by_category": by_category})
-    benchmark.extra_info.update(info)
-    results.acceptances.append(info)
-    different = [p.id for p, a, b in zip(prompts, tokens, expected, strict=True) if a != b]
-    assert not different, f"the tokens must be the target's own, and differ for the prompts {', '.join(different)}"
-    least = options.min_acceptance_length
-    assert not least or overall["acceptance_length"] >= float(least), (
-        f"acceptance_length {overall['acceptance_length']:.2f} < {float(least):.2f} over all categories"
+    by_category = {
+        name: Category(num_prompts=len(row), **metrics.acceptance(row, block_size), **acceptance_over_prompts(row))
+        for name, row in of_category.items()
+    }
+    result = Acceptance(
+        **facts | {"prompts_sha256": ids_sha256(ids)},
+        **overall,
+        **acceptance_over_prompts(accepted),
+        case="acceptance",
+        block_size=block_size,
+        max_new_tokens=budget,
+        lossless=tokens == expected,
+        by_category=by_category,
     )
+    benchmark.extra_info.update(to_json(result))
+    results.measured.append(result)
+    different = [p.id for p, a, b in zip(prompts, tokens, expected, strict=True) if a != b]
+    if different:
+        pytest.fail(
+            f"the tokens must be the target's own, and differ for the prompts {', '.join(different)}", pytrace=False
+        )
+    least, length = options.min_acceptance_length, overall["acceptance_length"]
+    if least is not None and length < least:
+        pytest.fail(f"acceptance_length {length:.2f} < {least:.2f} over all categories", pytrace=False)

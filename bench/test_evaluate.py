@@ -1,4 +1,4 @@
-"""What a draft is accepted at, offline: held-out prompts of a teacher cache (`--teacher-cache DIR`)."""
+"""Offline acceptance of a draft on the held-out prompts of a teacher cache (`--teacher-cache DIR`)."""
 
 from typing import Any
 
@@ -8,13 +8,12 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from dflash.config import ConfigError
-from dflash.evaluate import Evaluator, summarise, walk
-from dflash.metrics import finite
+from dflash.measuring.cases import drafts
+from dflash.measuring.result import Offline, from_json, to_json
 from dflash.models.draft import Draft
-from dflash.sweep import drafts
-from dflash.teacher_cache import CacheError, SequenceCache, open_cache
-from dflash.weights.huggingface import read_borrowed
-from dflash.weights.load import UNTRAINED, target_directory
+from dflash.training.cache import CacheError, SequenceCache, open_cache
+from dflash.training.evaluate import Evaluator, summarise, walk
+from dflash.weights.load import UNTRAINED, read_borrowed, target_directory
 
 SEQUENCES = 32
 
@@ -29,7 +28,7 @@ def test_offline_acceptance(
     borrowed = read_borrowed(target_directory(options.target))
     evaluator = Evaluator(borrowed.embedding, borrowed.head)
     try:
-        cache = open_cache(options.teacher_cache)
+        cache = open_cache(options.teacher_cache, borrowed.config)
         rows = cache.rows(held_out=True)
         if not len(rows):
             pytest.fail(f"{options.teacher_cache} has no held-out prompts to evaluate on", pytrace=False)
@@ -37,20 +36,15 @@ def test_offline_acceptance(
         blocks = benchmark.pedantic(evaluator.score, (draft, cache, chosen), rounds=1, warmup_rounds=0)
     except (CacheError, ConfigError) as error:
         pytest.exit(str(error), pytest.ExitCode.USAGE_ERROR)
-    info = {
-        **facts,
-        "case": "offline",
-        "cache_sha256": cache.sha256,
-        "rows": "held_out",
-        "block_size": draft.config.block_size,
-        **summarise(blocks, draft.config.block_size),
-    }
+    figures = summarise(blocks, draft.config.block_size)
+    reached = figures["acceptance_length"]
     if isinstance(cache, SequenceCache):
         live = summarise(blocks.take(walk(blocks)), draft.config.block_size)
-        info["live_acceptance_length"] = live["acceptance_length"]
-    benchmark.extra_info.update(finite(info))
+        reached = live["acceptance_length"]
+        figures |= {f"live_{n}": live[n] for n in ("num_samples", "accept_len_mean", "acceptance_length")}
+    origin = facts | {"case": "offline", "cache_sha256": cache.sha256, "rows": "held_out"}
+    origin["block_size"] = draft.config.block_size
+    benchmark.extra_info.update(to_json(from_json(origin | figures, Offline)))
     least = options.min_acceptance_length
-    reached = info.get("live_acceptance_length", info["acceptance_length"])
-    assert not (least and drafts(options)[0] != UNTRAINED) or reached >= float(least), (
-        f"acceptance_length {reached:.2f} < {least} on held-out prompts"
-    )
+    if least is not None and drafts(options)[0] != UNTRAINED and reached < least:
+        pytest.fail(f"acceptance_length {reached:.2f} < {least:.2f} on held-out prompts", pytrace=False)

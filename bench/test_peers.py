@@ -16,11 +16,13 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from dflash import init_draft, write_draft
+from dflash.decoding import modes
 from dflash.decoding.decode import check_request, compiled_decoder, prefill, read_state
 from dflash.decoding.script import ScriptedDraft
-from dflash.interval import ratio_interval
-from dflash.measure import verify_step
-from dflash.metrics import finite
+from dflash.measuring.interval import known, ratio_interval
+from dflash.measuring.result import Peer, to_json
+from dflash.measuring.steps import verify_step
+from dflash.metrics import round_up
 from dflash.models.draft import Draft
 from dflash.models.llama import Llama
 from dflash.weights.load import target_directory
@@ -78,7 +80,7 @@ def ask(
 def test_one_token_step_beside_torch(
     benchmark: BenchmarkFixture, target: Llama, ask: Callable[..., dict[str, Any]], pytestconfig: pytest.Config
 ) -> None:
-    """T_1 is no slower than torch's; T_verify(8) is told beside."""
+    """T_1 is no slower than torch's; T_verify(8) is reported beside it."""
     context, repeats = 128, 5
     ours = {n: verify_step(target, tokens=n, batch=1, context=context) for n in (1, BLOCK)}
     theirs: dict[int, list[float]] = {1: [], BLOCK: []}
@@ -96,14 +98,15 @@ def test_one_token_step_beside_torch(
     benchmark.pedantic(step, setup=time_torch, rounds=rounds, warmup_rounds=2)
     mine = np.array(benchmark.stats.stats.data) / repeats
     ratio, low, high = ratio_interval(np.array(theirs[1][-rounds:]), mine)
-    benchmark.extra_info.update(
+    result = Peer(
         case="t1-beside-torch",
         torch_step_ms=1000 * float(np.median(theirs[1][-rounds:])),
         torch_verify_ms=1000 * float(np.median(theirs[BLOCK][-rounds:])),
         step_ms=1000 * float(np.median(mine)),
         faster_x=ratio,
-        faster_x_ci95=finite([low, high]),
+        faster_x_ci95=known(low, high),
     )
+    benchmark.extra_info.update(to_json(result))
     assert high >= 1.0, f"T_1 is {1 / ratio:.2f} x torch's ({1 / high:.2f} to {1 / low:.2f}): the one-token step moved"
 
 
@@ -121,21 +124,21 @@ def test_decode_beside_the_reference(
     """Block verify is at least twice as fast as the reference's own loop, with the same tokens and accept lengths."""
     prompts = [g[0] for g in workload.groups][:2]
     stops = workload.stop_token_ids
-    common = {"stop_token_ids": stops, "temperature": 0.0, "allow_larger_block": False}
-    longest = -(-max(map(len, prompts)) // 32) * 32
-    greedy = compiled_decoder(target, None, "greedy", 1, 1, longest, BUDGET + BLOCK)
-    decoder = compiled_decoder(target, peer_draft, "cached_block_verify", BLOCK, 1, longest, BUDGET)
+    common = {"stop_token_ids": stops, "allow_larger_block": False}
+    longest = round_up(max(map(len, prompts)), 32)
+    greedy = compiled_decoder(target, None, modes.GREEDY.name, 1, 1, longest, BUDGET + BLOCK)
+    decoder = compiled_decoder(target, peer_draft, modes.BLOCK.name, BLOCK, 1, longest, BUDGET)
     requests, scripts = [], []
     for prompt in prompts:
         plain = check_request(
-            target, None, [prompt], mode="greedy", block_size=None, max_new_tokens=BUDGET + BLOCK, **common
+            target, None, [prompt], mode=modes.GREEDY.name, block_size=None, max_new_tokens=BUDGET + BLOCK, **common
         )
         outputs = read_state(greedy.steps(prefill(greedy, plain)))[0]
         draft = ScriptedDraft(draft=peer_draft, outputs=outputs, accept_len=accepted)
         scripts.append(draft.table(BLOCK)[0].tolist() + [0] * BLOCK)
         requests.append(
             check_request(
-                target, draft, [prompt], mode="cached_block_verify", block_size=BLOCK, max_new_tokens=BUDGET, **common
+                target, draft, [prompt], mode=modes.BLOCK.name, block_size=BLOCK, max_new_tokens=BUDGET, **common
             )
         )
     theirs: list[list[float]] = []
@@ -164,11 +167,12 @@ def test_decode_beside_the_reference(
     mine = np.array(benchmark.stats.stats.data)
     ratio, low, high = ratio_interval(np.array(theirs[-rounds:]).sum(axis=1), mine)
     tokens_out = sum(len(a["tokens"]) - 1 for a in answers)
-    benchmark.extra_info.update(
+    result = Peer(
         case=f"reference-a{accepted}",
         tok_s_total=tokens_out / float(np.median(mine)),
         reference_tok_s_total=tokens_out / float(np.median(np.array(theirs[-rounds:]).sum(axis=1))),
         faster_x=ratio,
-        faster_x_ci95=finite([low, high]),
+        faster_x_ci95=known(low, high),
     )
+    benchmark.extra_info.update(to_json(result))
     assert high >= 2.0, f"{ratio:.2f} x ({low:.2f} to {high:.2f}) the reference's tok/s, not 2: a block's cost moved"

@@ -5,77 +5,72 @@ requests at a time, the longest of `--max-new-tokens`. No device is opened for i
 process, select this file alone.
 """
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from dflash.cli.pytest_options import open_tokenizer, take_prompts
 from dflash.config import ConfigError
-from dflash.gate import Floors, failures
-from dflash.prompts import PromptError, load_prompts
-from dflash.report.summary import Results
-from dflash.serving.plan import OPENAI, Plan, Request, make_plan
-from dflash.serving.results import case_facts
+from dflash.host.hub import HubError
+from dflash.measuring.gate import Floors
+from dflash.measuring.result import Results, to_json
+from dflash.serving.connection import ServingError
+from dflash.serving.deployment import Deployment, deployment
+from dflash.serving.options import ServerOptions
 from dflash.serving.run import served_run
-from dflash.serving.server import ServingError
-from dflash.tokenizer import TokenizerError, load_tokenizer
+from dflash.text.prompts import PromptError, ids_sha256
+from dflash.text.tokenizer import TokenizerError
 from dflash.weights.load import UNTRAINED
 from dflash.weights.smollm2 import SnapshotError
 from dflash.weights.snapshot import WeightsError
 
 
 @pytest.fixture
-def plan(pytestconfig: pytest.Config) -> Plan:
+def servers(pytestconfig: pytest.Config) -> Deployment:
     options = pytestconfig.option
     if not options.server and not options.base_url:
         pytest.skip("no server: --server KIND starts one, --base-url URL names one that runs")
     # Only one that is named: servers can't read the draft that comes with a target.
     draft = options.draft[0] if options.draft else UNTRAINED
-    asked = Request(
-        server=options.server or OPENAI,
-        target=options.target,
-        draft="" if draft == UNTRAINED else draft,
-        block_size=max(options.block_sizes) if draft != UNTRAINED else None,
-        python=options.server_python,
-        arguments=options.server_args,
-        draft_arguments=options.draft_server_args,
-        base_url=options.base_url,
-        draft_base_url=options.draft_base_url,
-        served_model=options.served_model,
-        ready_timeout_s=options.ready_timeout,
-        log_dir=Path(options.server_logs),
-    )
+    names = {field.name for field in dataclasses.fields(ServerOptions)}
+    given = {name: value for name, value in vars(options).items() if name in names}
+    given |= {
+        "server": options.server or "openai",
+        "draft": "" if draft == UNTRAINED else draft,
+        "block_size": max(options.block_sizes) if draft != UNTRAINED else None,
+        "server_logs": Path(options.server_logs),
+    }
     try:
-        return make_plan(asked)
-    except (ServingError, ConfigError, WeightsError, SnapshotError) as error:
+        return deployment(ServerOptions(**given))
+    except (ServingError, ConfigError, HubError, WeightsError, SnapshotError) as error:
         pytest.exit(str(error), pytest.ExitCode.USAGE_ERROR)
 
 
 @pytest.mark.benchmark(group="serving")
-def test_served(plan: Plan, benchmark: BenchmarkFixture, results: Results, pytestconfig: pytest.Config) -> None:
+def test_served(
+    servers: Deployment, benchmark: BenchmarkFixture, results: Results, pytestconfig: pytest.Config
+) -> None:
     options = pytestconfig.option
     try:
-        tokenizer = load_tokenizer(options.target)
-        prompt_set = load_prompts(options.prompts[0]).take(options.num_prompts)
-        prompts = prompt_set.encode(tokenizer)
+        tokenizer = open_tokenizer(options)
+        prompts = take_prompts(options, options.prompts[0]).encode(tokenizer)
     except (PromptError, TokenizerError) as error:
         pytest.exit(str(error), pytest.ExitCode.USAGE_ERROR)
     sizes = {"max_new_tokens": max(options.max_new_tokens), "concurrency": options.batch_size[0]}
     try:
-        with served_run(plan, tokenizer, prompts, **sizes, rounds=options.rounds) as run:
+        with (
+            served_run(servers, tokenizer, prompts, **sizes, rounds=options.rounds) as run,
+            run.keeping(run.draft or run.target),
+        ):
             benchmark.pedantic(run.round, setup=run.baseline_round, rounds=options.rounds)
     except ServingError as error:
         pytest.fail(str(error), pytrace=False)
-    info = run.info()
-    info |= case_facts(plan, info) | {"prompts": options.prompts[0], "prompts_sha256": prompt_set.sha256}
-    info |= {"run_name": options.run_name or None}
-    benchmark.extra_info.update(info)
-    results.cases.append(info)
-    acceptance = options.min_acceptance_length
-    floors = Floors(
-        speedup_x=float(options.min_speedup) if options.min_speedup else None,
-        acceptance_length=float(acceptance) if acceptance else None,
-    )
-    if plan.no_draft is None or floors != Floors():
-        said = failures(info, floors)
-        assert not said, "; ".join(said)
+    names = {"prompts": options.prompts[0], "prompts_sha256": ids_sha256(prompts), "run_name": options.run_name}
+    result = run.result(names | tokenizer.facts)
+    benchmark.extra_info.update(to_json(result))
+    results.measured.append(result)
+    floors = Floors(speedup_x=options.min_speedup, acceptance_length=options.min_acceptance_length)
+    if sentences := run.failures(result, floors, options.rounds):
+        pytest.fail("; ".join(sentences), pytrace=False)

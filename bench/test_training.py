@@ -1,6 +1,6 @@
 """What training a draft costs: a step beside the machine's own rate of matrix products, and whether reading keeps up.
 
-Features are random here, since no time depends on them; embedding and head are the target's.
+Features are random here, since no timing depends on them; embedding and head are the target's.
 """
 
 import time
@@ -12,15 +12,13 @@ import numpy as np
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from dflash.measure import matmul_rate
-from dflash.metrics import finite
-from dflash.report.summary import Results
-from dflash.teacher_cache.arrays import ArrayWriter
-from dflash.teacher_cache.sequences import SequenceCache, open_sequences, sequence_specs
+from dflash.measuring.result import Results, Training, to_json
 from dflash.training.batches import TrainingBatches
+from dflash.training.cache.arrays import ArrayWriter
+from dflash.training.cache.sequences import SequenceCache, open_sequences, sequence_specs
+from dflash.training.machine import matmul_rate
 from dflash.training.trainer import TrainConfig, Trainer, step_flops
-from dflash.weights.huggingface import read_borrowed
-from dflash.weights.load import new_draft, target_directory
+from dflash.weights.load import new_draft, read_borrowed, target_directory
 
 SEQUENCES, LENGTH, FEATURES = 128, 320, 4
 BATCH, ANCHORS = 8, 32
@@ -103,18 +101,18 @@ def test_training_step(
         return
     step_s, rate = benchmark.stats.stats.median, float(np.median(rates[1:]))
     flops = step_flops(draft.config, batches(0))
-    info = {
-        "case": f"train-b{BATCH}-a{ANCHORS}-s{block}",
-        "dtype": options.dtype,
-        "step_s": step_s,
-        "draft_tokens_per_s": BATCH * ANCHORS * (block - 1) / step_s,
-        "gflop_s": flops / step_s / 1e9,
-        "matmul_gflop_s": rate / 1e9,
-        "matmul_fraction": flops / step_s / rate,
-        "read_s": float(np.median(read_s[1:])),
-        "cache_write_gb_s": written / 1e9,
-        "disk_write_gb_s": streamed / 1e9,
-    }
-    benchmark.extra_info.update(finite(info))
-    results.trainings.append(info)
-    assert info["read_s"] < step_s, f"reading a batch takes {info['read_s']:.2f} s, a step {step_s:.2f} s"
+    result = Training(
+        case=f"train-b{BATCH}-a{ANCHORS}-s{block}",
+        dtype=options.dtype,
+        step_s=step_s,
+        draft_tokens_per_s=BATCH * ANCHORS * (block - 1) / step_s,
+        gflop_s=flops / step_s / 1e9,
+        matmul_gflop_s=rate / 1e9,
+        matmul_fraction=flops / step_s / rate,
+        read_s=float(np.median(read_s[1:])),
+        cache_write_gb_s=written / 1e9,
+        disk_write_gb_s=streamed / 1e9,
+    )
+    benchmark.extra_info.update(to_json(result))
+    results.measured.append(result)
+    assert result.read_s < step_s, f"reading a batch takes {result.read_s:.2f} s, a step {step_s:.2f} s"

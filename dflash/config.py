@@ -1,13 +1,105 @@
 """What a target, a draft and a decode are: frozen dataclasses. Nothing here touches an array, a device or a file."""
 
 import dataclasses
-
-FAMILIES = ("llama", "qwen2", "qwen3", "gpt_oss")
-MODES = ("greedy", "cached_sequential_verify", "cached_block_verify", "recompute")
+import itertools
+import re
+import types
+import typing
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 
 
 class ConfigError(ValueError):
     """A configuration that can't be used: the rule, what came, and what to do."""
+
+
+_MOST_FAULTS = 10
+
+
+def fault_list(faults: Sequence[str]) -> str:
+    """Faults of one file as a clause. Of more than ten, those that differ in numbers alone are counted."""
+    faults = [fault if len(fault) <= 300 else f"{fault[:300]}..." for fault in faults]
+    if len(faults) > _MOST_FAULTS:
+        alike: dict[str, list[str]] = {}
+        for fault in faults:
+            alike.setdefault(re.sub(r"[0-9]+", "0", fault), []).append(fault)
+        kinds: dict[str, list[list[str]]] = {}
+        for same in alike.values():
+            kinds.setdefault(same[0].split()[0], []).append(same)
+        # In turns: of each kind (missing, unexpected) something is told.
+        groups = [same for turn in itertools.zip_longest(*kinds.values()) for same in turn if same]
+        faults = [same[0] if len(same) == 1 else f"{same[0]} and {len(same) - 1} like it" for same in groups]
+        rest = sum(map(len, groups[_MOST_FAULTS:]))
+        faults = faults[:_MOST_FAULTS] + ([f"and {rest} more"] if rest else [])
+    return "; ".join(faults)
+
+
+# More steps, tokens or rows than this are a slip of the pen.
+MOST = 10**9
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Range:
+    """Where the number of a field lies, said in its type: `least` to `most`, without them if `above` and `below`."""
+
+    least: float
+    most: float = MOST
+    above: bool = False
+    below: bool = False
+
+    def rule(self, value: float) -> str:
+        """The rule that a number breaks, such as "at least 1"; empty if it lies in the range. NaN lies nowhere."""
+        if not (value > self.least if self.above else value >= self.least):
+            return f"{'above' if self.above else 'at least'} {self.least}"
+        if not (value < self.most if self.below else value <= self.most):
+            return f"{'below' if self.below else 'at most'} {self.most}"
+        return ""
+
+
+Index = Annotated[int, Range(0)]
+Count = Annotated[int, Range(1)]
+BlockSize = Annotated[int, Range(2)]
+Seed = Annotated[int, Range(0, 2**32 - 1)]
+Size = Annotated[float, Range(0)]
+Positive = Annotated[float, Range(0, above=True)]
+Share = Annotated[float, Range(0, 1)]
+Mass = Annotated[float, Range(0, 1, above=True)]
+Fraction = Annotated[float, Range(0, 1, below=True)]
+Computed = Literal["float32", "bfloat16"]
+
+
+class Checked:
+    """A dataclass whose fields say in their types what they hold: numbers in a Range, words of a Literal."""
+
+    __slots__ = ()
+
+    def __post_init__(self) -> None:
+        self.check()
+
+    def check(self, *faults: str) -> None:
+        """Raises ConfigError with these faults and those of every field."""
+        hints = typing.get_type_hints(type(self), include_extras=True)
+        every = [fault for name, kind in hints.items() for fault in _faults(name, kind, getattr(self, name))]
+        if every or faults:
+            raise ConfigError("; ".join([*every, *faults]))
+
+
+def _faults(name: str, kind: Any, value: Any) -> list[str]:
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        kinds = [part for part in parts if part is not type(None)] if value is not None else []
+        return min((_faults(name, part, value) for part in kinds), key=len, default=[])
+    if origin is Literal and value not in parts:
+        return [f"{name} must be one of {', '.join(map(str, parts))}, got {value!r}"]
+    if origin is tuple:
+        return [fault for item in value for fault in _faults(name, parts[0], item)]
+    if origin is Annotated:
+        # What tyro calls it, where that is another name.
+        name = next((f"{name} (--{part.name})" for part in parts[1:] if getattr(part, "name", None)), name)
+        ranges = [part for part in parts if isinstance(part, Range) and isinstance(value, int | float)]
+        rules = [rule for rule in (r.rule(value) for r in ranges) if rule]
+        return [f"{name} must be {rule}, got {value}" for rule in rules] or _faults(name, parts[0], value)
+    return []
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,6 +161,15 @@ class TargetConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TargetShape:
+    """What a draft must fit of a target, also of one that we can't run ourselves."""
+
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ConvConfig:
     """DFlash 2: convolutions over `kernel_size` slots, whose kernels are computed once for `group_size` channels."""
 
@@ -89,10 +190,10 @@ class DraftConfig:
     """A DFlash draft in its canonical form (the conventions of PyPI `dflash==0.1.0`).
 
     `target_layer_ids[k]` names the target layer whose *output* is context feature k. `windows` and `causal` are per
-    layer; a causal layer hides later block slots. `block_size` counts the anchor. Drafts of older
-    trainers may have what canonical ones don't: a mask vector of their own, biases in fc and MLP, no q/k norm. A DFlash
-    2 draft has `conv` and `selector`. `vocabulary`, a bit per token of the target's (`models.draft.pack_tokens`), says
-    which ones the draft proposes; None is all of them.
+    layer; a causal layer hides later block slots. `block_size` counts the anchor. Drafts of the
+    EasyDeL fork may have what canonical ones don't: a mask vector of their own, biases in fc and MLP, no q/k norm. A
+    DFlash 2 draft has `conv` and `selector`. `vocabulary`, a bit per token of the target's
+    (`models.draft.pack_tokens`), says which ones the draft proposes; None is all of them.
     """
 
     vocab_size: int
@@ -136,7 +237,7 @@ class DraftConfig:
 def build_target_layer_ids(num_target_layers: int, num_features: int) -> tuple[int, ...]:
     """Layers whose outputs condition the draft, evenly spread from 1 to L-3 (z-lab's rule, and SpecForge's).
 
-    Raises ConfigError when the target has too few layers to tell the features apart.
+    Raises ConfigError if the target has too few layers for distinct features.
     """
     if num_features == 1:
         return (num_target_layers // 2,)
@@ -151,7 +252,7 @@ def build_target_layer_ids(num_target_layers: int, num_features: int) -> tuple[i
 
 
 def range_faults(draft: DraftConfig, num_layers: int, vocab_size: int) -> list[str]:
-    """What of a draft names a layer or a token that a target of this size has not."""
+    """The parts of a draft that name a layer or a token beyond a target of this size."""
     faults = []
     beyond = [i for i in draft.target_layer_ids if not 0 <= i < num_layers]
     if beyond:
@@ -161,13 +262,17 @@ def range_faults(draft: DraftConfig, num_layers: int, vocab_size: int) -> list[s
     return faults
 
 
-def check_draft(draft: DraftConfig, target: TargetConfig) -> None:
+def check_draft(draft: DraftConfig, target: TargetConfig | TargetShape) -> None:
     """Raises ConfigError with every reason why this draft can't propose for this target."""
     faults = []
     if draft.hidden_size != target.hidden_size:
         faults.append(f"its hidden size is {draft.hidden_size}, the target's {target.hidden_size}")
     if draft.vocab_size != target.vocab_size:
         faults.append(f"its vocabulary has {draft.vocab_size} tokens, the target's {target.vocab_size}")
+    if draft.num_target_layers != target.num_layers:
+        faults.append(f"it was made for {draft.num_target_layers} layers, the target has {target.num_layers}")
     faults += range_faults(draft, target.num_layers, target.vocab_size)
     if faults:
-        raise ConfigError("the draft does not fit the target: " + "; ".join(faults) + ". Give the draft of this target")
+        raise ConfigError(
+            "the draft does not fit the target: " + fault_list(faults) + ". Give the draft of this target"
+        )

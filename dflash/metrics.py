@@ -1,4 +1,4 @@
-"""Every number that is reported: its name, its formula, its unit. Pure python, no jax.
+"""Every number that is reported: its name, its formula, its unit. Pure Python, no jax.
 
 The words: a block has S slots, the anchor and S - 1 drafted tokens, of which the target accepts a.
 
@@ -7,20 +7,21 @@ acceptance_length   a + 1, the papers' tau; counts the bonus
 accept_rate         sum a / sum (S - 1), a fraction
 accept_rate_per_pos share of blocks whose first k drafted tokens were all accepted, k = 1..S-1
 produced            tokens a block emits: a + 1, cut at the stop token and at the budget
-tok_s_total         tokens emitted after each row's first / decode seconds, all rows together; prefill is not in it
+tok_s_total         tokens emitted after each row's first / decode seconds, over all rows; prefill excluded
 tpot_ms             decode milliseconds / tokens emitted after the first, of one row
 ttft_ms             milliseconds from prompt to first token
 speedup_x           tok_s_total / baseline_tok_s_total, of the same tokens
 verify_ratio        T_verify(S) / T_1, the steps timed alone; draft_ratio T_draft(S) / T_1
 block_ratio         what a block cost in the loop, in one-token steps; predicted_block_ratio by its steps alone
-experts_awake_step  experts that a step of one token a row wakes, mean over layers; _verify: a verify step; _expected:
+experts_awake_step  experts that a one-token step wakes, mean over layers; _verify: a verify step; _expected:
                     the same if routing were even
 residual            speedup_x / predicted_speedup_x - 1
 
-Over HTTP (mode `served`, dflash/serving/) no clock can start after prefill: tok_s_total is tokens that count / seconds
-from the first request to the last answer of a round, ttft_ms and tpot_ms are medians over requests.
+Over HTTP (mode `served`, dflash/serving/) no clock can start after prefill: tok_s_total is the tokens that count / the
+seconds from the first request to the last answer of a round; ttft_ms and tpot_ms are medians over requests.
 
-Means are pooled over blocks (every block weighs the same), not means of per-request means.
+Means are pooled over blocks: every block weighs the same. acceptance_length_by_prompt is the mean of each prompt's own
+mean, as some papers have it. Intervals of both (`_ci95`) are over prompts.
 """
 
 import math
@@ -44,8 +45,13 @@ HIGHER_IS_BETTER = {
 }
 
 
+def round_up(value: int, multiple: int) -> int:
+    """The least multiple that is not below `value`: what is padded comes in steps."""
+    return -(-value // multiple) * multiple
+
+
 def acceptance(accept_lens: Sequence[Sequence[int]], block_size: int) -> dict[str, Any]:
-    """The acceptance figures of accept lengths per row and block; None for each where nothing was drafted.
+    """The acceptance figures of accept lengths per row and block; each is None if nothing was drafted.
 
     Raises ValueError when an accept length can't come from a block of `block_size`.
     """
@@ -91,7 +97,7 @@ def time_per_output_token_ms(produced: Sequence[Sequence[int]], decode_s: float)
 
 
 def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
-    """The first place where two rows of tokens differ, from 0, the end of the shorter included; None for equal ones."""
+    """The first position where two rows of tokens differ, from 0 (the end of the shorter row counts); None if equal."""
     if a == b:
         return None
     places = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
@@ -99,7 +105,7 @@ def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
 
 
 def predicted_speedup(acceptance_length: float, step_s: float, verify_s: float, draft_s: float) -> float:
-    """The cost model: tokens per block over what a block costs in one-token steps (design.md, Leviathan et al. 2023).
+    """The cost model: tokens per block over a block's cost in one-token steps (Leviathan et al. 2023).
 
     step_s T_1, verify_s T_verify(S), draft_s T_draft(S), in seconds.
     """
@@ -107,12 +113,12 @@ def predicted_speedup(acceptance_length: float, step_s: float, verify_s: float, 
 
 
 def expected_awake(experts: int, per_token: int, tokens: int) -> float:
-    """Experts that a step of `tokens` tokens is expected to wake, if routing were even and independent."""
+    """Experts that a step of `tokens` tokens is expected to wake if routing is even and independent."""
     return experts * (1 - (1 - per_token / experts) ** tokens)
 
 
 def finite(value: Any) -> Any:
-    """The same figures with None for NaN and infinity, at any depth: bare NaN is no JSON."""
+    """The figures with None for NaN and infinity, at any depth: bare NaN is not valid JSON."""
     if isinstance(value, dict):
         return {k: finite(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

@@ -3,61 +3,62 @@
 import dataclasses
 import json
 import sys
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
 from dflash import metrics
-from dflash.audit import Audit
-from dflash.audit import audit as run_audit
-from dflash.decoding.decode import RequestError
-from dflash.device import device_facts, open_default_device
-from dflash.prompts import load_prompts
-from dflash.provenance import compile_cache, of_command
-from dflash.report import audit_lines
-from dflash.tokenizer import load_tokenizer
-from dflash.weights.load import UNTRAINED, init_draft, load_draft, load_target, model_facts
+from dflash.cli.target import TargetOptions
+from dflash.config import BlockSize, Computed, Count
+from dflash.decoding.audit import Audit
+from dflash.decoding.audit import audit as run_audit
+from dflash.host.device import device_facts
+from dflash.host.provenance import compile_cache, of_command
+from dflash.measuring.result import AuditResult, from_json
+from dflash.report.sections import audit_details, render
+from dflash.text.prompts import ids_sha256, load_prompts
+from dflash.text.tokenizer import load_tokenizer
+from dflash.weights.load import UNTRAINED, init_draft, load_draft, model_facts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class AuditArguments:
+class AuditArguments(TargetOptions):
     """What `audit` takes."""
 
-    target: str = "smollm2-135m"
-    """Snapshot directory of the target, or smollm2-135m."""
     draft: str = ""
-    """DFlashDraftModel or run directory, or smollm2-135m; without one an untrained draft, whose proposals the scripts
+    """DFlashDraftModel or run directory, or smollm2-135m; by default an untrained draft, whose proposals the scripts
     replace."""
-    block_size: int | None = None
+    block_size: BlockSize | None = None
     """Block size, the anchor included; by default the draft's own."""
     prompts: str = "builtin"
-    """Prompts: builtin[:category], humaneval, FILE.jsonl or hf:NAME."""
-    num_prompts: int = 2
-    """How many of them, decoded together."""
-    max_new_tokens: int = 64
+    """Prompts: builtin[:category], a set by name (gsm8k, mt-bench ...), FILE.jsonl or hf:NAME."""
+    raw: bool = False
+    """Prompts are plain text to be continued, without a chat template, as for a base model."""
+    num_prompts: Count = 2
+    """Number of prompts, decoded together."""
+    max_new_tokens: Count = 64
     """Token budget of each."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: Computed | None = "bfloat16"
     """Dtype of computation."""
     json: bool = False
     """Print one JSON object instead."""
 
 
 def audit(args: Annotated[AuditArguments, tyro.conf.arg(name="")]) -> None:
-    """Audit decoding against greedy decoding and a reading without cache; exit code 1 for a defect."""
-    device, compiled = open_default_device(), compile_cache()
-    if args.num_prompts < 1:
-        raise RequestError(f"num_prompts must be at least 1, got {args.num_prompts}")
-    target = load_target(args.target, args.dtype)
+    """Audit decoding against greedy decoding and a reading without cache; exits 1 for a defect."""
+    compiled = compile_cache()
+    device, target = args.open()
     draft = load_draft(args.draft, target) if args.draft else init_draft(target)
-    prompt_set = load_prompts(args.prompts).take(args.num_prompts)
-    prompts = prompt_set.encode(load_tokenizer(args.target))
-    found: Audit = run_audit(target, draft, prompts, block_size=args.block_size, max_new_tokens=args.max_new_tokens)
-    figures = device_facts(device) | {"target": args.target, "draft": args.draft} | found.figures()
+    tokenizer = load_tokenizer(args.target)
+    prompts = load_prompts(args.prompts, raw=args.raw).take(args.num_prompts).encode(tokenizer)
+    result: Audit = run_audit(target, draft, prompts, block_size=args.block_size, max_new_tokens=args.max_new_tokens)
+    where = device_facts(device, dp=args.dp, tp=args.tp)
+    figures = where | {"case": args.target, "target": args.target, "draft": args.draft} | result.figures()
     if args.json:
-        facts = device_facts(device) | model_facts(args.target, args.draft or UNTRAINED)
-        facts |= {"prompts": args.prompts, "prompts_sha256": prompt_set.sha256}
+        facts = where | model_facts(args.target, args.draft or UNTRAINED)
+        facts |= {"prompts": args.prompts, "prompts_sha256": ids_sha256(prompts)} | tokenizer.facts
         print(json.dumps(metrics.finite(figures | {"dflash": of_command(facts, compiled)}), allow_nan=False))
     else:
-        print("\n".join(audit_lines(figures)))
-    if found.defects:
+        print("\n".join(render(audit_details(from_json(figures, AuditResult)))))
+    if result.defects:
         sys.exit(1)

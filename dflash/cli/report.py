@@ -1,15 +1,16 @@
 """`python -m dflash report` and `export-results`: a run for people, and for other tools."""
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from dflash.exports import Format
-from dflash.exports import export as exported
-from dflash.report.run import ReportError, read_run
-from dflash.teacher_cache.arrays import write_atomically
+from dflash.host.disk import write_atomically
+from dflash.measuring.result import ResultError, read_file
+from dflash.report.other_tools import Format, left_out
+from dflash.report.other_tools import export as exported
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,16 +20,18 @@ class Report:
     run: Annotated[Path, tyro.conf.Positional]
     """File of pytest's --benchmark-json."""
     older: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
-    """Older ones, in any order: the newest of them is compared with, all are the history."""
+    """Older files, in any order: the run is compared with the newest; all of them are the history."""
     out: Path = Path("report")
-    """Directory that report.html and report.md go into."""
+    """Directory for report.html and report.md."""
+    plan: Path | None = None
+    """File of `dflash plan --json`: the estimate is a section of the page."""
 
 
 def report(args: Annotated[Report, tyro.conf.arg(name="")]) -> None:
     """Write the page of a run: speed-ups, acceptance, costs, what changed, where it comes from."""
-    from dflash.report.page import write_report  # matplotlib takes a second that other commands need not wait
+    from dflash.report.page import write_report  # matplotlib takes a second that other commands need not spend
 
-    print(write_report(args.out, read_run(args.run), [read_run(path) for path in args.older]))
+    print(write_report(args.out, read_file(args.run), [read_file(path) for path in args.older], args.plan))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,16 +43,19 @@ class ExportResults:
     format: Format
     """github-action-benchmark, bencher, the names of vllm bench serve or of sglang.bench_serving, or CSV."""
     out: Path | None = None
-    """File to write; without one it is printed."""
+    """File to write; by default the export is printed."""
 
 
 def export_results(args: Annotated[ExportResults, tyro.conf.arg(name="")]) -> None:
     """Write a run's cases in the format of another tool."""
-    text = exported(read_run(args.run), args.format)
+    run = read_file(args.run)
+    text = exported(run, args.format)
+    if names := left_out(run, args.format):
+        print(f"not in the export, since nothing of them counts: {', '.join(names)}", file=sys.stderr)
     if args.out is None:
         print(text, end="")
         return
     try:
         write_atomically(args.out, text)
     except OSError as error:
-        raise ReportError(f"an export is written to a file; {args.out}: {error.strerror}") from None
+        raise ResultError(f"an export is written to a file; {args.out}: {error.strerror}") from None

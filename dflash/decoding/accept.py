@@ -1,4 +1,4 @@
-"""The accept rule, pure: which drafted tokens the target agrees with, and how many tokens a row may still emit."""
+"""The accept rule as pure functions: which drafted tokens the target agrees with, and how many tokens a row emits."""
 
 import jax.numpy as jnp
 from jax import Array

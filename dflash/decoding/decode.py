@@ -1,19 +1,27 @@
-"""What users call: checks a request, runs one of the four modes, and returns tokens with their figures."""
+"""What users call: checks a request, runs one of the four modes, and returns the tokens with their figures."""
 
+import copy
 import dataclasses
-import functools
 import operator
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections import OrderedDict
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
 
+import jax
 import numpy as np
+from flax import nnx
 
 from dflash import metrics
-from dflash.config import MODES, check_draft
+from dflash.config import check_draft
+from dflash.decoding.logprobs import log_probabilities
 from dflash.decoding.loop import MAX_STOPS, Decoder, State
+from dflash.decoding.modes import BLOCK, MODES, RECOMPUTE
 from dflash.decoding.recompute import recompute_row
+from dflash.decoding.sampling import GREEDILY, Sampling
 from dflash.decoding.script import ScriptedDraft
+from dflash.metrics import round_up
 from dflash.models.draft import Draft
 from dflash.models.llama import Llama
 
@@ -28,7 +36,8 @@ class DecodeResult:
 
     `accept_lens[b]` and `produced[b]` have one entry per block (empty for greedy: nothing was drafted there, and
     `produced` counts its one-token steps). Seconds: `compile_s` before, `prefill_s` from prompt to first token,
-    `decode_s` for the rest.
+    `decode_s` for the rest. `texts` are the rows as text, given a tokenizer; `logprobs` each token's log-probability
+    (`decoding.logprobs`), if asked for.
     """
 
     mode: str
@@ -39,11 +48,13 @@ class DecodeResult:
     compile_s: float
     prefill_s: float
     decode_s: float
+    texts: list[str] | None = None
+    logprobs: list[list[float]] | None = None
 
     @property
     def metrics(self) -> dict[str, Any]:
         """Figures by the names in `dflash.metrics`. Recompute has no times: what it spends is no decoder's."""
-        timed = self.mode != "recompute"
+        timed = MODES[self.mode].cached
         return metrics.acceptance(self.accept_lens, self.block_size) | {
             "num_output_tokens": metrics.output_tokens(self.produced),
             "tok_s_total": metrics.throughput(self.produced, self.decode_s) if timed else None,
@@ -53,9 +64,25 @@ class DecodeResult:
         }
 
 
+class Codec(Protocol):
+    """What decoding needs of a tokenizer (`load_tokenizer`)."""
+
+    stop_token_ids: tuple[int, ...]
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]: ...
+
+    def decode(self, ids: Iterable[int]) -> str: ...
+
+
+# Token ids; text as it is; or messages, through the chat template.
+Prompt = Sequence[int] | str | Sequence[Mapping[str, str]]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """A checked request: everything per row."""
+    """A checked request, with everything per row."""
 
     draft: Draft | None
     mode: str
@@ -64,10 +91,11 @@ class Request:
     budgets: list[int]
     stops: list[list[int]]
     script: np.ndarray | None
+    sampling: Sampling
 
 
 def _integer(value: Any) -> int | None:
-    """An integer of any kind (python, numpy, jax) as python's own; None for everything else."""
+    """A Python, NumPy or JAX integer as a Python int; None for everything else."""
     try:
         return operator.index(value)
     except TypeError:
@@ -129,6 +157,30 @@ def _check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> list[li
     return checked
 
 
+def _token_ids(prompts: Sequence[Prompt], tokenizer: Codec | None) -> list[Any]:
+    """Every prompt as token ids, as far as it is text or messages."""
+    if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], Mapping)):
+        raise RequestError(f"prompts are a list of prompts, got one alone: put it into a list ({prompts!r:.60})")
+
+    def ids(row: int, prompt: Any) -> Any:
+        messages = isinstance(prompt, list | tuple) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
+        if not (messages or isinstance(prompt, str)):
+            return prompt
+        if tokenizer is None:
+            raise RequestError(f"text and messages need tokenizer=load_tokenizer(...); prompt {row} is {prompt!r:.60}")
+        return tokenizer.encode_chat(list(prompt)) if messages else tokenizer.encode(prompt)
+
+    return [ids(row, prompt) for row, prompt in enumerate(prompts)]
+
+
+def _check_loaded(**networks: Any) -> None:
+    """A name in the place of a network is a slip that is easily made."""
+    for what, network in networks.items():
+        if isinstance(network, str | Path):
+            call = f"load_target({str(network)!r})" if what == "target" else f"load_draft({str(network)!r}, target)"
+            raise RequestError(f"a {what} is a loaded network, got a name: pass {call}")
+
+
 def _check_block_size(draft: Draft, block_size: int | None, allow_larger_block: bool) -> int:
     trained = draft.config.block_size
     size = trained if block_size is None else _integer(block_size)
@@ -138,7 +190,7 @@ def _check_block_size(draft: Draft, block_size: int | None, allow_larger_block: 
         raise RequestError(f"block_size must be at least 2 (anchor and one drafted token), got {size}")
     if size > trained and not allow_larger_block:
         raise RequestError(
-            f"block_size {size} is above the {trained} that the draft was made for, where its proposals are "
+            f"block_size {size} is above the {trained} that the draft was trained for, beyond which its proposals are "
             "untrained; use a smaller one, or allow_larger_block to try"
         )
     return size
@@ -153,18 +205,20 @@ def check_request(
     block_size: int | None,
     max_new_tokens: int | Sequence[int],
     stop_token_ids: Sequence[int] | Sequence[Sequence[int]],
-    temperature: float,
-    allow_larger_block: bool,
+    sampling: Sampling = GREEDILY,
+    allow_larger_block: bool = False,
 ) -> Request:
     """The request with defaults filled in, per row. Raises RequestError with the rule, what came, and what to do."""
     if mode not in MODES:
         raise RequestError(f"mode must be one of {list(MODES)}, got {mode!r}")
-    if temperature != 0:
-        raise RequestError(f"decoding is greedy only; got temperature {temperature}: leave it at 0")
-    if draft is None and mode.startswith("cached"):
+    _check_loaded(target=target, draft=draft)
+    if faults := sampling.faults():
+        raise RequestError("; ".join(faults))
+    drafts = MODES[mode].drafts
+    if draft is None and drafts:
         raise RequestError(f"mode {mode} needs a draft, got none: load_draft or init_draft makes one")
-    if draft is not None and mode == "greedy":
-        raise RequestError("mode greedy decodes with the target alone, got a draft: pass None")
+    if draft is not None and drafts is False:
+        raise RequestError(f"mode {mode} decodes with the target alone, got a draft: pass None")
     config = target.config
     ids = _check_prompts(prompts, config.vocab_size)
     network = draft.draft if isinstance(draft, ScriptedDraft) else draft
@@ -188,15 +242,57 @@ def check_request(
         if len(draft.outputs) != len(ids):
             raise RequestError(f"a scripted draft has one output per prompt ({len(ids)}), got {len(draft.outputs)}")
         script = draft.table(size)
-    return Request(draft=network, mode=mode, block_size=size, prompts=ids, budgets=budgets, stops=stops, script=script)
+    return Request(
+        draft=network,
+        mode=mode,
+        block_size=size,
+        prompts=ids,
+        budgets=budgets,
+        stops=stops,
+        script=script,
+        sampling=sampling,
+    )
 
 
-@functools.lru_cache(maxsize=8)
+# The last few compiled decoders by what they were compiled for, without their networks: what is compiled serves every
+# network of that form, and keeps none alive.
+_COMPILED: OrderedDict[Hashable, Decoder] = OrderedDict()
+_KEPT = 8
+
+
+def forget_compiled() -> None:
+    """Gives up every compiled decoder, and its memory on the device."""
+    _COMPILED.clear()
+
+
+def _form(network: Llama | Draft | None) -> Hashable:
+    """What a program depends on of a network: its structure, and shape, dtype and place of every weight."""
+    if network is None:
+        return None
+    graph, weights = nnx.split(network)
+    return graph, tuple((leaf.shape, str(leaf.dtype), leaf.sharding) for leaf in jax.tree.leaves(weights))
+
+
 def compiled_decoder(
-    target: Llama, draft: Draft | None, mode: str, block_size: int, batch: int, prompt_len: int, max_new_tokens: int
+    target: Llama,
+    draft: Draft | None,
+    mode: str,
+    block_size: int,
+    batch: int,
+    prompt_len: int,
+    max_new_tokens: int,
+    sampling: Sampling = GREEDILY,
 ) -> Decoder:
-    """The decoder of a shape; the last few are kept, so that asking again compiles nothing."""
-    return Decoder(
+    """The decoder of a shape, with the networks' current weights. Asking again compiles nothing: `compile_s` is 0."""
+    key = (_form(target), _form(draft), mode, block_size, batch, prompt_len, max_new_tokens, sampling.rule)
+    kept = _COMPILED.get(key)
+    if kept is not None:
+        _COMPILED.move_to_end(key)
+        decoder = copy.copy(kept)
+        decoder.target, decoder.draft = target, draft
+        decoder.take_weights()
+        return decoder
+    decoder = Decoder(
         target,
         draft,
         mode=mode,
@@ -204,28 +300,43 @@ def compiled_decoder(
         batch=batch,
         max_prompt_len=prompt_len,
         max_new_tokens=max_new_tokens,
+        sampling=sampling,
     )
+    kept = copy.copy(decoder)
+    kept.compile_s = 0.0
+    del kept.target, kept.draft, kept._weights
+    _COMPILED[key] = kept
+    while len(_COMPILED) > _KEPT:
+        _COMPILED.popitem(last=False)
+    return decoder
 
 
 def build_decoder(target: Llama, request: Request) -> Decoder:
-    """The compiled decoder of a request's shape, with the models' present weights."""
-    longest = max(map(len, request.prompts))
-    decoder = compiled_decoder(
+    """The compiled decoder of a request's shape, with the models' current weights."""
+    # In steps, so that a few tokens more need no other program.
+    prompt_len = round_up(max(map(len, request.prompts)), 32)
+    budget = round_up(max(request.budgets), 64)
+    return compiled_decoder(
         target,
         request.draft,
         request.mode,
         request.block_size,
         len(request.prompts),
-        -(-longest // 32) * 32,
-        max(request.budgets),
+        prompt_len,
+        budget,
+        request.sampling,
     )
-    decoder.take_weights()
-    return decoder
 
 
 def prefill(decoder: Decoder, request: Request) -> State:
-    """The request's prompts, read; each row's first token is out."""
-    return decoder.prefill(request.prompts, budgets=request.budgets, stops=request.stops, script=request.script)
+    """Reads the request's prompts; each row's first token has then been emitted."""
+    return decoder.prefill(
+        request.prompts,
+        budgets=request.budgets,
+        stops=request.stops,
+        script=request.script,
+        sampling=request.sampling,
+    )
 
 
 def read_state(state: State) -> tuple[list[list[int]], list[list[int]], list[list[int]]]:
@@ -242,37 +353,120 @@ def read_state(state: State) -> tuple[list[list[int]], list[list[int]], list[lis
 def decode(
     target: Llama,
     draft: Draft | ScriptedDraft | None,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Prompt],
     *,
-    mode: str = "cached_block_verify",
+    tokenizer: Codec | None = None,
+    logprobs: bool = False,
+    mode: str = BLOCK.name,
     block_size: int | None = None,
     max_new_tokens: int | Sequence[int] = 128,
-    stop_token_ids: Sequence[int] | Sequence[Sequence[int]] = (),
+    stop_token_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
     temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    seed: int = 0,
+    first_row: int = 0,
     allow_larger_block: bool = False,
 ) -> DecodeResult:
-    """Greedy decoding of token id prompts, with a draft or without; the tokens are the target's own in every mode.
+    """Decodes prompts, with a draft or without; the tokens are the target's own in every mode.
 
-    `mode` is greedy (draft None), cached_sequential_verify, cached_block_verify, or recompute (no cache; with a draft
-    or None). `block_size` defaults to the draft's. `max_new_tokens` and `stop_token_ids` are for all rows, or one per
-    row. Raises RequestError for a request that can't be run.
+    A prompt is token ids; or, with a `tokenizer`, text as it is, or messages (dicts of role and content) that go
+    through its chat template. Then the result has `texts`, and rows end at the tokenizer's stop tokens unless others
+    are named. With `logprobs` it has each token's log-probability too, at the price of reading every row once more.
+
+    `mode` is greedy (one token at a time; draft None), cached_sequential_verify, cached_block_verify, or recompute (no
+    cache; with a draft or None). `block_size` defaults to the draft's. `max_new_tokens` and `stop_token_ids` are for
+    all rows, or one per row. With a temperature above 0 tokens are drawn, in every mode the same ones
+    (`dflash.decoding.sampling.Sampling` explains these settings): row b's depend on its prompt, `seed` and
+    `first_row` + b. Raises RequestError for a request that can't be run.
     """
-    request = check_request(
+    request = _request(
         target,
         draft,
         prompts,
+        tokenizer=tokenizer,
         mode=mode,
         block_size=block_size,
         max_new_tokens=max_new_tokens,
         stop_token_ids=stop_token_ids,
         temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        seed=seed,
+        first_row=first_row,
         allow_larger_block=allow_larger_block,
     )
-    if mode == "recompute":
-        return _decode_by_recompute(target, request)
-    compiled_before = compiled_decoder.cache_info().misses
+    result = _decode(target, request) if MODES[mode].cached else _decode_by_recompute(target, request)
+    if tokenizer is not None:
+        result = dataclasses.replace(result, texts=[tokenizer.decode(row) for row in result.tokens])
+    if logprobs:
+        rows = zip(request.prompts, result.tokens, strict=True)
+        result = dataclasses.replace(result, logprobs=[log_probabilities(target, *row) for row in rows])
+    return result
+
+
+def _request(
+    target: Llama,
+    draft: Draft | ScriptedDraft | None,
+    prompts: Sequence[Prompt],
+    *,
+    tokenizer: Codec | None = None,
+    mode: str = BLOCK.name,
+    block_size: int | None = None,
+    max_new_tokens: int | Sequence[int] = 128,
+    stop_token_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
+    allow_larger_block: bool = False,
+    **sampling: Any,
+) -> Request:
+    """The request that `decode` and `stream` are asked for."""
+    if stop_token_ids is None:
+        stop_token_ids = () if tokenizer is None else tokenizer.stop_token_ids
+    return check_request(
+        target,
+        draft,
+        _token_ids(prompts, tokenizer),
+        mode=mode,
+        block_size=block_size,
+        max_new_tokens=max_new_tokens,
+        stop_token_ids=stop_token_ids,
+        sampling=Sampling(**sampling),
+        allow_larger_block=allow_larger_block,
+    )
+
+
+def stream(
+    target: Llama,
+    draft: Draft | ScriptedDraft | None,
+    prompts: Sequence[Prompt],
+    *,
+    every: int = 1,
+    **settings: Any,
+) -> Iterator[list[list[int]]]:
+    """`decode`, token by token: yields the new tokens of every row, as they are committed, every so many steps.
+
+    The first are those of the prefill, one a row. `settings` are those of `decode`, but for `logprobs` and the mode
+    recompute. Raises RequestError.
+    """
+    request = _request(target, draft, prompts, **settings)
+    if not MODES[request.mode].cached:
+        raise RequestError(f"mode {request.mode} does not stream: use decode")
+    if every < 1:
+        raise RequestError(f"every counts steps, at least 1, got {every}")
+    return _new_tokens(target, request, every)
+
+
+def _new_tokens(target: Llama, request: Request, every: int) -> Iterator[list[list[int]]]:
+    seen = [0] * len(request.prompts)
+    for state, _, _ in states(target, request, every):
+        rows = read_state(state)[0]
+        yield [row[n:] for row, n in zip(rows, seen, strict=True)]
+        seen = [len(row) for row in rows]
+
+
+def _decode(target: Llama, request: Request) -> DecodeResult:
     decoder = build_decoder(target, request)
-    compile_s = decoder.compile_s if compiled_decoder.cache_info().misses > compiled_before else 0.0
     start = time.perf_counter()
     state = prefill(decoder, request)
     first = time.perf_counter()
@@ -280,19 +474,19 @@ def decode(
     end = time.perf_counter()
     tokens, accept_lens, produced = read_state(state)
     return DecodeResult(
-        mode=mode,
+        mode=request.mode,
         block_size=request.block_size,
         tokens=tokens,
-        accept_lens=[[] for _ in tokens] if mode == "greedy" else accept_lens,
+        accept_lens=accept_lens if request.draft is not None else [[] for _ in tokens],
         produced=produced,
-        compile_s=compile_s,
+        compile_s=decoder.compile_s,
         prefill_s=first - start,
         decode_s=end - first,
     )
 
 
-def stream(target: Llama, request: Request, every: int = 4) -> Iterator[tuple[State, float, float]]:
-    """The state after prefill and then after every `every` steps, with prefill and decode seconds so far."""
+def states(target: Llama, request: Request, every: int = 4) -> Iterator[tuple[State, float, float]]:
+    """Yields the state after prefill and then after every `every` steps, with prefill and decode seconds so far."""
     decoder = build_decoder(target, request)
     start = time.perf_counter()
     state = prefill(decoder, request)
@@ -317,13 +511,14 @@ def _decode_by_recompute(target: Llama, request: Request) -> DecodeResult:
             budget=request.budgets[i],
             stops=request.stops[i],
             script=None if request.script is None else request.script[i],
+            draws=request.sampling.row(i).draws(1),
         )
         for i, prompt in enumerate(request.prompts)
     ]
-    # Compiling is inside: this mode is for trust, and its seconds mean nothing.
+    # Compiling is included: this mode is for checking, and its seconds mean nothing.
     seconds = time.perf_counter() - start
     return DecodeResult(
-        mode="recompute",
+        mode=RECOMPUTE.name,
         block_size=request.block_size,
         tokens=[r[0] for r in rows],
         accept_lens=[[] if request.draft is None else r[1] for r in rows],

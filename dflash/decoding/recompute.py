@@ -1,6 +1,6 @@
-"""Decoding without a cache: every step reads the whole sequence again. Slow, simple, and what the loop is held against.
+"""Decoding without a cache: every step reads the whole sequence again. Slow and simple: the loop is checked against it.
 
-Nothing is shared with the loop but the networks: the accept rule, stop tokens and budget are plain python here.
+It shares only the networks with the loop: accept rule, stop tokens and budget are plain Python here.
 """
 
 from collections.abc import Sequence
@@ -13,6 +13,9 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from dflash.decoding.sampling import Draws
+from dflash.metrics import round_up
+from dflash.models import mesh
 from dflash.models.draft import Draft, proposed_tokens
 from dflash.models.llama import Llama
 
@@ -20,33 +23,52 @@ from dflash.models.llama import Llama
 _PAD = 64
 
 
-# Models go in split: nnx.jit would write them back, and so move their weights between devices.
+# Models are passed split: nnx.jit would write them back and so move their weights between devices.
+
+
+def _perturbed(scores: Array, draws: Draws | None, positions: Array, ids: np.ndarray | None = None) -> Array:
+    return scores if draws is None else draws.perturb(scores, positions, scores.shape[0], ids)
 
 
 @partial(jax.jit, static_argnames=("graph", "layer_ids"))
-def _read(graph: Any, weights: Any, tokens: Array, layer_ids: tuple[int, ...]) -> tuple[Array, list[Array]]:
-    """tokens int32 [1, T] -> the greedy token after each [T], and the context features [H, T]."""
-    target = nnx.merge(graph, weights)
-    x, features, _ = target.hidden(tokens, layer_ids=layer_ids)
-    return jnp.argmax(target.logits(x), axis=0), features
+def _read(
+    graph: Any, weights: Any, tokens: Array, draws: Draws | None, layer_ids: tuple[int, ...]
+) -> tuple[Array, list[Array]]:
+    """tokens int32 [1, T] -> the target's token after each [T], and the context features [H, T]."""
+
+    def run(weights: Any, tokens: Array, draws: Draws | None) -> tuple[Array, list[Array]]:
+        target = nnx.merge(graph, weights)
+        x, features, _ = target.hidden(tokens, layer_ids=layer_ids)
+        after = 1 + jnp.arange(tokens.shape[1])[None]
+        return jnp.argmax(_perturbed(target.logits(x), draws, after), axis=0), features
+
+    return mesh.on_every_device(run, mesh.of(graph, weights))(weights, tokens, draws)
 
 
 @partial(jax.jit, static_argnames="graphs")
-def _propose(graphs: Any, weights: Any, features: list[Array], context: Array, block: Array) -> Array:
+def _propose(
+    graphs: Any, weights: Any, features: list[Array], context: Array, block: Array, draws: Draws | None
+) -> Array:
     """block int32 [1, S] after `context` int32 [1] tokens of features [H, T] -> drafted tokens [S-1]."""
-    target, draft = (nnx.merge(g, w) for g, w in zip(graphs, weights, strict=True))
-    x = draft.masked(target.embed(block).astype(draft.dtype), block.shape[1])
-    slots = draft.uncached(features, context[:, None], x)[:, 1:]
-    ids = proposed_tokens(draft.config)
-    logits = target.logits(slots.astype(target.dtype))[... if ids is None else ids]
-    if draft.selector is not None:
-        return draft.choose(slots, logits, block[:, 0])[0]
-    best = jnp.argmax(logits, axis=0)
-    return best if ids is None else jnp.asarray(ids)[best]
+
+    def run(weights: Any, features: list[Array], context: Array, block: Array, draws: Draws | None) -> Array:
+        target, draft = (nnx.merge(g, w) for g, w in zip(graphs, weights, strict=True))
+        x = draft.masked(target.embed(block).astype(draft.dtype), block.shape[1])
+        slots = draft.uncached(features, context[:, None], x)[:, 1:]
+        ids = proposed_tokens(draft.config)
+        logits = target.logits(slots.astype(target.dtype))[... if ids is None else ids]
+        logits = _perturbed(logits, draws, context[:, None] + jnp.arange(1, block.shape[1]), ids)
+        if draft.selector is not None:
+            scale = 1.0 if draws is None else 1 / draws.rule.temperature
+            return draft.choose(slots, logits, block[:, 0], scale)[0]
+        best = jnp.argmax(logits, axis=0)
+        return best if ids is None else jnp.asarray(ids)[best]
+
+    return mesh.on_every_device(run, mesh.of(graphs[0], weights[0]))(weights, features, context, block, draws)
 
 
 def _padded(tokens: Sequence[int]) -> Array:
-    length = -(-len(tokens) // _PAD) * _PAD
+    length = round_up(len(tokens), _PAD)
     return jnp.asarray([*tokens, *([0] * (length - len(tokens)))], jnp.int32)[None]
 
 
@@ -59,17 +81,19 @@ def recompute_row(
     budget: int,
     stops: Sequence[int],
     script: np.ndarray | None = None,
+    draws: Draws | None = None,
 ) -> tuple[list[int], list[int], list[int]]:
-    """Tokens, accept lengths and produced lengths of one row; `draft` None decodes greedily (accept lengths 0).
+    """Tokens, accept lengths and produced lengths of one row; `draft` None: a token at a time (accept lengths 0).
 
-    script int32 [M]: tokens to propose instead of the draft's, by place in the output; -1 leaves the draft's.
+    script int32 [M]: tokens to propose instead of the draft's, by position in the output; -1 leaves the draft's.
     """
+    draft = None if draft is None else mesh.place(draft, target.mesh)
     layer_ids = () if draft is None else draft.config.target_layer_ids
     models = (target,) if draft is None else (target, draft)
     graphs, weights = tuple(nnx.graphdef(m) for m in models), tuple(nnx.state(m) for m in models)
 
     def read(tokens: Sequence[int]) -> tuple[Array, list[Array]]:
-        return _read(graphs[0], weights[0], _padded(tokens), layer_ids)
+        return _read(graphs[0], weights[0], _padded(tokens), draws, layer_ids)
 
     predictions, features = read(prompt)
     output = [int(predictions[len(prompt) - 1])]
@@ -79,7 +103,7 @@ def recompute_row(
         if draft is not None:
             block = [output[-1]] + [draft.config.mask_token_id] * (block_size - 1)
             context = jnp.asarray([len(prompt) + len(output) - 1], jnp.int32)
-            drafted = np.asarray(_propose(graphs, weights, features, context, jnp.asarray([block]))).tolist()
+            drafted = np.asarray(_propose(graphs, weights, features, context, jnp.asarray([block]), draws)).tolist()
             for k in range(len(drafted)):
                 place = len(output) + k
                 if script is not None and place < len(script) and script[place] >= 0:

@@ -1,7 +1,7 @@
 """A scripted draft: proposals that agree with the target for exactly `a` tokens of every block.
 
-It shows what a machine gives at every acceptance. The network of the wrapped draft still runs (its proposals are
-replaced, not skipped), so the time is the time of a real draft of that size.
+It shows what a machine gives at each acceptance. The wrapped draft's network still runs (its proposals are replaced,
+not skipped), so the time is that of a real draft of that size.
 """
 
 import dataclasses
@@ -21,10 +21,10 @@ class ScriptedDraft:
     accept_len: int
 
     def table(self, block_size: int) -> np.ndarray:
-        """Tokens to propose by place in the output, int32 [B, M]; -1 past the end of a row's outputs.
+        """Tokens to propose by position in the output, int32 [B, M]; -1 past the end of a row's outputs.
 
-        A block starts at every (a+1)-th token; the token where the next one starts is proposed wrong, unless the
-        block is accepted whole. Raises ValueError when accept_len is not 0..block_size-1.
+        A block starts at every (a+1)-th token; the proposal where the next block starts is wrong, unless the whole
+        block is accepted. Raises ValueError when accept_len is not 0..block_size-1.
         """
         if not 0 <= self.accept_len < block_size:
             raise ValueError(

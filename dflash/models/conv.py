@@ -13,10 +13,10 @@ from dflash.models.layers import Linear
 
 
 class DynamicConv(nnx.Module):
-    """`base` [2, K, H]: a kernel before the sublayer and one after it; `kernel` adds to both, by group and slot.
+    """`base` [2, K, H]: a kernel before the sublayer and one after it; `kernel` adds to both, per group and slot.
 
     y_t = sum over o < K of (base[o] + dynamic[t, o]) * x_(t-o), where x before the block is zero. It starts as the
-    identity, so a DFlash draft with one computes what it did without.
+    identity, so adding one does not change what a DFlash draft computes.
     """
 
     def __init__(self, hidden_size: int, config: ConvConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
@@ -26,7 +26,7 @@ class DynamicConv(nnx.Module):
         self.kernel.weight[...] = jnp.zeros_like(self.kernel.weight[...])
 
     def prepare(self, x: Array, slots: int) -> tuple[Array, Array]:
-        """Normed input [H, N], `slots` columns a block -> what the sublayer reads [H, N], and `finish`'s kernels."""
+        """Normed input [H, N], `slots` columns per block -> the sublayer's input [H, N] and `finish`'s kernels."""
         dynamic = self.kernel(x).reshape(2, self.size, self.groups, -1)
         return self._convolve(0, x, dynamic[0], slots), dynamic[1]
 

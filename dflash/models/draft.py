@@ -3,7 +3,7 @@
 Its context is the target's hidden states of the committed tokens, projected to keys and values (never queries). The
 anchor, the newest token, has no hidden state yet: it enters as a block token. Embedding and LM head are the target's.
 Canonical form: PyPI `dflash==0.1.0` (q/k norm with weights before RoPE, no bias in fc and MLP, mask = the embedding of
-`mask_token_id`); a draft of an older trainer keeps what it has beyond that (`DraftConfig`). DFlash 2 adds convolutions
+`mask_token_id`); a draft of another trainer keeps what it has beyond that (`DraftConfig`). DFlash 2 adds convolutions
 over a block's slots and a choice among each slot's candidates.
 """
 
@@ -14,25 +14,27 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.sharding import Mesh
 
 from dflash.config import DraftConfig
-from dflash.kv_cache import KVCache, attention_mask
 from dflash.models.conv import DynamicConv
+from dflash.models.kv_cache import KVCache, attention_mask, empty_cache
 from dflash.models.layers import Linear, RMSNorm, SwiGLU, attend, most_likely, rope_tables, rotate
+from dflash.models.mesh import Part
 from dflash.models.selector import CandidateSelector
 
 Rope = tuple[Array, Array]
 
 
 def pack_tokens(token_ids: np.ndarray, vocab_size: int) -> bytes:
-    """Token ids as a bit per token of the vocabulary, the first in the lowest bit: `DraftConfig.vocabulary`."""
+    """Token ids as one bit per token of the vocabulary, the first in the lowest bit: `DraftConfig.vocabulary`."""
     chosen = np.zeros(vocab_size, bool)
     chosen[token_ids] = True
     return np.packbits(chosen, bitorder="little").tobytes()
 
 
 def proposed_tokens(config: DraftConfig) -> np.ndarray | None:
-    """The ids of the tokens that a draft proposes, int32 [M], ascending; None when they are all of the vocabulary."""
+    """The ids of the tokens that a draft proposes, int32 [M], ascending; None for the whole vocabulary."""
     if config.vocabulary is None:
         return None
     return np.flatnonzero(np.unpackbits(np.frombuffer(config.vocabulary, np.uint8), bitorder="little")).astype(np.int32)
@@ -44,10 +46,12 @@ class DraftAttention(nnx.Module):
     def __init__(self, config: DraftConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.heads, self.kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         bias = config.attention_bias
-        inner = self.heads * self.head_dim
-        self.q = Linear(config.hidden_size, inner, bias=bias, dtype=dtype, rngs=rngs)
-        self.kv = Linear(config.hidden_size, 2 * self.kv_heads * self.head_dim, bias=bias, dtype=dtype, rngs=rngs)
-        self.out = Linear(inner, config.hidden_size, bias=bias, dtype=dtype, rngs=rngs)
+        H, D = config.hidden_size, self.head_dim
+        heads, kv_heads = Part("heads", self.heads, D), Part("kv_heads", self.kv_heads, D)
+        linear = partial(Linear, bias=bias, dtype=dtype, rngs=rngs)
+        self.q = linear(H, self.heads * D, rows=(heads,))
+        self.kv = linear(H, 2 * self.kv_heads * D, rows=(kv_heads, kv_heads))
+        self.out = linear(self.heads * D, H, columns=(heads,))
         norm = partial(RMSNorm, self.head_dim, config.rms_norm_eps, dtype=dtype)
         self.q_norm = norm() if config.qk_norm else None
         self.k_norm = norm() if config.qk_norm else None
@@ -63,14 +67,14 @@ class DraftAttention(nnx.Module):
         _, B, T = rope[0].shape
         q = self.q(x).reshape(-1, self.head_dim, B, T)
         q = rotate(q if self.q_norm is None else self.q_norm(q, axis=1), rope)
-        mixed = attend(q.reshape(self.kv_heads, -1, self.head_dim, B, T), keys, values, visible)
+        mixed = attend(q.reshape(keys.shape[1], -1, self.head_dim, B, T), keys, values, visible)
         return self.out(mixed.reshape(-1, B * T))
 
 
 class DraftLayer(nnx.Module):
     """x += attention(norm x, context); x += mlp(norm x). The context is not normed again.
 
-    In a DFlash 2 draft each of the two sits between the halves of a convolution over the block.
+    In a DFlash 2 draft each of the two sublayers is between the halves of a convolution over the block.
     """
 
     def __init__(self, config: DraftConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
@@ -105,7 +109,7 @@ class DraftLayer(nnx.Module):
 
 
 def _around(conv: DynamicConv | None, sublayer: Callable[[Array], Array], x: Array, slots: int) -> Array:
-    """A sublayer over normed columns [H, N], between the two halves of its convolution where there is one."""
+    """A sublayer over normed columns [H, N], between the two halves of its convolution if there is one."""
     if conv is None:
         return sublayer(x)
     x, kernels = conv.prepare(x, slots)
@@ -118,8 +122,11 @@ class Draft(nnx.Module):
     def __init__(self, config: DraftConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
         self.config = config
         self.dtype = jnp.dtype(dtype)
+        self.mesh: Mesh | None = None
         size = config.hidden_size
-        self.fc = Linear(config.num_features * size, size, bias=config.fc_bias, dtype=dtype, rngs=rngs)
+        read = config.num_features * size
+        features = (Part("features", read),)
+        self.fc = Linear(read, size, bias=config.fc_bias, columns=features, dtype=dtype, rngs=rngs)
         self.hidden_norm = RMSNorm(size, config.rms_norm_eps, dtype=dtype)
         self.layers = nnx.List(DraftLayer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_layers))
         self.norm = RMSNorm(size, config.rms_norm_eps, dtype=dtype)
@@ -131,30 +138,21 @@ class Draft(nnx.Module):
         )
 
     def masked(self, x: Array, block_size: int) -> Array:
-        """Embedded blocks [H, N*S] with a learned mask in every slot but the anchor's; as they came without one."""
+        """Embedded blocks [H, N*S] with the learned mask in every slot but the anchor's; unchanged if there is none."""
         if self.mask_embedding is None:
             return x
         anchors = jnp.arange(x.shape[1]) % block_size == 0
         return jnp.where(anchors, x, self.mask_embedding[...][:, None].astype(x.dtype))
 
     def make_cache(self, *, batch: int, capacity: int, block: int) -> KVCache:
-        """An empty cache for this draft's context; see `KVCache.create`."""
-        c = self.config
-        return KVCache.create(
-            batch=batch,
-            windows=c.windows,
-            num_kv_heads=c.num_kv_heads,
-            head_dim=c.head_dim,
-            capacity=capacity,
-            block=block,
-            dtype=self.dtype,
-        )
+        """An empty cache for this draft's context, whole: on a mesh its key heads are those of all devices together."""
+        return empty_cache(self, batch=batch, capacity=capacity, block=block)
 
     def _rope(self, positions: Array) -> Rope:
         return rope_tables(self.config.rope, self.config.head_dim, positions)
 
     def _context(self, features: list[Array]) -> Array:
-        """K context features [H, N] -> what every layer's keys and values are made of [H, N]."""
+        """K context features [H, N] -> the columns from which every layer makes keys and values [H, N]."""
         return self.hidden_norm(self.fc(jnp.concatenate(features).astype(self.dtype)))
 
     def append_context(self, features: list[Array], cache: KVCache) -> KVCache:
@@ -169,8 +167,8 @@ class Draft(nnx.Module):
     def block(self, x: Array, cache: KVCache) -> Array:
         """Embedded block [H, B*T] (anchor and masks) over the committed context -> hidden after the norm [H, B*T].
 
-        The block's own keys are written beyond the committed ones and never committed, so the caller's cache stays
-        as it was.
+        The block's own keys are written beyond the committed ones and never committed, so the caller's cache stays as
+        it was.
         """
         T = x.shape[1] // cache.lengths.shape[0]
         rope = self._rope(cache.positions(T))
@@ -185,15 +183,16 @@ class Draft(nnx.Module):
         visible = filled.visible(i, rope[0].shape[2], self.config.causal[i])
         return attention.mix(normed, rope, filled.keys[i], filled.values[i], visible)
 
-    def choose(self, x: Array, logits: Array, anchors: Array) -> Array:
-        """Drafted columns [H, B*T] and their logits [M, B*T], behind anchors int32 [B] -> tokens int32 [B, T].
+    def choose(self, x: Array, logits: Array, anchors: Array, scale: float = 1.0) -> Array:
+        """Drafted columns [H, B*T] and their logits [M, B*T], after anchors int32 [B] -> tokens int32 [B, T].
 
-        The M rows of logits are those of `proposed_tokens`, and the whole vocabulary's for a draft that proposes any.
+        The M rows of logits are those of `proposed_tokens`, and the whole vocabulary's for a draft that proposes any;
+        on a mesh, those of them that this device has. `scale` is what the logits were multiplied by.
         """
-        ids = proposed_tokens(self.config)
+        ids, count = proposed_tokens(self.config), self.config.num_tokens
         if self.selector is not None:
-            return self.selector.select(x.astype(self.dtype), logits, anchors, ids)
-        best = most_likely(logits).reshape(anchors.shape[0], -1)
+            return self.selector.select(x.astype(self.dtype), logits, anchors, count, ids, scale)
+        best = most_likely(logits, count).reshape(anchors.shape[0], -1)
         return best if ids is None else jnp.asarray(ids)[best]
 
     def uncached(
@@ -204,7 +203,7 @@ class Draft(nnx.Module):
         K context features [H, B*C]; block a of a row sees the first `anchors` int32 [B, A] of the row's context tokens
         (what comes later, padding too, is hidden) and itself, no other block. Context positions are start .. start+C-1
         (start int32 [B], 0 by default); a block's begin at start + anchors. Embedded blocks [H, B*A*T] -> hidden after
-        the norm [H, B*A*T]. With `remat` a gradient computes every layer anew instead of keeping what it made.
+        the norm [H, B*A*T]. With `remat` a gradient recomputes every layer instead of keeping its activations.
         """
         B, A = anchors.shape
         context = self._context(features)

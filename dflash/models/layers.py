@@ -1,8 +1,8 @@
 """Layers that targets and drafts share. Activations are columns: a feature axis first, one column per token.
 
-Why columns: `y = W @ x` with W stored [out, in], as checkpoints store it, is the form of a thin matrix product that
-XLA runs fastest on a CPU once a few tokens are multiplied at a time, and accelerators don't mind it. `Linear` is the
-one place that knows how a weight is stored and multiplied.
+Why columns: `y = W @ x` with W stored [out, in], as checkpoints store it, is the form of a thin matrix product that XLA
+runs fastest on a CPU for a few tokens at a time, and it costs accelerators nothing. Only `Linear` knows how a weight is
+stored and multiplied.
 """
 
 import math
@@ -13,8 +13,9 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from dflash import native
 from dflash.config import RopeConfig
+from dflash.models import mesh, native
+from dflash.models.mesh import Part
 
 
 def precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
@@ -22,28 +23,52 @@ def precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
-def multiply(weight: Array, x: Array) -> Array:
-    """weight [out, in] times columns x [in, N] -> [out, N]."""
-    if native.takes(x.shape[1], weight, x):
-        return native.product(weight, x)
+def _multiply_xla(weight: Array, x: Array) -> Array:
     return jnp.matmul(weight, x, precision=precision(x.dtype))
 
 
-class Linear(nnx.Module):
-    """y = W x + b. `weight` [out, in], `bias` [out] or None."""
+def multiply(weight: Array, x: Array) -> Array:
+    """weight [out, in] times columns x [in, N] -> [out, N]."""
+    if native.takes(x.shape[1], weight, x):
+        return native.on_cpu(native.product, _multiply_xla)(weight, x)
+    return _multiply_xla(weight, x)
 
-    def __init__(self, in_size: int, out_size: int, *, bias: bool = False, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.weight = nnx.Param(0.02 * rngs.normal((out_size, in_size), dtype))
-        self.bias = nnx.Param(jnp.zeros(out_size, dtype)) if bias else None
+
+class Linear(nnx.Module):
+    """y = W x + b. `weight` [out, in], `bias` [out] or None.
+
+    `rows` and `columns` say what lies along `out` and `in` (`dflash.models.mesh`). On a mesh a device holds some rows
+    and gives these rows of y; or some columns, takes these rows of x (of a whole x its own), and gives all of y. Of a
+    `table` single rows are looked up too.
+    """
+
+    def __init__(
+        self,
+        in_size: int,
+        out_size: int,
+        *,
+        bias: bool = False,
+        rows: tuple[Part, ...] | None = None,
+        columns: tuple[Part, ...] | None = None,
+        table: bool = False,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        self.in_size = in_size
+        self.weight = nnx.Param(0.02 * rngs.normal((out_size, in_size), dtype), axes=(rows, columns), table=table)
+        self.bias = nnx.Param(jnp.zeros(out_size, dtype), axes=(rows,)) if bias else None
 
     def __call__(self, x: Array) -> Array:
         """x [in, N] -> [out, N]."""
-        y = multiply(self.weight[...], x)
+        weight = self.weight[...]
+        here = weight.shape[1]
+        y = multiply(weight, x if x.shape[0] == here else mesh.own_part(x, here))
+        y = y if here == self.in_size else mesh.total(y)
         return y if self.bias is None else y + self.bias[...][:, None]
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square norm over one axis, in float32 whatever comes in. `weight` [size]."""
+    """Root-mean-square norm over one axis, computed in float32 for any input dtype. `weight` [size]."""
 
     def __init__(self, size: int, eps: float, *, dtype: jnp.dtype):
         self.weight = nnx.Param(jnp.ones(size, dtype))
@@ -60,11 +85,12 @@ class RMSNorm(nnx.Module):
 
 
 class SwiGLU(nnx.Module):
-    """down(silu(gate x) * up x); gate and up are one weight, so that it is read in one pass."""
+    """down(silu(gate x) * up x); gate and up are one weight, read in one pass."""
 
     def __init__(self, hidden: int, inner: int, *, bias: bool = False, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.gate_up = Linear(hidden, 2 * inner, bias=bias, dtype=dtype, rngs=rngs)
-        self.down = Linear(inner, hidden, bias=bias, dtype=dtype, rngs=rngs)
+        width = Part("inner", inner)
+        self.gate_up = Linear(hidden, 2 * inner, bias=bias, rows=(width, width), dtype=dtype, rngs=rngs)
+        self.down = Linear(inner, hidden, bias=bias, columns=(width,), dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
         """x [H, N] -> [H, N]."""
@@ -73,7 +99,7 @@ class SwiGLU(nnx.Module):
 
 
 def _yarn_correction(rope: RopeConfig, head_dim: int) -> tuple[float, float]:
-    """The frequency indices between which YaRN blends (arXiv 2309.00071, section 3.2; `truncate` as transformers)."""
+    """Frequency indices between which YaRN blends (arXiv 2309.00071, section 3.2; `truncate` as in transformers)."""
 
     def index(rotations: float) -> float:
         wavelengths = rope.original_max_position / (rotations * 2 * math.pi)
@@ -87,7 +113,7 @@ def _yarn_correction(rope: RopeConfig, head_dim: int) -> tuple[float, float]:
 
 
 def rope_attention_factor(rope: RopeConfig) -> float:
-    """What cos and sin are multiplied by: YaRN's mscale (0.1 ln s + 1), 1 for the other kinds."""
+    """The factor on cos and sin: YaRN's mscale (0.1 ln s + 1), 1 for the other kinds."""
     if rope.kind != "yarn":
         return 1.0
     if rope.attention_factor is not None:
@@ -134,13 +160,16 @@ def rope_inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
 
 
 def rope_tables(rope: RopeConfig, head_dim: int, positions: Array) -> tuple[Array, Array]:
-    """cos and sin for positions int32 [B, T]: two float32 arrays [head_dim / 2, B, T]. No table, so no last row."""
+    """cos and sin of any positions int32 [B, T], not from a table: two float32 arrays [head_dim / 2, B, T]."""
     inverse = jnp.asarray(rope_inverse_frequencies(rope, head_dim))
     angles = inverse[:, None, None] * positions.astype(jnp.float32)
     factor = rope_attention_factor(rope)
     cos, sin = jnp.cos(angles) * factor, jnp.sin(angles) * factor
+    if not native.takes(positions.size, cos):
+        return cos, sin
     # Without a word, a CPU computes them anew for every head of every layer: 4% of a step of 16 tokens.
-    return (native.kept(cos), native.kept(sin)) if native.takes(positions.size, cos) else (cos, sin)
+    kept = native.on_cpu(native.kept, lambda x: x)
+    return kept(cos), kept(sin)
 
 
 def rotate(x: Array, tables: tuple[Array, Array]) -> Array:
@@ -154,7 +183,7 @@ def rotate(x: Array, tables: tuple[Array, Array]) -> Array:
 def _attend_xla(q: Array, keys: Array, values: Array, visible: Array, sinks: Array | None) -> Array:
     G, R, D, B, T = q.shape
     exact = precision(q.dtype)
-    # Rows here, unlike everywhere else: the softmax then runs along the last axis, which is 3 times faster on a CPU.
+    # Rows here, unlike elsewhere: the softmax then runs along the last axis, which is 3 times faster on a CPU.
     rows = (q * D**-0.5).transpose(3, 0, 1, 4, 2).reshape(B, G, R * T, D)
     scores = jnp.matmul(rows, keys, precision=exact).astype(jnp.float32).reshape(B, G, R, T, -1)
     scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
@@ -162,7 +191,7 @@ def _attend_xla(q: Array, keys: Array, values: Array, visible: Array, sinks: Arr
     if sinks is not None:
         sink = sinks.astype(jnp.float32)[None, :, :, None, None]
         top = jnp.maximum(top, sink)
-    # The result does not depend on it: so neither does the derivative, which would go through all scores once more.
+    # The result does not depend on it, so no derivative is needed, which would go through all scores once more.
     top = jax.lax.stop_gradient(top)
     weights = jnp.exp(scores - top)
     total = weights.sum(axis=-1, keepdims=True)
@@ -173,7 +202,7 @@ def _attend_xla(q: Array, keys: Array, values: Array, visible: Array, sinks: Arr
     return mixed.astype(q.dtype).transpose(1, 2, 4, 0, 3)
 
 
-_attend_native = native.differentiable_as(_attend_xla)(native.attention)
+_attend_native = native.on_cpu(native.differentiable_as(_attend_xla)(native.attention), _attend_xla)
 
 
 def attend(q: Array, keys: Array, values: Array, visible: Array, sinks: Array | None = None) -> Array:
@@ -186,15 +215,67 @@ def attend(q: Array, keys: Array, values: Array, visible: Array, sinks: Array | 
     return (_attend_native if ours else _attend_xla)(q, keys, values, visible, sinks)
 
 
-def most_likely(logits: Array) -> Array:
-    """The index of the largest entry of each column of [V, N], int32 [N]; the lowest of equals.
+def rows_of(table: Array, ids: Array, size: int) -> Array:
+    """Rows `ids` int32 [N] of a table with `size` of them, of which a device may hold some -> [N, H]."""
+    return table[ids] if table.shape[0] == size else mesh.total(mesh.own_rows(table, ids))
 
-    First which run of entries has it, then where in the run: XLA's argmax goes through all V one at a time, which for
-    16 columns is 5% of a step on a CPU, and its max does not.
+
+def _best_of_runs(logits: Array) -> tuple[Array, Array]:
+    """First which run of entries has the largest, then where in the run: XLA's argmax goes through all V one at a time.
+
+    For 16 columns that is 5% of a step on a CPU, and its max is not.
     """
     V, N = logits.shape
     run = max(size for size in range(1, math.isqrt(V) + 1) if V % size == 0)
     runs = logits.reshape(V // run, run, N)
     best = jnp.argmax(runs.max(axis=1), axis=0)
     entries = jnp.take_along_axis(runs, best[None, None], axis=0)[0]
-    return (best * run + jnp.argmax(entries, axis=0)).astype(jnp.int32)
+    return entries.max(axis=0), (best * run + jnp.argmax(entries, axis=0)).astype(jnp.int32)
+
+
+def _best_at_once(logits: Array) -> tuple[Array, Array]:
+    return logits.max(axis=0), jnp.argmax(logits, axis=0).astype(jnp.int32)
+
+
+def _of_this_device(logits: Array, size: int) -> tuple[Array, Array]:
+    """Logits of rows of which the whole array has `size`, without those beyond it, and the number of the first."""
+    first = mesh.first_row(logits.shape[0])
+    numbers = first + jnp.arange(logits.shape[0])
+    return jnp.where((numbers < size)[:, None], logits, -jnp.inf), first
+
+
+def most_likely(logits: Array, size: int | None = None) -> Array:
+    """The index of the largest entry of each column of [V, N], int32 [N]; the lowest of equals.
+
+    Fewer rows than `size` are this device's of so many: then the devices compare the best that each has.
+    """
+    first = None
+    if size is not None and logits.shape[0] != size:
+        logits, first = _of_this_device(logits, size)
+    top, best = jax.lax.platform_dependent(logits, cpu=_best_of_runs, default=_best_at_once)
+    if first is None:
+        return best
+    tops, bests = _side_by_side(top, first + best)
+    return jnp.take_along_axis(bests, jnp.argmax(tops, axis=0)[None], axis=0)[0]
+
+
+def _side_by_side(values: Array, numbers: Array) -> tuple[Array, Array]:
+    """Every device's values, float32, and int32 numbers, along a new first axis: in one exchange, not two."""
+    both = jnp.stack([jax.lax.bitcast_convert_type(values.astype(jnp.float32), jnp.int32), numbers])
+    found = mesh.side_by_side(both)
+    return jax.lax.bitcast_convert_type(found[:, 0], jnp.float32), found[:, 1]
+
+
+def likeliest(logits: Array, count: int, size: int | None = None) -> tuple[Array, Array]:
+    """The `count` largest entries of each column of [V, N], descending, and their indices, [N, count] both.
+
+    Of equals the lowest index comes first. `size` as in `most_likely`.
+    """
+    if size is None or logits.shape[0] == size:
+        return jax.lax.top_k(logits.T, count)
+    logits, first = _of_this_device(logits, size)
+    top, best = jax.lax.top_k(logits.T, min(count, logits.shape[0]))
+    # By device and then by rank, so that equals stay in the order of their indices.
+    tops, bests = (jnp.moveaxis(x, 0, 1).reshape(len(top), -1) for x in _side_by_side(top, first + best))
+    top, places = jax.lax.top_k(tops, count)
+    return top, jnp.take_along_axis(bests, places, axis=1)

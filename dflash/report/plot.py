@@ -18,7 +18,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P")
 _VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid"} | {c: f"--series-{i}" for i, c in enumerate(SERIES, 1)}
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
-    "text.parse_math": False,  # names of files are no formulas
+    "text.parse_math": False,  # file names are not formulas
     "font.family": "sans-serif",
     "font.size": 9,
     "text.color": INK,
@@ -39,7 +39,7 @@ _STYLE: dict[Any, Any] = {
     "lines.linewidth": 1.6,
     "lines.markersize": 5,
 }
-# As wide as a phone, in inches: a page is never wider than a figure's letters can be read.
+# As wide as a phone, in inches, so that a figure's letters stay readable.
 WIDTH, HEIGHT = 4.3, 2.75
 
 
@@ -53,7 +53,7 @@ class Plot:
 
 
 def style() -> AbstractContextManager[None]:
-    """Everything is drawn within this."""
+    """The style for all drawing."""
     return mpl.rc_context(_STYLE)
 
 
@@ -64,7 +64,7 @@ def new_figure(xlabel: str, ylabel: str, height: float = HEIGHT) -> tuple[Figure
 
 
 def colour(i: int) -> dict[str, Any]:
-    """Colour and marker of the i-th line: neither is told by colour alone."""
+    """Colour and marker of the i-th line, so that lines differ by more than colour."""
     return {"color": SERIES[i % len(SERIES)], "marker": MARKERS[i % len(MARKERS)]}
 
 
@@ -81,11 +81,11 @@ def finished(figure: Figure, axes: Axes, title: str, caption: str) -> Plot:
 
 
 def _legend(figure: Figure, axes: Axes) -> None:
-    """Above the plot, where it hides no point; none for a single thing that has no name."""
-    found = list(zip(*axes.get_legend_handles_labels(), strict=True))
-    if found:
+    """Above the plot, where it hides no point; no legend for a single unnamed thing."""
+    entries = list(zip(*axes.get_legend_handles_labels(), strict=True))
+    if entries:
         # Bars and points first, then the lines they are compared with.
-        handles, names = zip(*sorted(found, key=lambda f: isinstance(f[0], Line2D)), strict=True)
+        handles, names = zip(*sorted(entries, key=lambda f: isinstance(f[0], Line2D)), strict=True)
         columns = min(len(names), 3 if max(map(len, names)) < 16 else 2)
         figure.legend(handles, names, loc="outside upper left", ncols=columns)
 
@@ -110,6 +110,6 @@ def _to_svg(figure: Figure, name: str, label: str) -> str:
 
 
 def _font(style: str) -> str:
-    """matplotlib lists every font it would take; the page's own is better. A size stays."""
+    """matplotlib lists every font it would accept; the page's own is better. The size stays."""
     size = re.search(r"[\d.]+px", style)
     return f"font-size: {size.group()}" if size else "font-style: normal"

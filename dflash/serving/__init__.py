@@ -1,11 +1,13 @@
 """Servers of other projects, measured over HTTP: the target alone, then with the draft.
 
-plan       what is measured: which servers, started how, with which draft
-draft      a draft is checked before a server gets it
-server     a process that is started, waited for, and always ended
-adapters   which command line starts which server, and what it can't do
-client     one request, one answer
-acceptance what a server tells of acceptance, in our definitions
-run        a case: rounds on both servers, texts compared, figures
-results    the file of a case, as the benchmarks write it
+options     what a user says: which servers, started how, with which draft
+deployment  what that comes to: the servers of a case, each started or running already
+draft       a draft is checked before a server gets it
+server      a process that is started, waited for, and always ended
+adapters    all that differs between kinds of servers
+connection  HTTP to one server, bounded in time and bytes, without secrets in what it says
+client      one prompt, one completion
+acceptance  what a server tells of acceptance, in our definitions
+run         a case: rounds on both servers, completions compared, figures
+results     the file of a case, as the benchmarks write it
 """

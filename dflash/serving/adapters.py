@@ -1,24 +1,26 @@
-"""Which command line starts which server with and without a draft, and what that server can't do.
+"""What differs between servers, one class each: command line, limits, and where it reports acceptance.
 
-What is installed is looked at on disk: nothing of a server is imported, and no device is opened. docs/serving.md says
-which versions this was read from and tried with.
+The installed version is read from disk: nothing of a server is imported, and no device is opened. docs/serving.md says
+which versions this was taken from and tried with.
 """
 
 import dataclasses
 import json
 import subprocess
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dflash.serving.client import Api
-from dflash.serving.draft import Draft
-from dflash.serving.server import ServingError
+from dflash.serving import acceptance
+from dflash.serving.client import Client, Completion, OpenAIClient, SglangClient
+from dflash.serving.connection import RejectedError, ServingError
+from dflash.serving.draft import ServedDraft
+from dflash.serving.server import Server
 from dflash.weights.export import reader_faults
 
 _HOST = "127.0.0.1"
 _LOOK_S = 60
-# Runs in the server's interpreter, with the standard library alone; a package is found, not imported.
+# Runs in the server's interpreter with only the standard library; a package is found, not imported.
 _LOOK = """
 import importlib.metadata, importlib.util, json, sys
 spec = importlib.util.find_spec(sys.argv[1])
@@ -32,7 +34,7 @@ print(json.dumps([version, spec and list(spec.submodule_search_locations or [])]
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Installed:
-    """A server's package as it lies on disk; `version` is empty for a checkout that was not installed."""
+    """A server's package on disk; `version` is empty for a checkout that was not installed."""
 
     version: str
     directory: Path
@@ -45,183 +47,202 @@ class Installed:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Launch:
-    """What is to be started: which package, on which snapshot directory with which config.json, with a draft or not."""
+    """What to start: which package, on which snapshot directory with which config.json, with a draft or not."""
 
     installed: Installed
     target: Path
     config: dict[str, Any]
-    draft: Draft | None
+    draft: ServedDraft | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Adapter:
-    """One kind of server.
+class Timed:
+    """What acceptance is read from: a server after its timed rounds, their completions, and the mark before them."""
 
-    package, distribution  its import name and its name on PyPI
-    command                arguments after the interpreter
-    has_dflash             whether this version can decode with a draft; None: no version can
-    faults                 what of a target or a draft it can't serve; None: nothing is known of that
+    server: Server
+    client: Client
+    completions: Sequence[Completion]
+    mark: Any
+
+    @property
+    def emitted(self) -> int:
+        return sum(completion.emitted for completion in self.completions)
+
+
+class Adapter:
+    """A kind of server; this base class is for one of which nothing more is known.
+
+    name                   in options and results
+    package, distribution  its import name and its name on PyPI; empty for what can't be started here
+    client                 how it is asked
+    can_draft              whether any version of it can decode with a draft
     """
 
-    package: str
-    distribution: str
-    api: Api
-    health: str
-    command: Callable[[Launch], list[str]]
-    has_dflash: Callable[[Installed], bool] | None = None
-    faults: Callable[[Launch], list[str]] | None = None
+    name = "openai"
+    package = distribution = ""
+    health = "/health"
+    client: type[Client] = OpenAIClient
+    can_draft = True
 
     def look(self, python: str) -> Installed:
-        """What `python` would import. Raises ServingError when it has no such server, or is no interpreter."""
+        """The package that `python` would import. Raises ServingError without such a server or interpreter."""
         try:
-            looked = subprocess.run(
+            output = subprocess.run(
                 [python, "-c", _LOOK, self.package, self.distribution],
                 capture_output=True,
                 text=True,
                 check=True,
                 timeout=_LOOK_S,
-            )
-            version, found = json.loads(looked.stdout)
+            ).stdout
+            version, folders = json.loads(output)
         except (OSError, subprocess.SubprocessError, json.JSONDecodeError) as error:
-            # Of a command that failed, what it said last: the error itself holds the whole script.
-            said = (getattr(error, "stderr", None) or "").strip().rpartition("\n")[2] or type(error).__name__
-            reason = getattr(error, "strerror", None) or said
+            # Of a command that failed, its last line: the error itself holds the whole script.
+            last = (getattr(error, "stderr", None) or "").strip().rpartition("\n")[2] or type(error).__name__
+            reason = getattr(error, "strerror", None) or last
             raise ServingError(
                 f"--server-python names the Python interpreter that has the server; {python}: {reason}"
             ) from None
-        if not found:
+        if not folders:
             raise ServingError(
                 f"{python} has no {self.distribution} to start: install it there, or name the interpreter that has it "
                 "with --server-python"
             )
-        return Installed(version=version, directory=Path(found[0]))
+        return Installed(version=version, directory=Path(folders[0]))
 
     def arguments(self, launch: Launch, port: int) -> list[str]:
         """The command line after the interpreter."""
         return [*self.command(launch), "--host", _HOST, "--port", str(port)]
 
+    def command(self, launch: Launch) -> list[str]:
+        """The same without host and port."""
+        raise NotImplementedError
 
-# ---- sglang-jax
+    def has_dflash(self, installed: Installed) -> bool:
+        """Whether this version can decode with a draft."""
+        return False
 
-
-def _is_upstream(installed: Installed) -> bool:
-    """Upstream's DFLASH, and not the fork's that came before it: its rules stand in the argument parser."""
-    return installed.says("srt/server_args.py", "DFLASH requires --speculative-eagle-topk=1")
-
-
-def _sglang_jax(launch: Launch) -> list[str]:
-    installed, draft = launch.installed, launch.draft
-    # Acceptance stands in the log alone, a line every 40 steps unless told otherwise.
-    words = ["-m", "sgl_jax.launch_server", "--model-path", str(launch.target), "--decode-log-interval", "1"]
-    upstream = _is_upstream(installed)
-    if not upstream and _sglang_jax_has_dflash(installed):
-        # The fork can't reuse prefixes with a draft, and rounds repeat their prompts: neither server reuses any.
-        words += ["--disable-radix-cache"]
-    if draft is None:
-        return words
-    words += ["--speculative-algorithm", "DFLASH", "--speculative-draft-model-path", str(draft.directory)]
-    words += ["--speculative-num-draft-tokens", str(draft.block_size), "--grammar-backend", "none"]
-    if upstream:
-        # The defaults, 4 and 5, are for other algorithms, and refused with this one.
-        return [*words, "--speculative-num-steps", "1", "--speculative-eagle-topk", "1"]
-    return [*words, "--page-size", "1", "--disable-overlap-schedule"]
-
-
-def _sglang_jax_has_dflash(installed: Installed) -> bool:
-    return installed.says("srt/server_args.py", '"DFLASH"')
-
-
-def _sglang_jax_faults(launch: Launch) -> list[str]:
-    target, draft = launch.config, launch.draft
-    if draft is None or not _is_upstream(launch.installed):
+    def faults(self, launch: Launch) -> list[str]:
+        """Why it can't serve the target or the draft."""
         return []
-    faults = []
-    kinds = [k for k in target.get("architectures") or [] if k not in ("Qwen3ForCausalLM", "LlamaForCausalLM")]
-    if kinds:
-        faults.append(f"it gives a draft the hidden states of Qwen3 and Llama targets alone, and this is {kinds[0]}")
-    if target.get("tie_word_embeddings"):
-        faults.append("it gives a draft the target's own lm_head, and this target's is tied to its embeddings")
-    return faults + reader_faults(draft.config, "sglang-jax")
+
+    def mark(self, server: Server, client: Client) -> Any:
+        """The current state of its acceptance report."""
+        return None
+
+    def acceptance(self, timed: Timed, block_size: int) -> acceptance.Figures:
+        """What it reports about the timed rounds since their mark."""
+        return acceptance.unknown("an OpenAI API tells no acceptance; --server names a kind of server that does")
 
 
-# ---- SGLang
+class SglangJax(Adapter):
+    name, package, distribution = "sglang-jax", "sgl_jax", "sglang-jax"
+    client = SglangClient
+
+    def command(self, launch: Launch) -> list[str]:
+        installed, draft = launch.installed, launch.draft
+        # Acceptance is only in the log, by default one line every 40 steps.
+        words = ["-m", "sgl_jax.launch_server", "--model-path", str(launch.target), "--decode-log-interval", "1"]
+        upstream = self._is_upstream(installed)
+        if not upstream and self.has_dflash(installed):
+            # The fork can't reuse prefixes with a draft, and rounds repeat their prompts, so neither server reuses any.
+            words += ["--disable-radix-cache"]
+        if draft is None:
+            return words
+        words += ["--speculative-algorithm", "DFLASH", "--speculative-draft-model-path", str(draft.directory)]
+        words += ["--speculative-num-draft-tokens", str(draft.block_size), "--grammar-backend", "none"]
+        if upstream:
+            # The defaults, 4 and 5, are for other algorithms and refused with this one.
+            return [*words, "--speculative-num-steps", "1", "--speculative-eagle-topk", "1"]
+        return [*words, "--page-size", "1", "--disable-overlap-schedule"]
+
+    def _is_upstream(self, installed: Installed) -> bool:
+        """Whether this is upstream's DFLASH, not the earlier fork's: its rules are in the argument parser."""
+        return installed.says("srt/server_args.py", "DFLASH requires --speculative-eagle-topk=1")
+
+    def has_dflash(self, installed: Installed) -> bool:
+        return installed.says("srt/server_args.py", '"DFLASH"')
+
+    def faults(self, launch: Launch) -> list[str]:
+        target, draft = launch.config, launch.draft
+        if draft is None or not self._is_upstream(launch.installed):
+            return []
+        faults = []
+        kind = target.get("architectures")
+        if kind and kind not in (["Qwen3ForCausalLM"], ["LlamaForCausalLM"]):
+            faults.append(f"it gives a draft the hidden states of Qwen3 and Llama targets alone, and this is {kind}")
+        if target.get("tie_word_embeddings"):
+            faults.append("it gives a draft the target's own lm_head, and this target's is tied to its embeddings")
+        return faults + reader_faults(draft.config, "sglang-jax")
+
+    def mark(self, server: Server, client: Client) -> int:
+        return server.log_size()
+
+    def acceptance(self, timed: Timed, block_size: int) -> acceptance.Figures:
+        if timed.server.log is None:
+            return acceptance.unknown("sglang-jax writes it into its log alone, and this one was started elsewhere")
+        return acceptance.of_sglang_jax(timed.server.read_log(timed.mark), block_size)
 
 
-def _sglang(launch: Launch) -> list[str]:
-    words, draft = ["-m", "sglang.launch_server", "--model-path", str(launch.target)], launch.draft
-    if draft is None:
-        return words
-    words += ["--speculative-algorithm", "DFLASH", "--speculative-draft-model-path", str(draft.directory)]
-    return [*words, "--speculative-num-draft-tokens", str(draft.block_size)]
+class Sglang(Adapter):
+    name = package = distribution = "sglang"
+    client = SglangClient
+
+    def command(self, launch: Launch) -> list[str]:
+        words, draft = ["-m", "sglang.launch_server", "--model-path", str(launch.target)], launch.draft
+        if draft is None:
+            return words
+        words += ["--speculative-algorithm", "DFLASH", "--speculative-draft-model-path", str(draft.directory)]
+        return [*words, "--speculative-num-draft-tokens", str(draft.block_size)]
+
+    def has_dflash(self, installed: Installed) -> bool:
+        return installed.says("srt/speculative/spec_info.py", "DFLASH")
+
+    def acceptance(self, timed: Timed, block_size: int) -> acceptance.Figures:
+        metas = [completion.meta for completion in timed.completions]
+        return acceptance.of_sglang(metas, block_size, timed.emitted)
 
 
-def _sglang_has_dflash(installed: Installed) -> bool:
-    return installed.says("srt/speculative/spec_info.py", "DFLASH")
+class Vllm(Adapter):
+    name = package = distribution = "vllm"
+
+    def command(self, launch: Launch) -> list[str]:
+        words, draft = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(launch.target)], launch.draft
+        if draft is None:
+            return words
+        # Drafted tokens, so the anchor does not count.
+        settings = {"method": "dflash", "model": str(draft.directory), "num_speculative_tokens": draft.block_size - 1}
+        return [*words, "--speculative-config", json.dumps(settings)]
+
+    def has_dflash(self, installed: Installed) -> bool:
+        return (installed.directory / "v1" / "spec_decode" / "dflash.py").is_file()
+
+    def faults(self, launch: Launch) -> list[str]:
+        own = (launch.draft.raw.get("dflash_config") or {}) if launch.draft else {}
+        missing = [name for name in ("mask_token_id", "target_layer_ids") if own.get(name) is None]
+        if missing and launch.draft:
+            return [
+                f"it reads {' and '.join(missing)} from dflash_config alone, takes others without, and this has none"
+            ]
+        return []
+
+    def mark(self, server: Server, client: Client) -> str:
+        """Its page of counters; empty if it has none."""
+        try:
+            return client.connection.page("/metrics")
+        except RejectedError:
+            return ""
+
+    def acceptance(self, timed: Timed, block_size: int) -> acceptance.Figures:
+        after = self.mark(timed.server, timed.client)
+        return acceptance.of_vllm(timed.mark, after, block_size, timed.emitted)
 
 
-# ---- vLLM
+class Transformers(Adapter):
+    name = package = distribution = "transformers"
+    can_draft = False
+
+    def command(self, launch: Launch) -> list[str]:
+        return ["-m", "transformers.cli.transformers", "serve", str(launch.target)]
 
 
-def _vllm(launch: Launch) -> list[str]:
-    words, draft = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(launch.target)], launch.draft
-    if draft is None:
-        return words
-    # Drafted tokens, so the anchor is not among them.
-    settings = {"method": "dflash", "model": str(draft.directory), "num_speculative_tokens": draft.block_size - 1}
-    return [*words, "--speculative-config", json.dumps(settings)]
-
-
-def _vllm_has_dflash(installed: Installed) -> bool:
-    return (installed.directory / "v1" / "spec_decode" / "dflash.py").is_file()
-
-
-def _vllm_faults(launch: Launch) -> list[str]:
-    own = (launch.draft.raw.get("dflash_config") or {}) if launch.draft else {}
-    missing = [name for name in ("mask_token_id", "target_layer_ids") if own.get(name) is None]
-    if missing and launch.draft:
-        return [f"it reads {' and '.join(missing)} from dflash_config alone, takes others without, and this has none"]
-    return []
-
-
-# ---- transformers
-
-
-def _transformers(launch: Launch) -> list[str]:
-    return ["-m", "transformers.cli.transformers", "serve", str(launch.target)]
-
-
-ADAPTERS = {
-    "sglang-jax": Adapter(
-        package="sgl_jax",
-        distribution="sglang-jax",
-        api="sglang",
-        health="/health",
-        has_dflash=_sglang_jax_has_dflash,
-        command=_sglang_jax,
-        faults=_sglang_jax_faults,
-    ),
-    "sglang": Adapter(
-        package="sglang",
-        distribution="sglang",
-        api="sglang",
-        health="/health",
-        has_dflash=_sglang_has_dflash,
-        command=_sglang,
-    ),
-    "vllm": Adapter(
-        package="vllm",
-        distribution="vllm",
-        api="openai",
-        health="/health",
-        has_dflash=_vllm_has_dflash,
-        command=_vllm,
-        faults=_vllm_faults,
-    ),
-    "transformers": Adapter(
-        package="transformers",
-        distribution="transformers",
-        api="openai",
-        health="/health",
-        command=_transformers,
-    ),
-}
+ADAPTERS = {adapter.name: adapter for adapter in (SglangJax(), Sglang(), Vllm(), Transformers(), Adapter())}

@@ -1,7 +1,6 @@
-"""A draft as a server gets it, checked before one does: servers load broken drafts without a word.
+"""A draft as a server gets it, checked first, because servers silently load broken drafts.
 
-Configs and the headers of files are read, no weights: no device is opened here, since a TPU belongs to one process, and
-that is the server's.
+Only configs and file headers are read, and no device is opened: a TPU belongs to one process, and that is the server.
 """
 
 import dataclasses
@@ -9,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from dflash.config import ConfigError, DraftConfig
-from dflash.serving.server import ServingError
-from dflash.weights.config_json import read_target_config
+from dflash.serving.connection import ServingError
+from dflash.weights.config_json import read_target_shape
 from dflash.weights.export import check_directory
-from dflash.weights.runs import is_root, is_run
+from dflash.weights.runs.directories import is_root, is_run
 from dflash.weights.snapshot import read_json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Draft:
+class ServedDraft:
     """A `DFlashDraftModel` directory: its config as read, and as written; `block_size` is what it is served with."""
 
     directory: Path
@@ -26,22 +25,19 @@ class Draft:
     block_size: int
 
 
-def load(directory: Path, target: Path, block_size: int | None = None) -> Draft:
-    """The draft for a server, with every fault of its config and its tensors in one ServingError."""
+def served_draft(directory: Path, target: Path, block_size: int | None = None) -> ServedDraft:
+    """The draft for a server, with every fault of its config and its tensors in one ServingError.
+
+    Of the target's config its layers, width and vocabulary are read: a server may run families that we can't.
+    """
     if is_run(directory) or is_root(directory):
         raise ServingError(
             f"a server reads a DFlashDraftModel directory, and {directory} holds training runs: write one with "
             f"`python -m dflash export {directory} NEW_DIR`"
         )
-    raw = read_json(directory, "config.json")
-    if "speculators_config" in raw:
-        raise ServingError(
-            f"servers get z-lab's layout here, vLLM too, and {directory} is written for speculators: export it without "
-            "--format speculators"
-        )
-    served = read_target_config(read_json(target, "config.json"), str(target / "config.json"))
+    shape = read_target_shape(read_json(target, "config.json"), str(target / "config.json"))
     try:
-        config = check_directory(directory, served)
+        config = check_directory(directory, shape)
     except ConfigError as error:
         raise ServingError(f"no server gets this draft, {directory}: {error}") from None
     if config.conv is not None:
@@ -56,4 +52,5 @@ def load(directory: Path, target: Path, block_size: int | None = None) -> Draft:
         raise ServingError(
             f"a draft is served with blocks of 2 up to what it was trained for, {config.block_size}; got {size}"
         )
-    return Draft(directory=directory.resolve(), config=config, raw=raw, block_size=size)
+    raw = read_json(directory, "config.json")
+    return ServedDraft(directory=directory.resolve(), config=config, raw=raw, block_size=size)

@@ -1,4 +1,4 @@
-"""The file of a served case: what `pytest --benchmark-json` would have written of it."""
+"""The file of a served case, as `pytest --benchmark-json` would have written it."""
 
 import datetime
 import json
@@ -11,45 +11,47 @@ from pytest_benchmark.plugin import pytest_benchmark_generate_machine_info
 from pytest_benchmark.stats import Stats
 from pytest_benchmark.utils import get_commit_info
 
+from dflash.host.disk import write_atomically
+from dflash.host.provenance import provenance
+from dflash.measuring.result import Served, to_json
 from dflash.metrics import finite
-from dflash.provenance import provenance
-from dflash.serving.plan import Plan
-from dflash.teacher_cache.arrays import write_atomically
+from dflash.serving.deployment import Deployment
 from dflash.weights.snapshot import snapshot_hash
 
-# Raise it when a case of the same name measures something else than before.
+# Increase it when a case of the same name measures something different.
 WORKLOAD_VERSION = 1
 
 
-def case_facts(plan: Plan, info: dict[str, Any]) -> dict[str, Any]:
-    """What names a case and identifies what was measured. The device is the server's, and unknown here."""
-    kind, draft = plan.asked.server, plan.draft
-    block = f"b{info['block_size']}-" if info["block_size"] else ""
+def origin(deployment: Deployment, block_size: int | None, concurrency: int, max_new_tokens: int) -> dict[str, Any]:
+    """What names a case and identifies the measurement. The device is the server's and unknown here."""
+    kind, draft = deployment.adapter.name, deployment.draft
+    block = f"b{block_size}-" if block_size else ""
     return {
-        "case": f"served-{kind}-{block}c{info['batch_size']}-n{info['max_new_tokens']}",
-        "proposer": "draft" if plan.no_draft is None else None,
+        "case": f"served-{kind}-{block}c{concurrency}-n{max_new_tokens}",
+        "proposer": "draft" if deployment.no_draft is None else None,
         "scripted": None,
         "workload_version": WORKLOAD_VERSION,
         "device_kind": f"{kind} server",
-        "target": plan.asked.target,
-        "target_sha256": snapshot_hash(plan.target),
-        "draft": plan.asked.draft or None,
+        "sampling": deployment.options.sampling.facts,
+        "target": deployment.options.target,
+        "target_sha256": deployment.target_sha256,
+        "draft": deployment.options.draft or None,
         "draft_sha256": snapshot_hash(draft.directory) if draft else None,
     }
 
 
-def results_of(info: dict[str, Any], seconds: Sequence[float], command: Sequence[str]) -> dict[str, Any]:
+def results_of(case: Served, seconds: Sequence[float], command: Sequence[str]) -> dict[str, Any]:
     """A benchmark file with this one case; `seconds` are those of its rounds."""
     stats = Stats()
     for value in seconds:
         stats.update(value)
     benchmark = {
         "group": "serving",
-        "name": info["case"],
-        "fullname": f"serve-bench[{info['case']}]",
+        "name": case.case,
+        "fullname": f"serve-bench[{case.case}]",
         "params": None,
         "param": None,
-        "extra_info": info,
+        "extra_info": to_json(case),
         "options": {},
         "stats": stats.as_dict() | {"data": list(seconds), "iterations": 1},
     }

@@ -1,31 +1,32 @@
-"""One case: the same prompts through the API of a server without a draft and of one with, round by round.
+"""One case: the same prompts sent to a server without a draft and to one with it, round by round.
 
-Servers that are started here run one after the other, since a device may hold one alone; those that run already are
-asked in turn. Both clocks run over a whole round, from its first request to its last answer: prefill, queue and
-transport are in it. docs/serving.md says what is compared.
+Servers started here run one after the other, since a device may hold only one; servers already running are asked in
+turn. Both clocks cover a whole round, from its first request to its last answer, with prefill, queue and transport.
+docs/serving.md says what is compared.
 """
 
+import asyncio
 import contextlib
 import dataclasses
 import shlex
-import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from dflash import metrics
-from dflash.gate import status
-from dflash.interval import NO_SPEEDUP, speedup_figures
-from dflash.provenance import redact
+from dflash.host.provenance import redact
+from dflash.measuring import gate
+from dflash.measuring.interval import NO_SPEEDUP, speedup_figures
+from dflash.measuring.result import Served, TokenPlace
 from dflash.serving import acceptance
-from dflash.serving.client import Answer, Client, first_difference
-from dflash.serving.plan import Plan
-from dflash.serving.server import Server, ServingError
-from dflash.tokenizer import Tokenizer
+from dflash.serving.adapters import Timed
+from dflash.serving.client import Client, Completion
+from dflash.serving.connection import ServingError, patiently
+from dflash.serving.deployment import Deployment
+from dflash.serving.results import origin
+from dflash.serving.server import Server
+from dflash.text.tokenizer import Tokenizer
 
 # A process that dies closes its connections first.
 _DYING_S = 0.5
@@ -33,208 +34,229 @@ _DYING_S = 0.5
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Round:
-    """Answers in the order of the prompts, and seconds from the first request to the last answer."""
+    """Completions in the order of the prompts, and seconds from the first request to the end of the last answer."""
 
-    answers: list[Answer]
+    completions: list[Completion]
     seconds: float
 
     def shares(self) -> list[float]:
-        """Seconds of the round that each prompt is charged with: by how long its own request took."""
-        total = sum(a.seconds for a in self.answers)
-        return [self.seconds * a.seconds / total for a in self.answers]
+        """The round's seconds divided over its prompts, in proportion to how long each request took."""
+        total = sum(c.seconds for c in self.completions)
+        return [self.seconds * c.seconds / total for c in self.completions]
 
     @property
     def counted(self) -> int:
-        return sum(a.counted for a in self.answers)
+        return sum(c.counted for c in self.completions)
 
 
-@contextlib.contextmanager
-def _told_of_death(server: Server) -> Iterator[None]:
-    """Where a request failed because its server ended, that is said, with its last words."""
+async def _at_once(
+    ask: Callable[[list[int]], Awaitable[Completion]], prompts: Sequence[list[int]], concurrency: int
+) -> list[Completion]:
+    """The completions in the order of the prompts, several requests at a time; the first failure ends them all."""
+    places = asyncio.Semaphore(concurrency)
+
+    async def completion(prompt: list[int]) -> Completion:
+        async with places:
+            return await ask(prompt)
+
     try:
-        yield
-    except ServingError as error:
-        time.sleep(_DYING_S)
-        death = server.death()
-        raise ServingError(f"{death}; at that, {error}" if death else str(error)) from None
-
-
-def _at_once(ask: Callable[[list[int]], Answer], prompts: Sequence[list[int]], concurrency: int) -> list[Answer]:
-    """The answers in the order of the prompts, so many asked at a time; raises what the first of them raised.
-
-    Nothing waits for a thread: a request that is cut short must keep neither its server nor us from ending.
-    """
-    answers: list[Future[Answer]] = [Future() for _ in prompts]
-    todo = deque(zip(answers, prompts, strict=True))
-
-    def work() -> None:
-        with contextlib.suppress(IndexError):
-            while True:
-                answer, prompt = todo.popleft()
-                try:
-                    answer.set_result(ask(prompt))
-                except Exception as error:
-                    answer.set_exception(error)
-
-    for _ in range(min(concurrency, len(prompts))):
-        threading.Thread(target=work, daemon=True).start()
-    try:
-        return [answer.result() for answer in answers]
-    finally:
-        todo.clear()
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(completion(prompt)) for prompt in prompts]
+    except BaseExceptionGroup as failures:
+        raise failures.exceptions[0] from None
+    return [task.result() for task in tasks]
 
 
 class _Side:
-    """One server and what it answered; `mark` is where its account of acceptance stood before the timed rounds."""
+    """One server and its rounds; `mark` is the state of its acceptance report before the timed ones."""
 
     def __init__(self, server: Server, client: Client, run: "ServedRun"):
         self.server, self.client, self._run = server, client, run
         self.rounds: list[Round] = []
         self.mark: Any = None
+        with self._naming_death():
+            client.learn(run.prompts[0], unnamed=str(run.deployment.target))
+        self.round()
+
+    @contextlib.contextmanager
+    def _naming_death(self) -> Iterator[None]:
+        """If a request failed because its server ended, says so, with the server's last words."""
+        try:
+            yield
+        except ServingError as error:
+            time.sleep(_DYING_S)
+            death = self.server.death()
+            raise ServingError(f"{death}; at that, {error}" if death else str(error)) from None
 
     def round(self) -> Round:
+        """Every prompt once. A round cut short by a busy server is taken again, so its seconds contain no waiting."""
+        with self._naming_death():
+            return patiently(lambda: asyncio.run(self._round()))
+
+    async def _round(self) -> Round:
         run = self._run
         begun = time.perf_counter()
-        with _told_of_death(self.server):
-            answers = _at_once(lambda p: self.client.ask(p, run.max_new_tokens), run.prompts, run.concurrency)
-        return Round(answers=answers, seconds=time.perf_counter() - begun)
-
-    def counters(self) -> str:
-        """Its page of counters; empty where it has none."""
-        try:
-            return self.client.get("/metrics")
-        except ServingError:
-            return ""
+        completions = await _at_once(lambda p: self.client.ask(p, run.max_new_tokens), run.prompts, run.concurrency)
+        return Round(completions=completions, seconds=time.perf_counter() - begun)
 
     def take(self) -> None:
         self.rounds.append(self.round())
 
+    def set_mark(self) -> None:
+        self.mark = self._run.deployment.adapter.mark(self.server, self.client)
+
+    @property
+    def completions(self) -> list[Completion]:
+        """The completions of the timed rounds."""
+        return [completion for timed in self.rounds for completion in timed.completions]
+
 
 class ServedRun:
-    """The rounds of a case, of `served_run`."""
+    """The rounds of a case, of `served_run`. `cut_short` says what ended them early; those before it are kept."""
 
-    def __init__(self, plan: Plan, prompts: Sequence[Sequence[int]], max_new_tokens: int, concurrency: int):
-        self.plan, self.prompts = plan, [list(p) for p in prompts]
+    def __init__(self, deployment: Deployment, prompts: Sequence[Sequence[int]], max_new_tokens: int, concurrency: int):
+        self.deployment, self.prompts = deployment, [list(p) for p in prompts]
         self.max_new_tokens, self.concurrency = max_new_tokens, concurrency
         self.target: _Side
         self.draft: _Side | None = None
-        self.in_turn = bool(plan.asked.draft_base_url)
-        self.accepted: dict[str, Any] = {}
+        self.cut_short: str | None = None
+        self.accepted: acceptance.Figures = {}
 
     def baseline_round(self) -> None:
-        """A timed round without a draft, where both servers run; else those were taken before."""
-        if self.in_turn and self.draft is not None:
+        """A timed round without a draft if both servers run; otherwise those were taken before."""
+        if self.deployment.in_turn and self.draft is not None:
             self.target.take()
 
     def round(self) -> None:
-        """A timed round with the draft, or without one where there is none."""
+        """A timed round with the draft, or without one if there is none."""
         (self.draft or self.target).take()
+
+    def failures(self, case: Served, floors: gate.Floors, rounds: int) -> list[str]:
+        """A sentence for each thing that fails the run: fewer than `rounds` rounds, different texts, a missed floor.
+
+        A target alone and drawn texts prove nothing: that fails only a run that is held to a floor.
+        """
+        proven = self.deployment.no_draft is None and not self.deployment.options.sampling.temperature
+        sentences = gate.failures(case, floors) if proven or floors != gate.Floors() else []
+        if self.cut_short:
+            return [f"{len(self.seconds)} of {rounds} rounds were taken, since {self.cut_short}", *sentences]
+        return sentences
+
+    @contextlib.contextmanager
+    def keeping(self, side: _Side) -> Iterator[None]:
+        """If a round of this side fails after the first, the rounds before it are kept. Raises ServingError."""
+        try:
+            yield
+        except ServingError as error:
+            if not side.rounds:
+                raise
+            self.cut_short = str(error)
+
+    def measure(self, rounds: int) -> None:
+        """That many rounds, or as many as succeed. Raises ServingError if none does."""
+        with self.keeping(self.draft or self.target):
+            for _ in range(rounds):
+                self.baseline_round()
+                self.round()
 
     @property
     def seconds(self) -> list[float]:
-        """Of the timed rounds with the draft, or without one where there is none."""
+        """Seconds of the timed rounds with the draft, or without one if there is none."""
         return [r.seconds for r in (self.draft or self.target).rounds]
 
-    def read_acceptance(self) -> dict[str, Any]:
-        """What the second server tells since its mark."""
+    def read_acceptance(self) -> acceptance.Figures:
+        """What the second server has reported since its mark."""
         if self.draft is None:
             return acceptance.unknown("nothing was drafted")
-        if self.plan.draft is None:
+        if self.deployment.draft is None:
             return acceptance.unknown("the block size is unknown: --draft names what the server drafts with")
-        size, side = self.plan.draft.block_size, self.draft
-        kind = self.plan.asked.server
-        if kind == "sglang":
-            return acceptance.of_sglang([a.told for r in side.rounds for a in r.answers], size)
-        if kind == "vllm":
-            return acceptance.of_vllm(side.mark, side.counters(), size)
-        if kind == "sglang-jax" and side.server.log is not None:
-            return acceptance.of_sglang_jax(side.server.read_log(side.mark), size)
-        if kind == "sglang-jax":
-            return acceptance.unknown("sglang-jax writes it into its log alone, and this one was started elsewhere")
-        return acceptance.unknown("an OpenAI API tells no acceptance; --server names a kind of server that does")
+        side = self.draft
+        timed = Timed(server=side.server, client=side.client, completions=side.completions, mark=side.mark)
+        try:
+            return self.deployment.adapter.acceptance(timed, self.deployment.draft.block_size)
+        except ServingError as error:
+            return acceptance.unknown(str(error))
 
-    def set_mark(self) -> None:
-        """After warm-up: acceptance is that of the timed rounds."""
-        if self.draft is not None:
-            vllm = self.plan.asked.server == "vllm"
-            self.draft.mark = self.draft.counters() if vllm else self.draft.server.log_size()
-
-    def info(self) -> dict[str, Any]:
-        """The case's figures, by the names in `metrics`; those that a server does not tell are None."""
-        plan, rounds = self.plan, (self.draft or self.target).rounds
+    def result(self, prompts: Mapping[str, Any]) -> Served:
+        """The case's figures; None for those that a server does not report. `prompts` names the set and its hash."""
+        deployment, rounds = self.deployment, (self.draft or self.target).rounds
         lengths = [len(p) for p in self.prompts]
         drafted = self.draft.rounds if self.draft else []
-        block_size = plan.draft.block_size if plan.draft else None
-        info: dict[str, Any] = {
-            "mode": "served",
-            "block_size": block_size if drafted else None,
-            "batch_size": self.concurrency,
-            "num_prompts": len(lengths),
-            "prompt_len": max(lengths),
-            "prompt_len_mean": sum(lengths) / len(lengths),
-            "max_new_tokens": self.max_new_tokens,
-            "dtype": "as served",
+        block_size = deployment.draft.block_size if deployment.draft and drafted else None
+        timed = drafted and all(r.counted for r in self.target.rounds + drafted)
+        case = Served(
+            **origin(deployment, block_size, self.concurrency, self.max_new_tokens),
+            **prompts,
+            mode="served",
+            block_size=block_size,
+            batch_size=self.concurrency,
+            num_prompts=len(lengths),
+            prompt_len=max(lengths),
+            prompt_len_mean=sum(lengths) / len(lengths),
+            max_new_tokens=self.max_new_tokens,
+            dtype="as served",
             **self.accepted,
-            "num_output_tokens": rounds[-1].counted,
-            "tok_s_total": _rate(drafted),
-            "ttft_ms": _median_ms(drafted, lambda a: a.ttft_s),
-            "tpot_ms": _median_ms(drafted, _per_token),
-            "compile_s": None,
-            "rounds": len(rounds),
-            "baseline_tok_s_total": _rate(self.target.rounds),
-            "baseline_ttft_ms": _median_ms(self.target.rounds, lambda a: a.ttft_s),
-            "baseline_tpot_ms": _median_ms(self.target.rounds, _per_token),
-            **NO_SPEEDUP,
-            "block_ratio": None,
-            "divergences": None,
-            "near_ties": None,
-            "server": plan.server,
-            "server_commands": self._commands(),
-            "no_draft": plan.no_draft,
-            "interleaved": self.in_turn,
+            num_output_tokens=rounds[-1].counted,
+            tok_s_total=_rate(drafted),
+            ttft_ms=_median_ms(drafted, lambda c: c.ttft_s),
+            tpot_ms=_median_ms(drafted, _per_token),
+            compile_s=None,
+            rounds=len(rounds),
+            baseline_tok_s_total=_rate(self.target.rounds),
+            baseline_ttft_ms=_median_ms(self.target.rounds, lambda c: c.ttft_s),
+            baseline_tpot_ms=_median_ms(self.target.rounds, _per_token),
+            **(self._speedup() if timed else NO_SPEEDUP),
+            server=deployment.server,
+            server_commands=self._commands(),
+            no_draft=deployment.no_draft,
+            interleaved=deployment.in_turn,
             **self._compared(),
-        }
-        if drafted and all(r.counted for r in self.target.rounds + drafted):
-            info |= self._speedup()
-        return metrics.finite(info | {"status": status(info)})
+            status="ok",
+        )
+        return dataclasses.replace(case, status=gate.status(case))
 
     def _commands(self) -> list[str]:
-        """What started the servers, without secrets; empty where they ran already."""
-        if self.plan.asked.base_url:
+        """The commands that started the servers, without secrets; empty if they were already running."""
+        if self.deployment.options.base_url:
             return []
         sides = [False] if self.draft is None else [False, True]
-        return [shlex.join(redact(self.plan.command(drafting=d, port=0))) for d in sides]
+        secrets = (self.deployment.key,) if self.deployment.key else ()
+        return [shlex.join(redact(self.deployment.command(drafting=d, port=0), secrets)) for d in sides]
 
-    def _differing(self, side: _Side | None) -> list[dict[str, int]]:
-        """Where answers of a server differ from the target's of its first round: prompt and token, from 0."""
-        expected = self.target.rounds[0].answers
+    def _differing(self, side: _Side | None) -> list[TokenPlace]:
+        """Where completions of a server differ from the target's of its first round: prompt and token, from 0."""
+        expected = self.target.rounds[0].completions
         return [
-            {"prompt": prompt, "token": place}
+            TokenPlace(prompt=prompt, token=token)
             for taken in (side.rounds if side else [])
-            for prompt, (a, b) in enumerate(zip(expected, taken.answers, strict=True))
-            if (place := first_difference(a, b, self.max_new_tokens)) is not None
+            for prompt, (a, b) in enumerate(zip(expected, taken.completions, strict=True))
+            if (token := a.divergence(b, self.max_new_tokens)) is not None
         ]
 
     def _compared(self) -> dict[str, Any]:
-        """Whether all answers to a prompt are the same, and how they were compared."""
-        answers = [a for side in (self.target, self.draft) if side for r in side.rounds for a in r.answers]
+        """Whether all completions of a prompt are the same, and how they were compared."""
+        completions = [c for side in (self.target, self.draft) if side for c in side.completions]
+        over = sum(c.emitted > self.max_new_tokens for c in completions)
+        if self.deployment.options.sampling.temperature:
+            told = {"compared": "nothing: texts are drawn", "over_budget": over}
+            return told | {"lossless": None, "first_divergence": None}
         differing = self._differing(self.draft)
         return {
-            "compared": "token ids" if all(a.exact for a in answers) else "texts, encoded again",
-            "over_budget": sum(a.emitted > self.max_new_tokens for a in answers),
-            # A target that answers otherwise when asked again can't be held against anything.
+            "compared": "token ids" if all(c.exact for c in completions) else "texts, encoded again",
+            "over_budget": over,
+            # A target that answers differently when asked again can't be compared with anything.
             "target_repeats_itself": not self._differing(self.target),
             "lossless": not differing if self.draft else None,
-            "prompts_equal": len(self.prompts) - len({d["prompt"] for d in differing}) if self.draft else None,
+            "prompts_equal": len(self.prompts) - len({place.prompt for place in differing}) if self.draft else None,
             "first_divergence": differing[0] if differing else None,
         }
 
     def _speedup(self) -> dict[str, Any]:
-        """Seconds a token, target over draft, with intervals: after a difference texts differ, and may in length."""
+        """Seconds per token, target over draft, with intervals; after a difference texts may differ in length."""
         assert self.draft is not None
         count = min(len(self.target.rounds), len(self.draft.rounds))
         before, after = (
-            np.array([r.shares() for r in side.rounds[-count:]]) / np.array([[r.counted] for r in side.rounds[-count:]])
+            np.array([r.shares() for r in side.rounds[:count]]) / np.array([[r.counted] for r in side.rounds[:count]])
             for side in (self.target, self.draft)
         )
         return speedup_figures(before, after)
@@ -244,18 +266,19 @@ def _rate(rounds: Sequence[Round]) -> float | None:
     return float(np.median([r.counted / r.seconds for r in rounds])) if rounds else None
 
 
-def _per_token(answer: Answer) -> float | None:
-    return (answer.seconds - answer.ttft_s) / (answer.counted - 1) if answer.counted > 1 else None
+def _per_token(completion: Completion) -> float | None:
+    extra = completion.counted - 1
+    return (completion.seconds - completion.ttft_s) / extra if extra > 0 else None
 
 
-def _median_ms(rounds: Sequence[Round], of: Callable[[Answer], float | None]) -> float | None:
-    found = [s for r in rounds for a in r.answers if (s := of(a)) is not None]
-    return 1000 * float(np.median(found)) if found else None
+def _median_ms(rounds: Sequence[Round], of: Callable[[Completion], float | None]) -> float | None:
+    seconds = [value for r in rounds for c in r.completions if (value := of(c)) is not None]
+    return 1000 * float(np.median(seconds)) if seconds else None
 
 
 @contextlib.contextmanager
 def served_run(
-    plan: Plan,
+    deployment: Deployment,
     tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
     *,
@@ -263,40 +286,30 @@ def served_run(
     concurrency: int,
     rounds: int,
 ) -> Iterator[ServedRun]:
-    """A run whose servers are warm, for `rounds` of its rounds; what it has not started yet it starts.
+    """A run with warm servers, for `rounds` rounds; starts what is not yet running.
 
     Where both are started here, the target's own rounds are taken, and its server is ended, before this returns. Raises
     ServingError.
     """
-    run = ServedRun(plan, prompts, max_new_tokens, concurrency)
+    run = ServedRun(deployment, prompts, max_new_tokens, concurrency)
 
     def warmed(server: Server) -> _Side:
-        client = Client(
-            server.url,
-            api=plan.adapter.api if plan.adapter else "openai",
-            model=plan.served_model,
-            tokenizer=tokenizer,
-            timeout_s=plan.asked.request_timeout_s,
-            key=plan.key,
-        )
-        side = _Side(server, client, run)
-        with _told_of_death(server):
-            client.learn(run.prompts[0], unnamed=str(plan.target))
-        side.round()
-        return side
+        return _Side(server, deployment.client(server.url, tokenizer), run)
 
     with contextlib.ExitStack() as stack:
-        if plan.no_draft is not None:
-            run.target = warmed(stack.enter_context(plan.open(drafting=False)))
-        elif run.in_turn:
-            run.target = warmed(stack.enter_context(plan.open(drafting=False)))
-            run.draft = warmed(stack.enter_context(plan.open(drafting=True)))
+        if deployment.no_draft is not None:
+            run.target = warmed(stack.enter_context(deployment.open(drafting=False)))
+        elif deployment.in_turn:
+            run.target = warmed(stack.enter_context(deployment.open(drafting=False)))
+            run.draft = warmed(stack.enter_context(deployment.open(drafting=True)))
         else:
-            with plan.open(drafting=False) as server:
+            with deployment.open(drafting=False) as server:
                 run.target = warmed(server)
-                for _ in range(rounds):
-                    run.target.take()
-            run.draft = warmed(stack.enter_context(plan.open(drafting=True)))
-        run.set_mark()
+                with run.keeping(run.target):
+                    for _ in range(rounds):
+                        run.target.take()
+            run.draft = warmed(stack.enter_context(deployment.open(drafting=True)))
+        if run.draft is not None:
+            run.draft.set_mark()
         yield run
         run.accepted = run.read_acceptance()

@@ -1,37 +1,29 @@
 """A server in a process of its own: started, waited for, and ended with every process that it started.
 
-Knows nothing of which server it is. The log is kept; what a failed start says of it, and the log itself once the server
-has ended, hold no secret.
+It does not know which server it is. The log is kept; the excerpt after a failed start, and the log itself once the
+server has ended, contain no secret.
 """
 
 import contextlib
 import dataclasses
-import http.client
 import os
 import shlex
 import signal
 import socket
 import subprocess
-import threading
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import FrameType
 
-from dflash.provenance import redact
-from dflash.teacher_cache.arrays import write_atomically
+from dflash.host.disk import write_atomically
+from dflash.host.stopping import unwinding
+from dflash.serving.connection import Connection, ServingError, redacted
 
 LOG_LINES = 20
-# After a polite request to end; then the whole group is killed.
+_TAIL_BYTES, _LINE = 1 << 16, 500
+# Seconds after SIGTERM before the whole group is killed.
 GRACE_S = 15.0
 _POLL_S = 0.5
-
-
-class ServingError(ValueError):
-    """A server that can't be measured: the rule, what came, and what to do."""
 
 
 def free_port() -> int:
@@ -41,18 +33,17 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def redacted(text: str) -> str:
-    """The text without secrets, word by word."""
-    return "\n".join(" ".join(redact(line.split(" "))) for line in text.split("\n"))
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Server:
-    """Where a server listens. `process` and `log` are None for one that somebody else runs."""
+    """Where a server listens. `process` and `log` are None for a server that was started elsewhere.
+
+    `secrets` are not shown of what is in the log.
+    """
 
     url: str
     process: subprocess.Popen[bytes] | None = None
     log: Path | None = None
+    secrets: tuple[str, ...] = dataclasses.field(default=(), repr=False)
 
     def read_log(self, start: int = 0) -> str:
         """The log from a byte on; empty where there is none."""
@@ -67,12 +58,16 @@ class Server:
 
     def tail(self) -> str:
         """The last lines of the log, without secrets, after a line that says where it is."""
-        # Of a progress bar, which returns to the start of its line, the last state.
-        lines = [line.rstrip("\r").rpartition("\r")[2] for line in redacted(self.read_log()).rstrip().split("\n")]
+        start = max(0, self.log_size() - _TAIL_BYTES)
+        # A line that is cut may begin inside a secret.
+        end = self.read_log(start).partition("\n")[2] if start else self.read_log()
+        # A progress bar returns to the start of its line: keep its last state.
+        states = [line.rstrip("\r").rpartition("\r")[2] for line in redacted(end, self.secrets).rstrip().split("\n")]
+        lines = [f"{state:.{_LINE}}" for state in states]
         return f"the last lines of {self.log}:\n  " + "\n  ".join(lines[-LOG_LINES:])
 
     def death(self) -> str | None:
-        """How the server ended, with its last words; None while it runs, or where it is somebody else's."""
+        """How the server ended, with its last words; None while it runs, or if it was started elsewhere."""
         if self.process is None or self.process.poll() is None:
             return None
         code = self.process.returncode
@@ -88,18 +83,20 @@ def started(
     health: str,
     log: Path,
     timeout_s: float,
+    secrets: tuple[str, ...] = (),
 ) -> Iterator[Server]:
-    """A server that answers `url` + `health`, until the block is left in whatever way; SIGTERM and SIGHUP included.
+    """A server that answers `url` + `health`, ended however the block is left, SIGTERM and SIGHUP included.
 
+    Its log keeps none of the `secrets`.
     Raises ServingError when it can't be started, ends, or is not ready in time.
     """
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
-        log.write_text(f"$ {redacted(shlex.join(command))}\n", encoding="utf-8")
+        log.write_text(f"$ {redacted(shlex.join(command), secrets)}\n", encoding="utf-8")
     except OSError as error:
-        raise ServingError(f"a server's log goes to {log} (--log-dir): {error.strerror}") from None
+        raise ServingError(f"a server's log goes to {log} (--server-logs): {error.strerror}") from None
     process = None
-    with _leaving_on_signals():
+    with unwinding():
         try:
             with log.open("ab") as out:
                 process = subprocess.Popen(
@@ -107,11 +104,12 @@ def started(
                     stdin=subprocess.DEVNULL,
                     stdout=out,
                     stderr=subprocess.STDOUT,
-                    # A group of its own: Ctrl-C reaches us alone, and we end all of it.
+                    # Its own process group: Ctrl-C reaches only us, and we end the whole group.
                     start_new_session=True,
                 )
-            _wait_until_ready(Server(url=url, process=process, log=log), health, timeout_s)
-            yield Server(url=url, process=process, log=log)
+            server = Server(url=url, process=process, log=log, secrets=secrets)
+            _wait_until_ready(server, health, timeout_s)
+            yield server
         except OSError as error:
             if process is not None:
                 raise
@@ -121,15 +119,16 @@ def started(
                 try:
                     _end(process)
                 finally:  # also where a second Ctrl-C cuts the wait short
-                    write_atomically(log, redacted(log.read_text(encoding="utf-8", errors="replace")))
+                    write_atomically(log, redacted(log.read_text(encoding="utf-8", errors="replace"), secrets))
 
 
 def _wait_until_ready(server: Server, health: str, timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
+    connection = Connection(server.url, timeout_s=timeout_s)
     while True:
         if death := server.death():
             raise ServingError(f"a server must become ready; {death}")
-        if _is_healthy(server.url + health):
+        if connection.is_healthy(health):
             return
         if time.monotonic() >= deadline:
             raise ServingError(
@@ -139,45 +138,8 @@ def _wait_until_ready(server: Server, health: str, timeout_s: float) -> None:
         time.sleep(_POLL_S)
 
 
-def opener(url: str) -> urllib.request.OpenerDirector:
-    """Opens URLs; a proxy of the environment is not asked for what listens on this host."""
-    here = urllib.parse.urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")
-    return urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if here else []))
-
-
-def _is_healthy(url: str) -> bool:
-    try:
-        with opener(url).open(url, timeout=5) as answer:
-            return answer.status == 200
-    except urllib.error.HTTPError as error:  # it listens, and is not ready
-        error.close()
-        return False
-    except (OSError, ValueError, http.client.HTTPException):  # refused, reset, too slow, not HTTP
-        return False
-
-
-@contextlib.contextmanager
-def _leaving_on_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP unwind as Ctrl-C does, so that what was started is ended; only the main thread can say so."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def leave(number: int, _: FrameType | None) -> None:
-        raise KeyboardInterrupt(signal.Signals(number).name)
-
-    # What is ignored stays so: under nohup a run goes on.
-    heeded = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, leave) for number in heeded}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ends the whole group: asks, waits, kills. What outlived its leader is killed too."""
+    """Ends the whole group: asks, waits, kills, including processes that outlived their leader."""
     try:
         os.killpg(process.pid, signal.SIGTERM)
         process.wait(GRACE_S)

@@ -1,7 +1,7 @@
-"""What one training step reads: rows of context features, anchors in them, and what should follow each anchor.
+"""What one training step reads: rows of context features, anchors in them, and the tokens after each anchor.
 
-Both forms of the teacher cache come out as the same batch. Which rows and anchors a step gets follows from the seed
-and the step's number alone, so a resumed run reads what an unbroken one would have read.
+Both forms of the teacher cache give the same kind of batch. The rows and anchors of a step depend only on the seed and
+the step's number, so a resumed run reads what an uninterrupted one would have read.
 """
 
 import dataclasses
@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from dflash.teacher_cache.arrays import CacheError
-from dflash.teacher_cache.sequences import SequenceCache
-from dflash.teacher_cache.windows import WindowCache
+from dflash.training.cache.arrays import CacheError
+from dflash.training.cache.sequences import SequenceCache
+from dflash.training.cache.windows import WindowCache
 
 
 @jax.tree_util.register_dataclass
@@ -38,9 +38,9 @@ class Batch:
 def sequence_batch(
     cache: SequenceCache, rows: np.ndarray, anchors: Sequence[np.ndarray], block_size: int, embedding: np.ndarray
 ) -> Batch:
-    """The given anchors (token indices within each row, at most A; fewer are filled up and masked) of these rows.
+    """These rows with the given anchors (token indices within each row; fewer than A are padded and masked).
 
-    A label counts when it lies in the row and is part of an answer.
+    A label counts if it lies in the row and is part of an answer.
     """
     A = max(map(len, anchors))
     B, C, S = len(rows), cache.longest, block_size
@@ -53,10 +53,10 @@ def sequence_batch(
         features[b, : end - first] = cache.features[first:end]
         slots = chosen[:, None] + np.arange(S)
         inside = slots < end - first
-        found = first + np.where(inside, slots, 0)
+        sources = first + np.where(inside, slots, 0)
         places[b, : len(chosen)] = chosen
-        tokens[b, : len(chosen)] = np.where(inside, cache.token_ids[found], 0)
-        mask[b, : len(chosen)] = (inside & (cache.loss_mask[found] > 0))[:, 1:]
+        tokens[b, : len(chosen)] = np.where(inside, cache.token_ids[sources], 0)
+        mask[b, : len(chosen)] = (inside & (cache.loss_mask[sources] > 0))[:, 1:]
     return Batch(
         features=features,
         starts=np.asarray(cache.pos_start[rows], np.int32),
@@ -69,12 +69,12 @@ def sequence_batch(
 
 
 def window_batch(cache: WindowCache, rows: np.ndarray, block_size: int) -> Batch:
-    """One anchor behind each window, and the first S-1 of its labels."""
+    """One anchor after each window, and the first S-1 of its labels."""
     samples = cache.samples(rows)
     n = len(rows)
     bits = np.ascontiguousarray(samples.context_features).view(np.uint16).reshape(n, cache.context, -1)
     labels = samples.target_ids[:, None, : block_size - 1].astype(np.int32)
-    ids = samples.anchor_ids  # some old caches leave them out; `check_fit` refuses those where they are needed
+    ids = samples.anchor_ids  # some old caches lack them; `check_fit` refuses those when they are needed
     return Batch(
         features=bits,
         starts=samples.ctx_pos_start.astype(np.int32),
@@ -87,13 +87,13 @@ def window_batch(cache: WindowCache, rows: np.ndarray, block_size: int) -> Batch
 
 
 def anchor_candidates(cache: SequenceCache, row: int) -> np.ndarray:
-    """Where an anchor may be: answer tokens that an answer token follows, as indices within the row."""
+    """Where an anchor may be: answer tokens followed by an answer token, as indices within the row."""
     counts = np.asarray(cache.loss_mask[cache.bounds[row] : cache.bounds[row + 1]]) > 0
     return np.flatnonzero(counts[:-1] & counts[1:])
 
 
 class TrainingBatches:
-    """Batch after batch of these rows of a cache, in an order that is drawn anew every time round.
+    """Batches of these rows of a cache, in an order drawn anew for each epoch.
 
     `num_anchors` are drawn per sequence and step; a window has its one. embedding [V, H] is the target's.
     """
@@ -134,7 +134,7 @@ class TrainingBatches:
 
 
 def widened(batch: Batch, num_anchors: int) -> Batch:
-    """The same with room for exactly `num_anchors`, so that every step has one shape."""
+    """The same batch with room for exactly `num_anchors`, so that every step has one shape."""
     missing = num_anchors - batch.anchors.shape[1]
 
     def widen(x: np.ndarray) -> np.ndarray:

@@ -1,12 +1,13 @@
 """The training objective: cross-entropy of the draft's block slots over the whole vocabulary, weighted by position.
 
 The head is the target's and frozen, so a column's gradient, E_softmax[W] - W[label], is known once its softmax is: it
-is gathered beside the softmax, chunk by chunk, as flash attention gathers its output. Value and gradient then cost two
-products with the head and not three, and no array holds [V, N].
+is accumulated beside the softmax, chunk by chunk, as flash attention accumulates its output. Value and gradient then
+cost two products with the head instead of three, and no array holds [V, N].
 """
 
 import functools
-from typing import NamedTuple
+import math
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,23 +15,23 @@ from jax import Array, lax
 
 from dflash.models.layers import precision
 
-KINDS = ("uniform", "decay", "dpace")
-# Instead of -inf, which minus itself is NaN: what a maximum is before any row of the vocabulary is seen.
+Weighting = Literal["uniform", "decay", "dpace"]
+# The maximum before any row of the vocabulary is seen; not -inf, because -inf minus itself is NaN.
 _LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
 class _Running(NamedTuple):
-    """What is known of N columns after some rows of the head; float32 but for `best`."""
+    """The state of N columns after some rows of the head; float32 except `best`."""
 
     top: Array  # [N] largest logit
     best: Array  # int32 [N] its token, the lowest of equals
     total: Array  # [N] sum of exp(logit - top)
     gold: Array  # [N] the label's logit, 0 while unseen
-    rows: Array  # [H, N] sum of exp(logit - top) * row of the head; [0, N] where no gradient is asked for
+    rows: Array  # [H, N] sum of exp(logit - top) * row of the head; [0, N] without a gradient
 
 
 def pad_head(head: Array, shards: int) -> Array:
-    """Head [V, H] with rows of zeros below, so that `shards` divides them; `vocab_size=V` then keeps them out."""
+    """Head [V, H] padded with rows of zeros so that `shards` divides it; `vocab_size=V` then excludes them."""
     missing = -head.shape[0] % shards
     return jnp.pad(head, ((0, missing), (0, 0))) if missing else head
 
@@ -40,9 +41,9 @@ def cross_entropy(
 ) -> tuple[Array, Array]:
     """-log softmax(head @ x)[label] of each column, float32 [N], and each column's likeliest token, int32 [N].
 
-    x [H, N] after the draft's final norm, labels int32 [N] in 0 .. V-1 (not checked: they are data), head [V, H]. The
-    logits of `chunk` rows exist at a time; they and all sums are float32. No gradient flows to the head, and there is
-    no forward-mode derivative. (XLA for CPUs makes one float32 copy of a bfloat16 head before it takes chunks of it.)
+    x [H, N] after the draft's final norm, labels int32 [N] in 0 .. V-1 (not checked), head [V, H]. The logits of
+    `chunk` rows exist at a time; they and all sums are float32. No gradient flows to the head, and there is no
+    forward-mode derivative. (XLA for CPUs makes one float32 copy of a bfloat16 head before it takes chunks of it.)
 
     Inside shard_map, `axis` names the mesh axis that the head's rows are split over (`pad_head` makes them divide):
     head is this device's shard, x and labels are the same on every device of the axis, and so are the results and x's
@@ -75,7 +76,7 @@ def _forward(
 
 
 def _backward(
-    chunk: int,  # noqa: ARG001  custom_vjp hands over every static argument
+    chunk: int,  # noqa: ARG001  custom_vjp passes every static argument
     axis: str | None,  # noqa: ARG001
     V: int,  # noqa: ARG001
     gradient: Array,
@@ -104,14 +105,15 @@ def _run(x: Array, labels: Array, head: Array, chunk: int, axis: str | None, V: 
     x = x.astype(dtype)
 
     def step(i: Array, seen: _Running) -> _Running:
-        # Rows that `chunk` leaves over are read again, in a chunk that ends with the head: neither copied nor padded.
+        # The rows left over by `chunk` are covered by one more chunk that ends with the head and overlaps the one
+        # before, so nothing is copied or padded.
         start = jnp.minimum(i * chunk, rows - chunk)
         part = lax.dynamic_slice_in_dim(head, start, chunk).astype(dtype)
         tokens = offset + start + jnp.arange(chunk, dtype=jnp.int32)
         fresh = (tokens >= offset + i * chunk) & (tokens < V)
         logits = jnp.where(fresh[:, None], dot("vh,hn->vn", part, x), -jnp.inf)
         highest = logits.max(axis=0)
-        # Not argmax, which on a CPU goes through all entries one at a time.
+        # Not argmax, which on a CPU visits all entries one at a time.
         first = jnp.where(logits == highest, tokens[:, None], V).min(axis=0)
         top = jnp.maximum(seen.top, highest)
         shrink = jnp.exp(seen.top - top)
@@ -127,19 +129,19 @@ def _run(x: Array, labels: Array, head: Array, chunk: int, axis: str | None, V: 
             rows=seen.rows * shrink + dot("vh,vn->hn", part, weights.astype(dtype)) if gradient else seen.rows,
         )
 
-    # The first chunk by itself: what the loop carries then varies over the same mesh axes before and after a step.
-    return lax.fori_loop(1, -(-rows // chunk), step, step(jnp.int32(0), nothing))
+    # The first chunk is outside the loop, so that the carry varies over the same mesh axes before and after a step.
+    return lax.fori_loop(1, math.ceil(rows / chunk), step, step(jnp.int32(0), nothing))
 
 
 def _whole(run: _Running, axis: str | None) -> tuple[Array, Array, Array]:
-    """Of all shards: nll [N], best [N], and what this shard's `rows` are to be multiplied by [N]."""
+    """Over all shards: nll [N], best [N], and the factor for this shard's `rows` [N]."""
     top, best = run.top, run.best
     if axis is not None:
         top = lax.pmax(run.top, axis)
         best = lax.pmin(jnp.where(run.top < top, jnp.iinfo(jnp.int32).max, best), axis)
     shrink = jnp.exp(run.top - top)
     total = _sum(run.total * shrink, axis)
-    # In this order it is 0, and never below, where the label has all the probability.
+    # In this order it is 0, never below, if the label has all the probability.
     return (top - _sum(run.gold, axis)) + jnp.log(total), best, shrink / total
 
 
@@ -148,7 +150,7 @@ def top_tokens(
 ) -> Array:
     """The `k` likeliest tokens of each column of x [H, N], int32 [N, k], the likeliest first. Not differentiable.
 
-    `chunk`, `axis` and `vocab_size` as in `cross_entropy`; of equals the lowest ids.
+    `chunk`, `axis` and `vocab_size` as in `cross_entropy`; among equals the lowest ids.
     """
     rows, N = head.shape[0], x.shape[1]
     V = rows * (1 if axis is None else lax.axis_size(axis)) if vocab_size is None else vocab_size
@@ -166,11 +168,11 @@ def top_tokens(
         tokens = offset + start + jnp.arange(chunk, dtype=jnp.int32)
         fresh = (tokens >= offset + i * chunk) & (tokens < V)
         logits = jnp.einsum("vh,hn->nv", part, x, precision=precision(dtype), preferred_element_type=jnp.float32)
-        found = largest(jnp.where(fresh, logits, -jnp.inf), jnp.broadcast_to(tokens, (N, chunk)))
-        return largest(*(jnp.concatenate(pair, axis=1) for pair in zip(seen, found, strict=True)))
+        candidates = largest(jnp.where(fresh, logits, -jnp.inf), jnp.broadcast_to(tokens, (N, chunk)))
+        return largest(*(jnp.concatenate(pair, axis=1) for pair in zip(seen, candidates, strict=True)))
 
     nothing = jnp.full((N, k), -jnp.inf, jnp.float32), jnp.full((N, k), V - 1, jnp.int32)
-    best = lax.fori_loop(0, -(-rows // chunk), step, nothing)
+    best = lax.fori_loop(0, math.ceil(rows / chunk), step, nothing)
     if axis is not None:
         best = largest(*(lax.all_gather(part, axis, axis=1, tiled=True) for part in best))
     return best[1]
@@ -201,8 +203,8 @@ def position_weights(kind: str, nll: Array, mask: Array, *, gamma: float, alpha:
     that the draft gives the label, s = (1 - alpha) q + alpha and P_k = s_1 .. s_k, slot k counts the sum of P over
     itself and the counted slots after it, since a rejected slot forfeits those (D-PACE, as speculators has it).
     """
-    if kind not in KINDS:
-        raise ValueError(f"position weights are one of {', '.join(KINDS)}, got {kind!r}")
+    if kind not in get_args(Weighting):
+        raise ValueError(f"position weights are one of {', '.join(get_args(Weighting))}, got {kind!r}")
     counts = mask.astype(jnp.float32)
     if kind == "decay":
         counts *= jnp.exp(-jnp.arange(nll.shape[-1], dtype=jnp.float32) / gamma)

@@ -1,43 +1,36 @@
-"""What training minimises and evaluation counts: the draft's proposals for many blocks against what the target said."""
+"""What training minimises and evaluation counts: the draft's proposals for many blocks against the target's tokens."""
 
 import dataclasses
-import math
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tyro
 from jax import Array
 
-from dflash.config import ConfigError, DraftConfig
+from dflash.config import Checked, Count, DraftConfig, Positive, Share
 from dflash.models.draft import Draft, proposed_tokens
 from dflash.models.layers import precision
 from dflash.training.batches import Batch
-from dflash.training.loss import KINDS, cross_entropy, head_rows, position_weights, top_tokens
+from dflash.training.loss import Weighting, cross_entropy, head_rows, position_weights, top_tokens
 
-# What `block_sums` gives.
+# The keys of `block_sums`.
 SUMS = ("weighted", "weight", "nll", "taught", "right", "labels", "accepted", "blocks")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Objective:
-    """How slots weigh in the loss (`position_weights`) and how much of the vocabulary is multiplied at a time."""
+class Objective(Checked):
+    """How slots are weighted (`position_weights`), and how many rows of the vocabulary are multiplied at a time."""
 
-    weights: str = "dpace"
-    gamma: float = 4.0
-    alpha: float = 0.5
-    chunk: int = 2048
-
-    def __post_init__(self) -> None:
-        faults = [] if self.weights in KINDS else [f"weights must be one of {list(KINDS)}, got {self.weights!r}"]
-        if not 0 < self.gamma < math.inf:
-            faults.append(f"gamma must be a number above 0, got {self.gamma}")
-        if not 0 <= self.alpha <= 1:
-            faults.append(f"alpha must be 0 to 1, got {self.alpha}")
-        if self.chunk < 1:
-            faults.append(f"chunk must be at least 1, got {self.chunk}")
-        if faults:
-            raise ConfigError("; ".join(faults))
+    weights: Annotated[Weighting, tyro.conf.arg(name="position-weights")] = "dpace"
+    """How the slots of a block are weighted in the loss."""
+    gamma: Annotated[Positive, tyro.conf.arg(name="decay-gamma")] = 4.0
+    """decay: slots until the weight has fallen to 1/e."""
+    alpha: Annotated[Share, tyro.conf.arg(name="dpace-alpha")] = 0.5
+    """dpace: 1 is uniform in the draft's confidence, 0 trusts it entirely."""
+    chunk: Annotated[Count, tyro.conf.arg(name="vocab-chunk-size")] = 2048
+    """Rows of the head multiplied at a time."""
 
 
 def block_hidden(draft: Draft, batch: Batch, mask_embedding: Array, *, remat: bool = False) -> Array:
@@ -57,7 +50,7 @@ def block_hidden(draft: Draft, batch: Batch, mask_embedding: Array, *, remat: bo
     return hidden.reshape(H, B * A, drafted + 1)[:, :, 1:].reshape(H, -1)
 
 
-# nll of a label that the draft does not propose: finite, so that a weight of 0 takes it out of every sum.
+# nll of a label that the draft does not propose: finite, so that a weight of 0 removes it from every sum.
 NEVER = 1e4
 
 
@@ -68,18 +61,18 @@ def trained_head(config: DraftConfig, head: Array | np.ndarray) -> Array | np.nd
 
 
 def _places(ids: np.ndarray, vocab_size: int) -> Array:
-    """Where each token of the vocabulary is among `ids`, int32 [V]; -1 for those that are not."""
+    """The index of each token of the vocabulary in `ids`, int32 [V]; -1 for tokens not in it."""
     places = np.full(vocab_size, -1, np.int32)
     places[ids] = np.arange(len(ids))
     return jnp.asarray(places)
 
 
 class Predictions(NamedTuple):
-    """What a draft says of the drafted slots of blocks, each [B, A, S-1].
+    """A draft's predictions for the drafted slots of blocks, each [B, A, S-1].
 
-    nll float32: of the label, over the tokens that the draft proposes; NEVER where the label is none of them.
-    choice_nll float32: the selector's, among its candidates; 0 where the label is none of them, and for a draft without
-    a selector. best int32: what the draft says; a selector is told the label before, as it will have chosen it wherever
+    nll float32: of the label, over the tokens that the draft proposes; NEVER if the label is not among them. choice_nll
+    float32: the selector's, among its candidates; 0 where the label is none of them, and for a draft without a
+    selector. best int32: the draft's choice; a selector gets the preceding label, which it will have chosen wherever
     the slot counts for an accept length.
     """
 
@@ -99,7 +92,7 @@ def predict_blocks(
     axis: str | None = None,
     remat: bool = False,
 ) -> Predictions:
-    """The draft's word on every drafted slot of a batch.
+    """The draft's predictions for every drafted slot of a batch.
 
     head [V, H] (`trained_head`), or this device's rows of it when `axis` names the mesh axis that splits them.
     """
@@ -127,17 +120,17 @@ def predict_blocks(
 
 
 def accept_lens(best: Array, labels: Array) -> Array:
-    """Drafted tokens in a row that are right, int32 [...], 0..S-1, of best and labels [..., S-1]."""
+    """Drafted tokens that are right before the first wrong one, int32 [...], of best and labels [..., S-1]."""
     return jnp.cumprod((best == labels).astype(jnp.int32), axis=-1).sum(axis=-1)
 
 
 def block_sums(predictions: Predictions, batch: Batch, objective: Objective) -> dict[str, Array]:
-    """Sums over the blocks of a batch, float32 scalars: what losses and means are made of.
+    """Sums over the blocks of a batch, float32 scalars, from which losses and means are computed.
 
-    weighted / weight is the loss: nats per label whatever the kind of weights, as SpecForge has it (speculators
-    divides by the counted slots; for D-PACE that makes the step grow with the draft's skill). A selector's likelihood
-    counts as much as the network's. `accepted` counts over `blocks`, those whose labels all count. A label that the
-    draft does not propose teaches nothing, and is wrong.
+    weighted / weight is the loss: nats per label whatever the kind of weights, as SpecForge has it (speculators divides
+    by the counted slots; for D-PACE that makes the step grow with the draft's skill). A selector's loss counts as much
+    as the network's. `accepted` counts over `blocks`, those whose labels all count. A label that the draft does not
+    propose teaches nothing and counts as wrong.
     """
     nll, choice_nll, best = predictions
     S = nll.shape[-1]

@@ -1,86 +1,146 @@
-"""A training run: batches through the trainer, figures to metrics.jsonl, checkpoints to run-<step>/, and on from there.
+"""A training run: batches through the trainer, figures to metrics.jsonl, checkpoints to run-<step>/, and resuming.
 
-A run that was killed and is started again gives, bit by bit, the weights of one that was not: its state is all in the
-checkpoint, and what a step reads follows from its number.
+A run that is killed and started again gives, bit for bit, the weights of an uninterrupted one: all of its state is in
+the checkpoint, and a step's data depends only on its number.
 """
 
 import dataclasses
+import io
 import json
+import secrets
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NamedTuple
 
+import filelock
 import jax
 import numpy as np
+import tyro
 from tqdm import tqdm
 
-from dflash.ahead import ahead
-from dflash.config import ConfigError, DraftConfig
-from dflash.measure import matmul_rate
+from dflash.config import Checked, ConfigError, Count, DraftConfig
+from dflash.host.ahead import ahead
+from dflash.host.disk import parse_object, read_object, write_atomically
 from dflash.metrics import finite
-from dflash.teacher_cache.arrays import write_atomically
 from dflash.training.batches import Batch, TrainingBatches
-from dflash.training.curves import read_metrics, write_curves
+from dflash.training.machine import matmul_rate
 from dflash.training.objective import SUMS, means
 from dflash.training.trainer import TrainConfig, Trainer, learning_rate, step_flops
-from dflash.weights.easydel import read_optimizer_state, read_run, run_config, write_run
-from dflash.weights.runs import latest_run
+from dflash.weights.runs.checkpoint import read_optimizer_state, read_run, run_config, write_run
+from dflash.weights.runs.directories import MARKER, latest_run
+from dflash.weights.snapshot import WeightsError
+
+# The plots of metrics.jsonl: a figure and the label of its axis.
+PANELS = (("cross_entropy", "cross-entropy, nats per label"), ("accept_len_mean", "accept length, mean"))
 
 
 class TrainingError(RuntimeError):
-    """Training that can't go on: at which step, on which rows, and where the last good checkpoint is."""
+    """Training that can't continue: at which step, on which rows, and where the last good checkpoint is."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class RunConfig:
-    """Where a run is kept and how often it says something, in steps; `keep` is how many checkpoints stay."""
+class RunConfig(Checked):
+    """Where a run is kept and how often it reports."""
 
-    root: Path
-    save_every: int = 500
-    keep: int = 2
-    log_every: int = 10
-    evaluate_every: int = 200
+    root: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(name="save-directory")]
+    """Directory of the run; if it holds checkpoints of this run, the run is resumed."""
+    save_every: Count = 500
+    """Steps between checkpoints."""
+    keep: Count = 2
+    """Checkpoints to keep."""
+    log_every: Count = 10
+    """Steps between lines of metrics.jsonl."""
+    evaluate_every: Count = 200
+    """Steps between scores on held-out rows."""
 
-    def __post_init__(self) -> None:
-        counts = ("save_every", "keep", "log_every", "evaluate_every")
-        faults = [f"{n} must be at least 1, got {getattr(self, n)}" for n in counts if getattr(self, n) < 1]
-        if faults:
-            raise ConfigError("; ".join(faults))
 
+def claim_run(root: Path) -> filelock.BaseFileLock:
+    """Reserves the directory of a run, created if missing, for this process until it is released or the process ends.
 
-def open_run(root: Path, settings: Mapping[str, Any], origin: Mapping[str, Any] | None) -> Path | None:
-    """The checkpoint that the run in `root` goes on from; None for a new run, whose settings are written down.
-
-    Raises ConfigError when it was a run with other settings.
+    Raises ConfigError if another process trains in it, or it can't be created.
     """
-    root.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(root / ".training.lock", is_singleton=True)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise ConfigError(
+            f"one process at a time trains in a directory, and another one does in {root}: wait until it ends, or give "
+            "another directory"
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"a run is kept in a directory; {root}: {error.strerror}") from None
+    return lock
+
+
+class Start(NamedTuple):
+    """Where a run starts: its last checkpoint, None for a new run; `identity` marks its own checkpoints.
+
+    Runs that were begun before there were identities have None.
+    """
+
+    checkpoint: Path | None
+    identity: str | None
+
+
+def open_run(root: Path, settings: Mapping[str, Any], origin: Mapping[str, Any] | None) -> Start:
+    """Where the run in `root`, a claimed directory, resumes from; the settings of a new run are written.
+
+    Raises ConfigError if it was a run with other settings, or its last checkpoint belongs to another run.
+    """
     path, latest = root / "run_config.json", latest_run(root)
     if latest is None:
-        whole = dict(settings) | ({"dflash": origin} if origin else {})
-        write_atomically(path, json.dumps(whole, indent=2, sort_keys=True, allow_nan=False) + "\n")
-        return None
-    begun = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    begun.pop("dflash", None)
-    differing = _differences(begun, settings)
-    if differing:
+        identity = secrets.token_hex(16)
+        content = dict(settings) | {"identity": identity} | ({"dflash": origin} if origin else {})
+        write_atomically(path, json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n")
+        return Start(None, identity)
+    remedy = "give another directory for a new run"
+    earlier = read_object(path, ConfigError, remedy) if path.is_file() else {}
+    earlier.pop("dflash", None)
+    identity = earlier.pop("identity", None)
+    differences = _differences(earlier, settings)
+    if differences:
         raise ConfigError(
-            f"{root} holds a run with other settings ({differing}): give those to resume it, or another directory for "
-            "a new run (init_from starts from its draft)"
+            f"{root} holds a run with other settings ({differences}): give those to resume it, or another directory "
+            "for a new run (init_from starts from its draft)"
         )
-    return latest
+    if read_object(latest / MARKER, WeightsError, remedy).get("identity") != identity:
+        raise ConfigError(
+            f"{latest} is no checkpoint of the run that was begun in {root}, though their settings are the same: move "
+            "it away to resume from the one before it, or give another directory for a new run"
+        )
+    return Start(latest, identity)
 
 
 def run_settings(config: TrainConfig, draft: DraftConfig, provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run is known by. Raises ConfigError for a draft that no checkpoint could hold."""
+    """The settings that identify a run. Raises ConfigError for a draft that no checkpoint could hold."""
     return {"train": dataclasses.asdict(config), **json.loads(run_config(draft, "float32", provenance))["dflash"]}
+
+
+def read_metrics(metrics: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, none if there is no file; a last line cut short by a kill is dropped.
+
+    Raises TrainingError for a line that is none of ours.
+    """
+    texts = metrics.read_bytes().splitlines() if metrics.is_file() else []
+    remedy = "remove that line"
+    lines = []
+    for number, text in enumerate(texts, 1):
+        if not text.endswith(b"}"):
+            continue
+        line = parse_object(text, f"{metrics}, line {number},", TrainingError, remedy)
+        if type(line.get("step")) is not int:
+            raise TrainingError(f"{metrics}, line {number}, must say its step, a whole number: {remedy}")
+        lines.append(line)
+    return lines
 
 
 def open_metrics(root: Path, step: int) -> Path:
     """The run's metrics.jsonl, with its lines up to this step."""
     path = root / "metrics.jsonl"
-    kept = [line for line in read_metrics(path) if line["step"] <= step]
-    write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
+    lines = [json.dumps(line) + "\n" for line in read_metrics(path) if line["step"] <= step]
+    write_atomically(path, "".join(lines))
     return path
 
 
@@ -89,7 +149,28 @@ def write_line(metrics: Path, line: Mapping[str, float]) -> None:
         file.write(json.dumps(finite(line), allow_nan=False) + "\n")
 
 
-def check_finite(step: int, sums: Mapping[str, Any], batches: TrainingBatches, saved: Path | None) -> None:
+def write_curves(metrics: Path, image: Path) -> None:
+    """Plots the lines of metrics.jsonl as a PNG."""
+    from matplotlib.figure import Figure  # takes a second that other commands need not spend
+
+    lines = read_metrics(metrics)
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    for axes, (name, label) in zip(figure.subplots(1, 2), PANELS, strict=True):
+        for key, title in ((name, "training"), (f"held_out_{name}", "held out")):
+            points = [(line["step"], line[key]) for line in lines if key in line]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=title, marker="o" if len(points) < 20 else "")
+        axes.set_xlabel("step")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend()
+    drawing = io.BytesIO()
+    figure.savefig(drawing, format="png", dpi=120)
+    write_atomically(image, drawing.getvalue())
+
+
+def check_step(step: int, sums: Mapping[str, Any], batches: TrainingBatches, saved: Path | None) -> None:
     """Raises TrainingError, with the rows, when the loss or the gradient of a step was not finite."""
     if not bool(sums["finite"]):
         raise TrainingError(
@@ -100,10 +181,11 @@ def check_finite(step: int, sums: Mapping[str, Any], batches: TrainingBatches, s
 
 
 class Run:
-    """One run in one directory. `held_out` batches are scored every so often; what they give trains nothing.
+    """One run in one directory, which is this process's until it has trained.
 
-    `provenance` is what it reads, and a run that reads something else is another run. `origin` says where it was begun
-    (dflash/provenance.py): it stands in run_config.json under `dflash`, and another one may resume.
+    `held_out` batches are scored from time to time and train nothing. `provenance` is what it reads; a run that reads
+    something else is another run. `origin` says where it was started (dflash/host/provenance.py); it is under `dflash`
+    in run_config.json, and a run may be resumed elsewhere.
     """
 
     def __init__(
@@ -118,7 +200,9 @@ class Run:
         self.trainer, self.batches, self.held_out, self.config = trainer, batches, held_out, config
         self.provenance = dict(provenance)
         self.step = 0
-        latest = open_run(config.root, run_settings(trainer.config, trainer.draft_config, provenance), origin)
+        settings = run_settings(trainer.config, trainer.draft_config, provenance)
+        self._claim = claim_run(config.root)
+        latest, self._identity = open_run(config.root, settings, origin)
         if latest is not None:
             draft = read_run(latest)
             self.step = int(latest.name.removeprefix("run-"))
@@ -126,7 +210,7 @@ class Run:
         self._metrics = open_metrics(config.root, self.step)
         self._tensorboard = _tensorboard(config.root)
 
-    # ---- what is on disk
+    # ---- on disk
 
     def _save(self) -> Path:
         return write_run(
@@ -136,18 +220,22 @@ class Run:
             optimizer_state=self.trainer.state[1],
             provenance=self.provenance,
             keep=self.config.keep,
+            identity=self._identity,
         )
 
     # ---- the loop
 
     def train(self) -> Path:
-        """To the last step; returns the last checkpoint's directory. Raises TrainingError at a NaN or infinity."""
-        if self.step < self.trainer.config.steps:
-            self._train()
-        write_curves(self._metrics, self.config.root / "curves.png")
-        saved = latest_run(self.config.root)
-        assert saved is not None
-        return saved
+        """Trains to the last step; returns the last checkpoint's directory. Raises TrainingError at NaN or infinity."""
+        try:
+            if self.step < self.trainer.config.steps:
+                self._train()
+            write_curves(self._metrics, self.config.root / "curves.png")
+            saved = latest_run(self.config.root)
+            assert saved is not None
+            return saved
+        finally:
+            self._claim.release()
 
     def _train(self) -> None:
         config, trainer = self.config, self.trainer
@@ -158,13 +246,14 @@ class Run:
                 sums = trainer.step(batch)
                 self.step = step + 1
                 window.add(self.step, batch, sums, waited)
-                # Looked at one step late: the host reads what the device has finished while it works on the next.
+                # Checked one step late: the host reads what the device has finished while the device works on the next
+                # step.
                 self._check(window.previous, saved)
                 log, evaluate, save = (
                     self.step % every == 0 or self.step == trainer.config.steps
                     for every in (config.log_every, config.evaluate_every, config.save_every)
                 )
-                # A line at every checkpoint too: what a resumed run counts since its last line is then the same.
+                # Also a line at every checkpoint, so that a resumed run counts the same since its last line.
                 if log or evaluate or save:
                     self._check((self.step, sums), saved)
                     line = window.figures()
@@ -178,7 +267,7 @@ class Run:
 
     def _check(self, done: tuple[int, dict[str, Any]] | None, saved: Path | None) -> None:
         if done is not None:
-            check_finite(*done, self.batches, saved)
+            check_step(*done, self.batches, saved)
 
     def _score(self, saved: Path | None) -> dict[str, float]:
         if not self.held_out:
@@ -225,7 +314,7 @@ class _Window:
         self._wait_s += waited
 
     def figures(self) -> dict[str, float]:
-        """One line of metrics.jsonl. matmul_fraction is of the machine's rate for one large product in this dtype."""
+        """One line of metrics.jsonl. matmul_fraction is relative to the machine's rate for one large product."""
         assert self._last is not None
         step, last = self._last
         jax.block_until_ready(last)

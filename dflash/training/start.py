@@ -1,4 +1,4 @@
-"""Where a new draft starts: the tokens that it proposes, and the target's own layers and final norm.
+"""How a new draft starts: the tokens that it proposes, and copies of the target's layers and final norm.
 
 Random weights spend their first hundred thousand slots on learning how often each token occurs.
 """
@@ -11,12 +11,12 @@ from flax import nnx
 
 from dflash.config import ConfigError, TargetConfig
 from dflash.models.draft import Draft
-from dflash.teacher_cache.sequences import SequenceCache
-from dflash.teacher_cache.windows import WindowCache
+from dflash.training.cache.sequences import SequenceCache
+from dflash.training.cache.windows import WindowCache
 
 
 def frequent_tokens(cache: SequenceCache | WindowCache, count: int, vocab_size: int) -> np.ndarray:
-    """The `count` most frequent tokens of the training rows' labels, ascending; of equally frequent ones the lowest."""
+    """The `count` most frequent tokens of the training rows' labels, ascending; the lowest ids among equals."""
     rows = cache.rows(False)
     if isinstance(cache, WindowCache):
         labels = cache.samples(rows).target_ids
@@ -28,7 +28,7 @@ def frequent_tokens(cache: SequenceCache | WindowCache, count: int, vocab_size: 
 
 
 def check_init_layers(layers: Sequence[int], target: TargetConfig, num_layers: int) -> None:
-    """Raises ConfigError unless these are `num_layers` layers of the target that a draft layer can hold."""
+    """Raises ConfigError unless these are `num_layers` layers of the target that a draft layer can copy."""
     if len(layers) != num_layers or not all(0 <= i < target.num_layers for i in layers):
         raise ConfigError(
             f"init_layers name one layer of the target, 0..{target.num_layers - 1}, for each of the draft's "
@@ -45,8 +45,8 @@ def check_init_layers(layers: Sequence[int], target: TargetConfig, num_layers: i
 def start_from_layers(draft: Draft, layers: Sequence[Mapping[str, np.ndarray]]) -> None:
     """Draft layer i becomes layers[i] (`read_layers`), fc the mean of the features; in place.
 
-    Where the target has no q/k norms, the draft's keep the length that queries and keys have without one: weights of 1
-    would make its attention all but uniform. The norm of the context has no counterpart and stays as it is.
+    If the target has no q/k norms, the draft's norms keep the length that queries and keys have without one: weights of
+    1 would make its attention almost uniform. The norm of the context has no counterpart and stays unchanged.
     """
     H, K, head_dim = draft.config.hidden_size, draft.config.num_features, draft.config.head_dim
     inner = draft.config.num_heads * head_dim

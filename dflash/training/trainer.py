@@ -1,90 +1,81 @@
-"""Teacher cache -> draft, over a dp x tp mesh: one compiled step, and the loop around it that saves and resumes.
+"""Teacher cache -> draft over a dp x tp mesh, in one compiled step.
 
 The draft is replicated; the batch is split over `dp`; the target's frozen head is split over `tp` along the vocabulary.
 No target runs here.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import tyro
 from flax import nnx
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dflash.config import ConfigError, DraftConfig
+from dflash.config import Checked, Computed, ConfigError, Count, DraftConfig, Fraction, Positive, Seed, Size
 from dflash.models.draft import Draft
+from dflash.models.mesh import gather
 from dflash.training.batches import Batch
 from dflash.training.loss import pad_head
 from dflash.training.objective import SUMS, Objective, block_sums, predict_blocks, trained_head
-from dflash.weights.huggingface import DTYPES
 
-SCHEDULES = ("constant", "linear", "cosine")
-
-# Makes the draft that computes, in the dtype of computation, of what is trained.
+# Makes the draft that computes, in the dtype of computation, from the trained state.
 Build = Callable[[Any], Draft]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class TrainConfig:
-    """What a training run does. `warmup` is a share of the steps; `batch_size` counts rows over all devices.
+class TrainConfig(Checked):
+    """What a training run does. Master weights and optimizer state are float32 whatever `dtype` says."""
 
-    Master weights and optimizer state are float32 whatever `dtype` the networks compute in.
-    """
-
-    steps: int = 2000
-    batch_size: int = 32
-    num_anchors: int = 32
-    accumulation: int = 1
-    learning_rate: float = 6e-4
-    warmup: float = 0.04
-    schedule: str = "cosine"
-    weight_decay: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.95
-    clip: float = 1.0
-    dtype: str = "float32"
+    steps: Count = 2000
+    """Steps of the optimizer."""
+    batch_size: Count = 32
+    """Rows (sequences or windows) per step, over all devices."""
+    num_anchors: Count = 32
+    """Anchors drawn in each sequence per step."""
+    accumulation: Count = 1
+    """Parts that a batch is split into, computed one after another."""
+    learning_rate: Positive = 6e-4
+    """Peak learning rate."""
+    warmup: Fraction = 0.04
+    """Share of the steps in which the rate rises."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """How the rate changes afterwards."""
+    weight_decay: Size = 0.0
+    """AdamW's weight decay; norms don't decay."""
+    beta1: Fraction = 0.9
+    """AdamW's decay of gradients."""
+    beta2: Fraction = 0.95
+    """AdamW's decay of squared gradients: closer to 1 averages over more steps, which small steps need."""
+    clip: Size = 1.0
+    """Largest norm of the gradient; 0 turns clipping off."""
+    dtype: Computed = "float32"
+    """Dtype of computation; weights and optimizer state are float32."""
     remat: bool = False
-    dp: int = 1
-    tp: int = 1
-    seed: int = 0
-    objective: Objective = dataclasses.field(default_factory=Objective)
+    """Recompute layers for the gradient instead of keeping their activations."""
+    dp: Count = 1
+    """Devices that the batch is split over."""
+    tp: Count = 1
+    """Devices that the vocabulary is split over."""
+    seed: Seed = 0
+    """Seed of the weights, the order of rows and the anchors."""
+    objective: tyro.conf.OmitArgPrefixes[Objective] = dataclasses.field(default_factory=Objective)
 
     def __post_init__(self) -> None:
-        counts = ("steps", "batch_size", "num_anchors", "accumulation", "dp", "tp")
-        faults = [f"{n} must be at least 1, got {getattr(self, n)}" for n in counts if getattr(self, n) < 1]
-        if self.schedule not in SCHEDULES:
-            faults.append(f"schedule must be one of {list(SCHEDULES)}, got {self.schedule!r}")
-        if self.dtype not in DTYPES:
-            faults.append(f"dtype must be one of {sorted(DTYPES)}, got {self.dtype!r}")
-        if not 0 < self.learning_rate < math.inf:
-            faults.append(f"learning_rate must be a number above 0, got {self.learning_rate}")
-        for name in ("weight_decay", "clip", "seed"):
-            if not getattr(self, name) >= 0:
-                faults.append(f"{name} must be at least 0, got {getattr(self, name)}")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                faults.append(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
-        if not 0 <= self.warmup < 1:
-            faults.append(f"warmup is a share of the steps, 0 to 1, got {self.warmup}")
-        parts = self.dp * self.accumulation
-        if parts > 0 and self.batch_size % parts:
-            faults.append(
-                f"batch_size must divide by dp x accumulation, got {self.batch_size}, {self.dp} and {self.accumulation}"
-            )
-        if faults:
-            raise ConfigError("; ".join(faults))
+        parts, fits = self.dp * self.accumulation, "batch_size must divide by dp x accumulation"
+        uneven = parts > 0 and self.batch_size % parts
+        self.check(*[f"{fits}, got {self.batch_size}, {self.dp} and {self.accumulation}"] if uneven else [])
 
 
 def learning_rate(config: TrainConfig) -> optax.Schedule:
-    """Linear warm-up to `learning_rate`, then constant, or down to 0, which a step after the last would have."""
+    """Linear warm-up to `learning_rate`, then constant, or falling to 0 one step after the last."""
     warmup = round(config.warmup * config.steps)
     rest = max(config.steps - warmup, 1)
     after = {
@@ -92,13 +83,13 @@ def learning_rate(config: TrainConfig) -> optax.Schedule:
         "linear": optax.linear_schedule(config.learning_rate, 0.0, rest),
         "cosine": optax.cosine_decay_schedule(config.learning_rate, rest),
     }[config.schedule]
-    # From 1, not 0: a first step at rate 0 is a step lost.
+    # From 1, not 0: a first step at rate 0 would be wasted.
     rise = optax.linear_schedule(config.learning_rate / max(warmup, 1), config.learning_rate, max(warmup - 1, 1))
     return optax.join_schedules([rise, after], [warmup]) if warmup else after
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """AdamW behind clipping by global norm. Norm weights don't decay."""
+    """Clipping by global norm, then AdamW. Norm weights don't decay."""
 
     def decays(params: Any) -> Any:
         return jax.tree.map(lambda p: p.ndim > 1, params)
@@ -129,7 +120,7 @@ def _local_sums(
 def _local_gradient(
     build: Build, vocab_size: int, config: TrainConfig, params: Any, batch: Batch, head: Array, mask_embedding: Array
 ) -> tuple[Any, dict[str, Array]]:
-    """Gradient and sums of this device's rows, summed over dp: what every device applies."""
+    """Gradient and sums of this device's rows, summed over dp, as every device applies them."""
 
     def loss(params: Any, part: Batch) -> tuple[Array, dict[str, Array]]:
         sums = _local_sums(build, vocab_size, config, params, part, head, mask_embedding)
@@ -143,7 +134,7 @@ def _local_gradient(
     zeros = jax.tree.map(jnp.zeros_like, params), {name: jnp.float32(0) for name in SUMS}
     total, _ = jax.lax.scan(add, zeros, parts)
     gradient, sums = jax.lax.psum(total, "dp")
-    # The weights are constants, so the loss's gradient is that of its numerator, divided at the very end.
+    # The weights are constants, so the loss's gradient is that of its numerator, divided at the end.
     scale = 1 / jnp.where(sums["weight"] > 0, sums["weight"], 1)
     return jax.tree.map(lambda g: g * scale, gradient), sums
 
@@ -159,9 +150,9 @@ def train_step(
     head: Array,
     mask_embedding: Array,
 ) -> tuple[tuple[Any, Any], dict[str, Array]]:
-    """One step of the optimizer, over a mesh with axes dp and tp; `state` is what is trained, and its moments.
+    """One step of the optimizer, over a mesh with axes dp and tp; `state` is the trained weights and their moments.
 
-    What is not finite changes nothing: the caller sees it in the sums and stops.
+    A step that is not finite changes nothing; the caller sees it in the sums and stops.
     """
     params, moments = state
     local = jax.shard_map(
@@ -169,7 +160,7 @@ def train_step(
         mesh=mesh,
         in_specs=(P(), P("dp"), P("tp"), P()),
         out_specs=(P(), P()),
-        check_vma=False,  # every sum over devices is written out above
+        check_vma=False,  # every sum over devices is explicit above
     )
     gradient, sums = local(params, batch, head, mask_embedding)
     norm = optax.tree.norm(gradient)
@@ -208,10 +199,51 @@ def _built(graph: Any, dtype: jnp.dtype, params: Any) -> Draft:
     return nnx.merge(graph, jax.tree.map(lambda p: p.astype(dtype), params))
 
 
+def _builder(draft: DraftConfig, config: TrainConfig) -> Build:
+    compute = jnp.dtype(config.dtype)
+    return partial(_built, _graph(draft, compute), compute)
+
+
+def step_program(
+    draft: DraftConfig, config: TrainConfig, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> jax.stages.Wrapped:
+    """`train_step` of state, batch, head and mask embedding, to be compiled; the state's memory is given to it."""
+    return jax.jit(
+        partial(train_step, _builder(draft, config), draft.num_tokens, config, optimizer, mesh), donate_argnums=0
+    )
+
+
+def lower_step(draft: DraftConfig, config: TrainConfig, mesh: Mesh, *, context: int) -> jax.stages.Lowered:
+    """`step_program` for rows of `context` tokens, lowered for the devices of a mesh that may only be described."""
+    optimizer = make_optimizer(config)
+    whole, rows, vocabulary = (NamedSharding(mesh, spec) for spec in (P(), P("dp"), P("tp")))
+
+    # It stands where arrays do, in a `Batch` too.
+    def at(sharding: NamedSharding, *shape: int, dtype: Any) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    B, A, S = config.batch_size, config.num_anchors, draft.block_size
+    K, H, M = draft.num_features, draft.hidden_size, draft.num_tokens
+    params = nnx.state(nnx.eval_shape(lambda: Draft(draft, dtype=jnp.float32, rngs=nnx.Rngs(0))))
+    state = jax.tree.map(lambda a: at(whole, *a.shape, dtype=a.dtype), (params, jax.eval_shape(optimizer.init, params)))
+    batch = Batch(
+        features=at(rows, B, context, K * H, dtype=jnp.uint16),
+        starts=at(rows, B, dtype=jnp.int32),
+        anchors=at(rows, B, A, dtype=jnp.int32),
+        anchor_ids=at(rows, B, A, dtype=jnp.int32),
+        anchor_embedding=at(rows, B, A, H, dtype=config.dtype),
+        labels=at(rows, B, A, S - 1, dtype=jnp.int32),
+        mask=at(rows, B, A, S - 1, dtype=jnp.float32),
+    )
+    head = at(vocabulary, -(-M // config.tp) * config.tp, H, dtype=config.dtype)
+    program = step_program(draft, config, optimizer, mesh)
+    return program.lower(state, batch, head, at(whole, H, dtype=config.dtype))
+
+
 def place_target(
     mesh: Mesh, config: TrainConfig, head: Array | np.ndarray, mask_embedding: Array | np.ndarray
 ) -> tuple[Array, Array]:
-    """The target's head, split over tp, and mask embedding, on every device; in the dtype of computation."""
+    """The target's head, split over tp, and its mask embedding, replicated; in the dtype of computation."""
     padded = pad_head(jnp.asarray(head, config.dtype), config.tp)
     mask = jnp.asarray(mask_embedding, config.dtype)
     return jax.device_put((padded, mask), (NamedSharding(mesh, P("tp")), NamedSharding(mesh, P())))
@@ -220,7 +252,7 @@ def place_target(
 class Trainer:
     """A draft in training. `head` [V, H] and `mask_embedding` [H] are the target's, frozen.
 
-    Of the head it keeps the rows of the tokens that the draft proposes.
+    It keeps only the head's rows for tokens that the draft proposes.
     """
 
     def __init__(self, draft: Draft, head: Array | np.ndarray, mask_embedding: Array | np.ndarray, config: TrainConfig):
@@ -236,38 +268,36 @@ class Trainer:
             axis_types=(jax.sharding.AxisType.Auto,) * 2,
         )
         self.optimizer = make_optimizer(config)
-        params = jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), nnx.state(draft))
+        params = jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), nnx.state(gather(draft)))
         self.state = self._own(params, self.optimizer.init(params))
         rows = trained_head(draft.config, head)
         self.head, self.mask_embedding = place_target(self.mesh, config, rows, mask_embedding)
-        compute, vocab_size = jnp.dtype(config.dtype), rows.shape[0]
-        build = partial(_built, _graph(draft.config, compute), compute)
-        step = partial(train_step, build, vocab_size, config, self.optimizer, self.mesh)
-        self._step = jax.jit(step, donate_argnums=0)
-        self._score = jax.jit(partial(_score, build, vocab_size, config, self.mesh))
+        self._step = step_program(draft.config, config, self.optimizer, self.mesh)
+        build = _builder(draft.config, config)
+        self._score = jax.jit(partial(_score, build, rows.shape[0], config, self.mesh))
         self._batch_sharding = NamedSharding(self.mesh, P("dp"))
 
     def _own(self, params: Any, moments: Any) -> tuple[Any, Any]:
-        """A state on every device; of copies, since a step gives its buffers away (`may_alias=False` may alias)."""
+        """A state on every device, copied, because a step donates its buffers (`may_alias=False` may still alias)."""
         return jax.device_put(jax.tree.map(jnp.array, (params, moments)), NamedSharding(self.mesh, P()))
 
     def step(self, batch: Batch) -> dict[str, Array]:
-        """Trains on one batch. Returns its sums, `gradient_norm` and `finite`: device scalars, maybe not yet there."""
+        """Trains on one batch. Returns its sums, `gradient_norm` and `finite`: device scalars, maybe still pending."""
         batch = jax.device_put(batch, self._batch_sharding)
         self.state, sums = self._step(self.state, batch, self.head, self.mask_embedding)
         return sums
 
     def score(self, batch: Batch) -> dict[str, Array]:
-        """The sums of a batch with the draft as it is now; changes nothing."""
+        """The sums of a batch with the current draft; changes nothing."""
         batch = jax.device_put(batch, self._batch_sharding)
         return self._score(self.state[0], batch, self.head, self.mask_embedding)
 
     def restore(self, draft: Draft, moments: Any) -> None:
-        """Goes on from the weights and the optimizer state of a checkpoint."""
-        self.state = self._own(nnx.state(draft), moments)
+        """Continues from the weights and the optimizer state of a checkpoint."""
+        self.state = self._own(nnx.state(gather(draft)), moments)
 
     def draft(self) -> Draft:
-        """The draft as it is now, float32; further steps leave it alone."""
+        """The current draft, float32; later steps don't change it."""
         params = jax.device_put(jax.tree.map(jnp.array, self.state[0]), self.mesh.devices.flat[0])
         return nnx.merge(_graph(self.draft_config, jnp.dtype("float32")), params)
 
@@ -276,7 +306,8 @@ def step_flops(draft: DraftConfig, batch: Batch) -> float:
     """Floating point operations of the matrix products that one step needs (recomputing them is not counted).
 
     Context: fc forward and weight gradient, keys and values of every layer. Blocks: every product of every layer, three
-    times (forward and both gradients), attention over what a block may see at most. Head: logits and their gradient.
+    times (forward and both gradients), with attention over the most that a block may see. Head: logits and their
+    gradient.
     """
     B, C, _ = batch.features.shape
     A, drafted = batch.labels.shape[1:]
@@ -284,7 +315,7 @@ def step_flops(draft: DraftConfig, batch: Batch) -> float:
     context = B * C * (2 * 2 * draft.num_features * H * H + draft.num_layers * 3 * 2 * H * kv)
     per_layer = 2 * H * (2 * inner + kv + 3 * draft.intermediate_size) + 4 * inner * (C + drafted + 1)
     blocks = B * A * (drafted + 1) * draft.num_layers * 3 * per_layer
-    # A selector's candidates take a product with the head more.
+    # A selector's candidates take one more product with the head.
     products = 2 if draft.selector is None else 3
     head = B * A * drafted * products * 2 * H * draft.num_tokens
     return float(context + blocks + head)

@@ -1,14 +1,16 @@
 """config.json: the targets and drafts that Hugging Face's files describe, read and written.
 
-Every fault of one file is collected and raised in one error.
+Whatever a file states is used, compared or refused: a reader takes the keys that it knows, and what is left and is not
+known to change nothing is refused by name. Every fault of one file is collected and raised in one error.
 """
 
 import base64
+import math
 import sys
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from dflash.config import (
-    FAMILIES,
     ConfigError,
     ConvConfig,
     DraftConfig,
@@ -16,12 +18,14 @@ from dflash.config import (
     RopeConfig,
     SelectorConfig,
     TargetConfig,
-    build_target_layer_ids,
+    TargetShape,
+    fault_list,
 )
+from dflash.models.families import FAMILIES, Family
 
 
 def _is_number(value: Any) -> bool:
-    # Not isfinite: it can't take an integer that no float can hold.
+    # Not isfinite, which can't take an integer too large for a float.
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
@@ -29,21 +33,54 @@ def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-# Lists of this length are made before all is checked; a wrong number must not take the memory.
+# Lists of this length are made before everything is checked; a wrong number must not exhaust the memory.
 _MAX_LAYERS = 10_000
 
+# What of a config.json is no part of the network: who wrote it, how it trains, what it is sampled with.
+_HARMLESS_NAMES = """
+architectures auto_map model_type name_or_path tokenizer_class transformers_version transformers.js_config dtype
+torch_dtype unsloth_version is_llama_config is_decoder problem_type task_specific_params finetuning_task id2label
+label2id bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id attention_dropout hidden_dropout
+initializer_range router_aux_loss_coef output_router_logits pretraining_tp use_cache output_attentions
+output_hidden_states output_scores return_dict return_dict_in_generate chunk_size_feed_forward max_length min_length
+do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p
+repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size num_return_sequences
+remove_invalid_values
+"""
+# Settings of EasyDeL 0.3.0, which stand beside the model's in its directories: how it runs.
+_EASYDEL_NAMES = """
+sharding_axis_dims sharding_dcn_axis_dims sharding_axis_names attn_mechanism decode_attn_mechanism mla_attn_mechanism
+mla_attn_dtype mla_attn_softmax_dtype blocksize_k blocksize_q blocksize_b moe_tiling_size_batch moe_tiling_size_seqlen
+moe_tiling_size_dim partition_axis use_sharded_kv_caching use_sharding_constraint backend platform easy_method bits
+scan_ring_attention scan_attention_layers use_scan_mlp scan_mlp_chunk_size scan_layers sequence_axis_name
+gradient_checkpointing gradient_checkpointing_targets precompute_masks lmhead_chunksize kv_cache_quantization_config
+use_qmm_best_config qmm_platform_override qmm_tpu_path_override kv_cache_sharding_sequence_axis_name
+flash_attention_backward_pass_impl attn_dtype kvdtype attn_softmax_dtype fcm_max_ratio fcm_min_ratio
+hardware_abstraction pallas_m_block_size pallas_k_block_size pallas_n_block_size moe_method moe_force_xla_gmm
+use_expert_tensor_mode use_ring_of_experts fsdp_is_ep_bound sp_is_ep_bound operation_configs number_rep_kv resid_pdrop
+embd_pdrop
+"""
+HARMLESS = frozenset(_HARMLESS_NAMES.split() + _EASYDEL_NAMES.split())
 
-class _Reader:
-    """Reads keys of one config.json and keeps every fault, so that the user sees them all at once."""
 
-    def __init__(self, raw: dict[str, Any], source: str):
-        self.raw, self.source, self.faults = raw, source, list[str]()
+class Reader:
+    """Takes the keys of one JSON object and keeps every fault, so that the user sees them all at once."""
+
+    def __init__(self, raw: Mapping[str, Any], source: str, *, prefix: str = "", faults: list[str] | None = None):
+        self.raw, self.source, self._prefix = raw, source, prefix
+        self._left = set(raw)
+        self.faults = list[str]() if faults is None else faults
+
+    def take(self, key: str, default: Any = None) -> Any:
+        """The value of a key, the default where it is absent or null; it counts as used."""
+        self._left.discard(key)
+        value = self.raw.get(key)
+        return default if value is None else value
 
     def number(
         self, key: str, default: Any = None, *, kind: type = int, minimum: float = 1, maximum: float = 2**31 - 1
     ) -> Any:
-        value = self.raw.get(key)
-        value = default if value is None else value
+        value = self.take(key, default)
         if value is None:
             self.faults.append(f"{key} is missing")
         elif not _is_number(value):
@@ -57,129 +94,198 @@ class _Reader:
         return kind(max(minimum, 1))
 
     def flag(self, key: str, default: bool = False) -> bool:
-        value = self.raw.get(key)
-        value = default if value is None else value
-        self.check(isinstance(value, bool), f"{key} must be true or false, got {value!r}")
+        value = self.take(key, default)
+        self.check(isinstance(value, bool), f"{self._prefix}{key} must be true or false, got {value!r}")
         return bool(value)
 
-    def expect(self, key: str, allowed: tuple[Any, ...], default: Any) -> Any:
-        value = self.raw.get(key, default)
+    def expect(self, key: str, allowed: Sequence[Any], default: Any) -> Any:
+        """A value that must be one of these."""
+        value = self.take(key, default)
         if value not in allowed:
-            self.faults.append(f"{key} must be one of {list(allowed)}, got {value!r}")
+            self.faults.append(f"{self._prefix}{key} must be one of {list(allowed)}, got {value!r}")
             return allowed[0]
         return value
+
+    def compare(self, key: str, other: Any, name: str) -> None:
+        """A key that says once more what stands under another name."""
+        value = self.take(key, other)
+        self.check(value == other, f"{self._prefix}{key} is {value!r}, and {name} is {other!r}: they must agree")
+
+    def object(self, key: str) -> "Reader":
+        """A reader of the object under a key, of nothing where it is absent; its faults are this one's."""
+        value = self.take(key, {})
+        self.check(isinstance(value, dict), f"{key} must be an object, got {value!r}")
+        raw = value if isinstance(value, dict) else {}
+        return Reader(raw, self.source, prefix=f"{self._prefix}{key}.", faults=self.faults)
 
     def check(self, good: bool, fault: str) -> None:
         if not good:
             self.faults.append(fault)
 
+    def refuse_rest(self, harmless: Collection[str] = ()) -> None:
+        """A fault for every key that nobody took. Null, false and what is empty say that something is off."""
+        for key in sorted(self._left):
+            value = self.raw[key]
+            off = value is None or value is False or value in ({}, [])
+            if not (off or key.startswith("_") or key in harmless):
+                text = repr(value)
+                self.faults.append(f"{self._prefix}{key} is not known, and may change the model: got {text[:60]}")
+
     def finish(self) -> None:
+        """Raises ConfigError with every fault."""
         if self.faults:
-            raise ConfigError(f"{self.source} can't be used: " + "; ".join(self.faults))
+            raise ConfigError(f"{self.source} can't be used: " + fault_list(self.faults))
 
 
-_ROPE_KEYS = {
-    "default": set(),
-    "linear": {"factor"},
-    "llama3": {"factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"},
-    "yarn": {"factor"},
+_LAYER_TYPES = ("full_attention", "sliding_attention")
+_ROPE_NEEDS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "high_freq_factor", "low_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor",),
+}
+_ROPE_FIELDS = {
+    "llama3": ("low_freq_factor", "high_freq_factor"),
+    "yarn": ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"),
 }
 
 
-def _read_rope(reader: _Reader, max_position: int, default_theta: float) -> RopeConfig:
-    """Rotary settings of transformers 4 (`rope_theta`, `rope_scaling`) and 5 (`rope_parameters`)."""
-    raw = reader.raw
-    scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(scaling, dict):
-        reader.faults.append(f"rope_scaling must be an object, got {scaling!r}")
+def _read_rope_object(rope: Reader, max_position: int, default_theta: float) -> RopeConfig:
+    """One object of rotary settings, with `rope_theta` and the original length put in where they stand beside it."""
+    before = len(rope.faults)
+    kind = rope.take("rope_type", rope.take("type", "default"))
+    rope.compare("type", kind, "rope_type")
+    if not isinstance(kind, str) or kind not in _ROPE_NEEDS:
+        rope.faults.append(f"rope type must be one of {sorted(_ROPE_NEEDS)}, got {kind!r}")
         return RopeConfig(theta=1.0)
-    theta = scaling.get("rope_theta", raw.get("rope_theta", default_theta))
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if not isinstance(kind, str) or kind not in _ROPE_KEYS:
-        reader.faults.append(f"rope type must be one of {sorted(_ROPE_KEYS)}, got {kind!r}")
-        return RopeConfig(theta=1.0)
-    missing = sorted(k for k in _ROPE_KEYS[kind] if scaling.get(k) is None)
-    reader.check(not missing, f"rope type {kind} needs {missing}")
-    reader.check(_is_number(theta) and theta > 1, f"rope_theta must be above 1, got {theta!r}")
-    original = scaling.get("original_max_position_embeddings") or raw.get("original_max_position_embeddings")
-    fields = ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor", "mscale")
-    given = {k: scaling[k] for k in (*fields, "mscale_all_dim", "truncate") if scaling.get(k) is not None}
-    numbers = {"factor": scaling.get("factor"), "original_max_position_embeddings": original, **given}
-    for key, value in numbers.items():
+    theta = rope.take("rope_theta", default_theta)
+    rope.check(_is_number(theta) and theta > 1, f"rope_theta must be above 1, got {theta!r}")
+    rope.expect("partial_rotary_factor", (1,), 1)
+    fields = _ROPE_FIELDS.get(kind, ())
+    values = {key: rope.take(key) for key in ("factor", "original_max_position_embeddings", *fields)}
+    missing = [key for key in _ROPE_NEEDS[kind] if values.get(key) is None]
+    rope.check(not missing, f"rope type {kind} needs {missing}")
+    for key, value in values.items():
         good = isinstance(value, bool) if key == "truncate" else value is None or (_is_number(value) and value > 0)
         rule = "true or false" if key == "truncate" else "a number above 0"
-        reader.check(good, f"{key} of rope type {kind} must be {rule}, got {value!r}")
-    if reader.faults:
+        rope.check(value is None or good, f"{key} of rope type {kind} must be {rule}, got {value!r}")
+    rope.refuse_rest()
+    if len(rope.faults) > before:
         return RopeConfig(theta=1.0)
-    return RopeConfig(
-        theta=float(theta),
-        kind=kind,
-        factor=float(scaling.get("factor") or 1.0),
-        original_max_position=int(original or max_position) if kind in ("llama3", "yarn") else 0,
-        **given,
+    factor, length = float(values["factor"] or 1), int(values["original_max_position_embeddings"] or max_position)
+    rope.check(factor == 1 or kind != "default", f"factor is {factor:g}, and the rope type that it is for is missing")
+    # Readers of such a file disagree: some take the factor, some the ratio of the two lengths.
+    rope.check(
+        kind != "yarn" or round(factor * length) == max_position,
+        f"max_position_embeddings is {max_position}, and YaRN's factor {factor:g} of an original length of {length} is "
+        f"{factor * length:g}: write that one, or correct the factor",
     )
+    given = {key: values[key] for key in fields if values[key] is not None}
+    original = length if kind in _ROPE_FIELDS else 0
+    return RopeConfig(theta=float(theta), kind=kind, factor=factor, original_max_position=original, **given)
 
 
-def _read_windows(reader: _Reader, num_layers: int, family: str) -> tuple[int | None, ...]:
-    """Per-layer windows from `layer_types` and `sliding_window`; GPT-OSS alternates when `layer_types` is absent."""
-    raw = reader.raw
-    types, qwen = raw.get("layer_types"), family in ("qwen2", "qwen3")
-    if qwen and raw.get("use_sliding_window") is False:
-        # EasyDeL writes `layer_types` without looking at this key. It decides: the __post_init__ of transformers'
-        # Qwen2Config and Qwen3Config then sets sliding_window to None, whatever `layer_types` says.
-        return (None,) * num_layers
-    if types is None and family == "gpt_oss":
-        types = ["sliding_attention" if i % 2 == 0 else "full_attention" for i in range(num_layers)]
-    elif types is None and qwen and reader.flag("use_sliding_window"):
+def _read_rope(reader: Reader, max_position: int, default_theta: float, *, required: bool = False) -> RopeConfig:
+    """Rotary settings of transformers 4 (`rope_theta`, `rope_scaling`) and 5 (`rope_parameters`), which must agree."""
+    beside = {key: reader.take(key) for key in ("rope_theta", "original_max_position_embeddings")}
+    beside = {key: value for key, value in beside.items() if value is not None}
+    reader.expect("partial_rotary_factor", (1,), 1)
+    objects: list[Reader] = []
+    for key in ("rope_parameters", "rope_scaling"):
+        settings = reader.object(key)
+        nested = [settings.object(name) for name in _LAYER_TYPES if settings.raw.get(name) is not None]
+        if nested:
+            settings.refuse_rest()
+        objects += nested or ([settings] if settings.raw else [])
+    # transformers fills YaRN in where a family has it and the keys are absent, other readers plain rotary.
+    reader.check(bool(objects) or not required, "rope_scaling is missing")
+    ropes = []
+    for settings in objects or [Reader({}, "", faults=reader.faults)]:
+        for key, value in beside.items():
+            settings.compare(key, value, f"{key} beside it")
+        full = Reader(beside | dict(settings.raw), "", prefix="rope ", faults=reader.faults)
+        ropes.append(_read_rope_object(full, max_position, default_theta))
+    reader.check(all(rope == ropes[0] for rope in ropes), "rotary settings must be the same wherever they stand")
+    # GPT-OSS's name for what its rotary settings say too.
+    reader.compare("initial_context_length", ropes[0].original_max_position or max_position, "the original length")
+    return ropes[0]
+
+
+def _read_windows(reader: Reader, num_layers: int, family: Family) -> tuple[int | None, ...]:
+    """Per-layer windows from `layer_types` and `sliding_window`, as the family has them."""
+    types = reader.take("layer_types")
+    optional = reader.take("use_sliding_window") if family.optional_windows else None
+    reader.check(optional is None or isinstance(optional, bool), f"use_sliding_window must be a flag, got {optional!r}")
+    if family.optional_windows:
         first = reader.number("max_window_layers", 28, minimum=0)
-        types = ["sliding_attention" if i >= first else "full_attention" for i in range(num_layers)]
-    elif types is None:
-        types = ["full_attention"] * num_layers
+    if optional is False or (types is None and family.optional_windows and not optional):
+        # EasyDeL writes `layer_types` without looking at the flag. It decides: the __post_init__ of transformers'
+        # Qwen2Config and Qwen3Config then sets sliding_window to None, whatever `layer_types` says.
+        reader.take("sliding_window")
+        return (None,) * num_layers
+    if types is None:
+        first, every = (0, 2) if family.alternating else (first if family.optional_windows else num_layers, 1)
+        types = [_LAYER_TYPES[i >= first and (i - first) % every == 0] for i in range(num_layers)]
     if not isinstance(types, list) or not all(isinstance(t, str) for t in types):
         reader.faults.append(f"layer_types must be a list of names, got {types!r}")
         return (None,) * num_layers
-    unknown = sorted(set(types) - {"full_attention", "sliding_attention"})
+    unknown = sorted(set(types) - set(_LAYER_TYPES))
     reader.check(not unknown, f"layer_types may hold full_attention and sliding_attention, got {unknown}")
     reader.check(len(types) == num_layers, f"layer_types has {len(types)} entries for {num_layers} layers")
     if "sliding_attention" not in types:
+        # Where there may be windows, a window without layers is what is left of none.
+        if family.optional_windows or family.alternating:
+            reader.take("sliding_window")
         return (None,) * num_layers
     window = reader.number("sliding_window")
     return tuple(window if t == "sliding_attention" else None for t in types)
 
 
-def _read_heads(reader: _Reader, hidden_size: int, family: str) -> tuple[int, int, int]:
+def _read_heads(reader: Reader, hidden_size: int, family: Family) -> tuple[int, int, int]:
     heads = reader.number("num_attention_heads")
     kv_heads = reader.number("num_key_value_heads", heads)
-    # What an absent key means differs by family in transformers.
-    head_dim = reader.number("head_dim", {"qwen3": 128, "gpt_oss": 64}.get(family, max(hidden_size // heads, 1)))
+    head_dim = reader.number("head_dim", family.head_dim or max(hidden_size // heads, 1))
     reader.check(heads % kv_heads == 0, f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
     reader.check(head_dim % 2 == 0, f"head_dim must be even for rotary embedding, got {head_dim}")
     return heads, kv_heads, head_dim
 
 
-def read_target_config(raw: dict[str, Any], source: str = "config.json") -> TargetConfig:
+def _read_experts(reader: Reader) -> ExpertsConfig:
+    count, per_token = reader.number("num_local_experts"), reader.number("num_experts_per_tok", 4)
+    reader.check(per_token <= count, f"num_experts_per_tok {per_token} is above num_local_experts {count}")
+    reader.compare("experts_per_token", per_token, "num_experts_per_tok")
+    limit = reader.number("swiglu_limit", 7.0, kind=float, minimum=0)
+    reader.compare("mlp_activations_limit", limit, "swiglu_limit")  # EasyDeL's name
+    alpha = reader.number("swiglu_alpha", 1.702, kind=float, minimum=0)
+    return ExpertsConfig(count=count, per_token=per_token, limit=limit, alpha=alpha)
+
+
+def _check_quantization(reader: Reader, family: Family) -> None:
+    """Raises ConfigError at once: of quantised weights nothing fits, and that is the one reason."""
+    quantization = reader.take("quantization_config", {})
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    if quantization and not (family.experts and method == "mxfp4"):
+        raise ConfigError(
+            f"{reader.source} can't be used: its weights are quantised ({str(method)[:60]}), and only GPT-OSS's mxfp4 "
+            "is read: give the snapshot before quantisation"
+        )
+
+
+def read_target_config(raw: Mapping[str, Any], source: str = "config.json") -> TargetConfig:
     """The target that a Hugging Face config.json describes. Raises ConfigError with every fault in it."""
-    reader = _Reader(raw, source)
-    family = reader.expect("model_type", FAMILIES, None)
+    reader = Reader(raw, source)
+    name = reader.expect("model_type", tuple(FAMILIES), None)
+    family = FAMILIES[name]
+    _check_quantization(reader, family)
     hidden_size = reader.number("hidden_size")
     num_layers = reader.number("num_hidden_layers", maximum=_MAX_LAYERS)
     max_position = reader.number("max_position_embeddings")
     heads, kv_heads, head_dim = _read_heads(reader, hidden_size, family)
-    gpt_oss = family == "gpt_oss"
-    if not gpt_oss:
-        reader.expect("hidden_act", ("silu",), "silu")
-    bias = reader.flag("attention_bias", gpt_oss)
-    experts = None
-    if gpt_oss:
-        count, per_token = reader.number("num_local_experts"), reader.number("num_experts_per_tok", 4)
-        reader.check(per_token <= count, f"num_experts_per_tok {per_token} is above num_local_experts {count}")
-        limit = reader.number("swiglu_limit", 7.0, kind=float, minimum=0)
-        alpha = reader.number("swiglu_alpha", 1.702, kind=float, minimum=0)
-        experts = ExpertsConfig(count=count, per_token=per_token, limit=limit, alpha=alpha)
-        # transformers fills in YaRN when the keys are absent, other readers plain rotary: ask instead of guessing.
-        reader.check(bool(raw.get("rope_parameters") or raw.get("rope_scaling")), "rope_scaling is missing")
+    reader.expect("hidden_act", ("silu",), "silu")
+    reader.expect("is_causal", (True,), True)
+    bias = not family.qkv_bias_only and reader.flag("attention_bias", family.bias)
     config = TargetConfig(
-        family=family,
+        family=name,
         vocab_size=reader.number("vocab_size"),
         hidden_size=hidden_size,
         intermediate_size=reader.number("intermediate_size"),
@@ -187,25 +293,39 @@ def read_target_config(raw: dict[str, Any], source: str = "config.json") -> Targ
         num_kv_heads=kv_heads,
         head_dim=head_dim,
         max_position=max_position,
-        rms_norm_eps=reader.number("rms_norm_eps", 1e-5 if gpt_oss else 1e-6, kind=float, minimum=0),
-        rope=_read_rope(reader, max_position, 150000.0 if gpt_oss else 10000.0),
+        rms_norm_eps=reader.number("rms_norm_eps", family.rms_norm_eps, kind=float, minimum=0),
+        rope=_read_rope(reader, max_position, family.rope_theta, required=family.experts),
         windows=_read_windows(reader, num_layers, family),
-        # transformers' default differs by family: Llama and Qwen write the key, and leave it out when false.
+        # transformers' default differs by family: Llama and Qwen write the key, and omit it when it is false.
         tie_embeddings=reader.flag("tie_word_embeddings"),
-        # Qwen2 has these three biases always and has no key for them.
-        qkv_bias=bias or family == "qwen2",
-        o_bias=bias and family != "qwen2",
-        mlp_bias=family == "llama" and reader.flag("mlp_bias"),
-        qk_norm=family == "qwen3",
-        sinks=gpt_oss,
-        experts=experts,
+        qkv_bias=bias or family.qkv_bias_only,
+        o_bias=bias,
+        mlp_bias=family.mlp_bias and reader.flag("mlp_bias"),
+        qk_norm=family.qk_norm,
+        sinks=family.sinks,
+        experts=_read_experts(reader) if family.experts else None,
     )
+    reader.refuse_rest(HARMLESS)
     reader.finish()
     return config
 
 
+def read_target_shape(raw: dict[str, Any], source: str = "config.json") -> TargetShape:
+    """What a draft must fit of any target, of whatever family and format. Raises ConfigError with every fault in it."""
+    text = raw.get("text_config")
+    # Of a model that reads pictures too, what reads text.
+    reader = Reader(text if isinstance(text, dict) and "hidden_size" not in raw else raw, source)
+    shape = TargetShape(
+        num_layers=reader.number("num_hidden_layers", maximum=_MAX_LAYERS),
+        hidden_size=reader.number("hidden_size"),
+        vocab_size=reader.number("vocab_size"),
+    )
+    reader.finish()
+    return shape
+
+
 DRAFT_ARCHITECTURES = ("DFlashDraftModel", "DFlash2DraftModel")
-# What drafts of older trainers have beyond the canonical form: field -> key in dflash_config, and the canonical value.
+# What drafts of other trainers have beyond the canonical form: field -> key in dflash_config, and the canonical value.
 _EXTRAS = {
     "learned_mask": ("learned_mask", False),
     "fc_bias": ("fc_bias", False),
@@ -215,21 +335,14 @@ _EXTRAS = {
 
 
 def draft_extras(config: DraftConfig) -> dict[str, bool]:
-    """What of a draft is not canonical, by its key in dflash_config; empty for a canonical one."""
+    """The parts of a draft that are not canonical, by key in dflash_config; empty for a canonical one."""
     values = {key: (getattr(config, field), plain) for field, (key, plain) in _EXTRAS.items()}
     return {key: value for key, (value, plain) in values.items() if value != plain}
 
 
-def _read_extras(reader: "_Reader", nested: dict[str, Any]) -> dict[str, bool]:
-    values = {field: nested.get(key, plain) for field, (key, plain) in _EXTRAS.items()}
-    for field, value in values.items():
-        reader.check(isinstance(value, bool), f"dflash_config.{_EXTRAS[field][0]} must be true or false, got {value!r}")
-    return values
-
-
-def _read_vocabulary(reader: _Reader, nested: dict[str, Any], vocab_size: int) -> bytes | None:
+def _read_vocabulary(nested: Reader, vocab_size: int) -> bytes | None:
     """The tokens that a draft proposes: base64 of a bit per token of the target's vocabulary."""
-    value = nested.get("draft_vocabulary")
+    value = nested.take("draft_vocabulary")
     if value is None:
         return None
     try:
@@ -237,15 +350,15 @@ def _read_vocabulary(reader: _Reader, nested: dict[str, Any], vocab_size: int) -
     except (TypeError, ValueError):
         bits = b""
     number = int.from_bytes(bits, "little")
-    fits = len(bits) == -(-vocab_size // 8) and 0 < number < 2**vocab_size
-    reader.check(fits, f"dflash_config.draft_vocabulary must be base64 of {vocab_size} bits, some of them set")
+    fits = len(bits) == math.ceil(vocab_size / 8) and 0 < number < 2**vocab_size
+    nested.check(fits, f"dflash_config.draft_vocabulary must be base64 of {vocab_size} bits, some of them set")
     return bits if fits else None
 
 
 def _read_second(
-    reader: _Reader, merged: dict[str, Any], hidden_size: int, vocab_size: int
+    reader: Reader, nested: Reader, hidden_size: int, vocab_size: int
 ) -> tuple[ConvConfig, SelectorConfig]:
-    """What a DFlash 2 draft has beside a DFlash one's parts."""
+    """The parts that a DFlash 2 draft has and a DFlash draft lacks."""
     limits = {
         "conv_kernel_size": _MAX_LAYERS,
         "conv_group_size": hidden_size,
@@ -254,7 +367,7 @@ def _read_second(
     }
     values = list[int]()
     for key, most in limits.items():
-        value = merged.get(key)
+        value = _take_either(reader, nested, key)
         fits = _is_integer(value) and 1 <= (value or 0) <= most
         reader.check(fits, f"{key} must be an integer from 1 to {most}, got {value!r}")
         values.append(value if isinstance(value, int) and fits else 1)
@@ -263,61 +376,66 @@ def _read_second(
     return ConvConfig(kernel_size=kernel, group_size=group), SelectorConfig(rank=rank, top_k=top_k)
 
 
-def read_draft_config(raw: dict[str, Any], source: str = "config.json") -> DraftConfig:
+def _take_either(reader: Reader, nested: Reader, key: str, default: Any = None) -> Any:
+    """A setting of a draft, which may stand in dflash_config, beside it, or in both places."""
+    outer, inner = reader.take(key), nested.take(key)
+    reader.check(None in (outer, inner) or outer == inner, f"{key} is {outer!r}, and {inner!r} in dflash_config")
+    either = outer if inner is None else inner
+    return default if either is None else either
+
+
+def read_draft_config(raw: Mapping[str, Any], source: str = "config.json") -> DraftConfig:
     """The draft that a `DFlashDraftModel` config.json describes. Raises ConfigError with every fault in it."""
-    reader = _Reader(raw, source)
+    if "speculators_config" in raw:
+        raise ConfigError(f"{source} is written for speculators: export the draft without --format speculators")
+    reader = Reader(raw, source)
     architectures = raw.get("architectures")
     reader.check(
         isinstance(architectures, list) and architectures[:1] in ([name] for name in DRAFT_ARCHITECTURES),
         f"architectures must be one of {list(DRAFT_ARCHITECTURES)}, got {architectures}",
     )
-    nested = raw.get("dflash_config") or {}
-    if not isinstance(nested, dict):
-        reader.faults.append(f"dflash_config must be an object, got {nested!r}")
-        nested = {}
+    nested = reader.object("dflash_config")
     reader.expect("hidden_act", ("silu",), "silu")
-    # An older export changed the network under the same architecture name; it would load and propose rubbish.
+    # Exports of the EasyDeL fork have another network under the same name; it would load and propose rubbish.
     reader.check(
-        not nested.get("use_mask_embedding"),
+        not nested.take("use_mask_embedding"),
         "dflash_config.use_mask_embedding is not of the canonical draft: load_draft converts it",
     )
-    extras = _read_extras(reader, nested)
+    extras = {field: nested.flag(key, plain) for field, (key, plain) in _EXTRAS.items()}
     for key, plain in (("input_embedding_scale", 1.0), ("output_multiplier", 1.0), ("final_logit_softcapping", None)):
-        value = nested.get(key, raw.get(key))
-        reader.check(value in (None, plain), f"{key} must be {plain}, got {value!r}: it is not supported")
+        value = _take_either(reader, nested, key, plain)
+        reader.check(value == plain, f"{key} must be {plain}, got {value!r}: it is not supported")
 
     hidden_size = reader.number("hidden_size")
+    reader.compare("target_hidden_size", hidden_size, "hidden_size")  # sglang-jax's key
     num_layers = reader.number("num_hidden_layers", maximum=_MAX_LAYERS)
     max_position = reader.number("max_position_embeddings", 32768)
     # The reference reads the file as a Qwen3 config, so what an absent key means is Qwen3's.
-    heads, kv_heads, head_dim = _read_heads(reader, hidden_size, "qwen3")
-    merged = {**raw, **nested}
-    layer_ids = merged.get("target_layer_ids")
+    family = FAMILIES["qwen3"]
+    heads, kv_heads, head_dim = _read_heads(reader, hidden_size, family)
+    num_target_layers = reader.number("num_target_layers")
+    layer_ids = _take_either(reader, nested, "target_layer_ids")
     good = isinstance(layer_ids, list) and layer_ids and all(_is_integer(i) and i >= 0 for i in layer_ids)
-    num_target_layers = reader.number("num_target_layers", max(layer_ids or [0]) + 1 if good else None)
-    if layer_ids is None:
-        try:
-            layer_ids = list(build_target_layer_ids(num_target_layers, num_layers))
-        except ConfigError as error:
-            reader.faults.append(str(error))
-    else:
-        reader.check(bool(good), f"target_layer_ids must be layer numbers >= 0, got {layer_ids!r}")
-    block = merged.get("block_size", 16)
+    reader.check(bool(good), f"target_layer_ids must be layer numbers >= 0, got {layer_ids!r}")
+    block = _take_either(reader, nested, "block_size", 16)
     reader.check(_is_integer(block) and block >= 2, f"block_size must be an integer >= 2, got {block!r}")
-    mask = merged.get("mask_token_id")
+    mask = _take_either(reader, nested, "mask_token_id")
     reader.check(_is_integer(mask), f"mask_token_id must be a token id, got {mask!r}")
 
-    windows = _read_windows(reader, num_layers, "qwen3")
+    windows = _read_windows(reader, num_layers, family)
     causal = None if raw.get("is_causal") is None else reader.flag("is_causal")
     attention_bias = reader.flag("attention_bias")
-    rope = _read_rope(reader, max_position, 10000.0)
+    rope = _read_rope(reader, max_position, family.rope_theta)
     vocab_size = reader.number("vocab_size")
     second = isinstance(architectures, list) and architectures[:1] == ["DFlash2DraftModel"]
-    vocabulary = _read_vocabulary(reader, nested, vocab_size)
+    vocabulary = _read_vocabulary(nested, vocab_size)
     proposed = vocab_size if vocabulary is None else int.from_bytes(vocabulary, "little").bit_count()
-    conv, selector = _read_second(reader, merged, hidden_size, proposed) if second else (None, None)
+    conv, selector = _read_second(reader, nested, hidden_size, proposed) if second else (None, None)
     intermediate_size = reader.number("intermediate_size")
-    eps = reader.number("rms_norm_eps", 1e-6, kind=float, minimum=0)
+    eps = reader.number("rms_norm_eps", family.rms_norm_eps, kind=float, minimum=0)
+    nested.refuse_rest()
+    # A draft has neither embedding nor head of its own to be tied.
+    reader.refuse_rest({"tie_word_embeddings", *HARMLESS})
     reader.finish()
     assert isinstance(layer_ids, list)
     assert isinstance(block, int)
@@ -351,16 +469,10 @@ def write_rope(rope: RopeConfig) -> dict[str, Any]:
     """`rope_theta` and `rope_scaling` as Hugging Face configs spell them; `read_target_config` reads them back."""
     if rope.kind == "default":
         return {"rope_theta": rope.theta, "rope_scaling": None}
-    scaling: dict[str, Any] = {
-        "rope_type": rope.kind,
-        "factor": rope.factor,
-        "original_max_position_embeddings": rope.original_max_position,
-    }
-    extra = {
-        "llama3": ("low_freq_factor", "high_freq_factor"),
-        "yarn": ("beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim"),
-    }
-    scaling |= {k: v for k in extra.get(rope.kind, ()) if (v := getattr(rope, k)) is not None}
+    scaling: dict[str, Any] = {"rope_type": rope.kind, "factor": rope.factor}
+    if rope.original_max_position:
+        scaling["original_max_position_embeddings"] = rope.original_max_position
+    scaling |= {k: v for k in _ROPE_FIELDS.get(rope.kind, ()) if (v := getattr(rope, k)) is not None}
     return {"rope_theta": rope.theta, "rope_scaling": scaling}
 
 

@@ -1,274 +1,179 @@
-"""Training checkpoints in EasyDeL's layout: `run-<step>/` with config.json, metadata.json and arrays for tensorstore.
+"""Targets in EasyDeL's form: the state of its model, and the directory that its `save_pretrained` writes.
 
-EasyDeL itself is not needed. Kernels are [in, out], as there. What its config.json leaves to the reader's guess (the
-mask, the place of the q/k norm, rotary settings, windows) stands under the key `dflash`; a run without that key is of
-an older trainer with other conventions, which `dflash.weights.older` converts.
+EasyDeL is not needed. Names are transformers'; kernels are [in, out]; q, k, v, gate and up are separate arrays.
 """
 
-import datetime
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import Array
+from jax.sharding import Mesh
 
-from dflash.config import ConfigError, DraftConfig
-from dflash.models.draft import Draft
-from dflash.weights.config_json import read_draft_config, write_draft_config
-from dflash.weights.huggingface import DTYPES
-from dflash.weights.leaves import check_leaves, leaf_kind, leaves_of, restore
-from dflash.weights.runs import MARKER, check_run, new_run
-from dflash.weights.snapshot import WeightsError
-from dflash.weights.zarr import (
-    array_faults,
-    read_arrays,
-    read_index,
-    read_object,
-    write_array,
-    write_index,
-)
+from dflash.config import TargetConfig, fault_list
+from dflash.models.llama import Llama
+from dflash.models.mesh import gather
+from dflash.weights.build import Opened, build_target, check_tied
+from dflash.weights.names import Source
+from dflash.weights.runs.arrays import array_faults, lost_chunks, read_arrays, read_index
+from dflash.weights.snapshot import WeightsError, target_config
 
 _FLOATS = ("float32", "bfloat16", "float16")
+_MAY_BE_ZERO = ("/bias", "/sinks")
+# Not saved if the head is the embedding, but part of the state.
+HEAD = "lm_head/kernel"
 
-# A weight of ours, and the arrays [in, out] or [size] that it is made of, in the order of its rows.
-Plan = Iterator[tuple[str, dict[str, tuple[int, ...]]]]
+Shapes = dict[str, tuple[int, ...]]
+# A weight of ours, its arrays there with the conversion to ours, and the conversion back.
+Plan = Iterator[tuple[str, Source, Callable[[Any], list[Any]]]]
+
+
+def _same(ours: str, theirs: str, *shape: int) -> Plan:
+    """One array unchanged, which both sides may share."""
+    yield ours, Source({theirs: shape}, lambda arrays: arrays[0]), lambda value: [value]
+
+
+def _turned(ours: str, theirs: list[str], *shape: int) -> Plan:
+    """Kernels of experts [E, in, out], which are one weight of ours [E, outs, in]."""
+
+    def join(arrays: list[Any]) -> np.ndarray:
+        return np.concatenate([np.asarray(array).swapaxes(1, 2) for array in arrays], axis=1)
+
+    def split(value: Any) -> list[np.ndarray]:
+        return [part.swapaxes(1, 2) for part in np.split(np.asarray(value), len(theirs), axis=1)]
+
+    yield ours, Source(dict.fromkeys(theirs, shape), join), split
+
+
+def _in_a_row(ours: str, theirs: list[str], *shape: int) -> Plan:
+    """Arrays whose last axes are one after the other in ours."""
+
+    def split(value: Any) -> list[np.ndarray]:
+        return np.split(np.asarray(value), len(theirs), axis=-1)
+
+    yield ours, Source(dict.fromkeys(theirs, shape), lambda arrays: np.concatenate(arrays, axis=-1)), split
 
 
 def _linear(ours: str, prefix: str, parts: list[str], inputs: int, outputs: list[int], bias: bool) -> Plan:
-    names = [f"model/{prefix}{part}_proj" for part in parts]
-    yield f"{ours}.weight", {f"{n}/kernel/value": (inputs, o) for n, o in zip(names, outputs, strict=True)}
+    ends = np.cumsum(outputs)[:-1]
+
+    def join(arrays: list[Any]) -> np.ndarray:
+        return np.concatenate([np.asarray(array).T for array in arrays])
+
+    def split(value: Any) -> list[np.ndarray]:
+        return [part.T for part in np.split(np.asarray(value), ends)]
+
+    kernels: Shapes = {f"{prefix}{part}/kernel": (inputs, size) for part, size in zip(parts, outputs, strict=True)}
+    yield f"{ours}.weight", Source(kernels, join), split
     if bias:
-        yield f"{ours}.bias", {f"{n}/bias/value": (o,) for n, o in zip(names, outputs, strict=True)}
+        biases: Shapes = {f"{prefix}{part}/bias": (size,) for part, size in zip(parts, outputs, strict=True)}
+        yield f"{ours}.bias", Source(biases, join), split
 
 
-def plan(c: DraftConfig) -> Plan:
+def _expert_plan(path: str, prefix: str, c: TargetConfig) -> Plan:
+    assert c.experts is not None
+    E, H, I = c.experts.count, c.hidden_size, c.intermediate_size  # noqa: E741
+    yield from _linear(f"{path}.router", prefix, ["router"], H, [E], True)
+    gate_up = [f"{prefix}experts/{name}_proj" for name in ("gate", "up")]
+    yield from _turned(f"{path}.gate_up", [f"{name}/kernel" for name in gate_up], E, H, I)
+    yield from _in_a_row(f"{path}.gate_up_bias", [f"{name}/bias" for name in gate_up], E, I)
+    yield from _turned(f"{path}.down", [f"{prefix}experts/down_proj/kernel"], E, I, H)
+    yield from _same(f"{path}.down_bias", f"{prefix}experts/down_proj/bias", E, H)
+
+
+def _layer_plan(path: str, prefix: str, c: TargetConfig) -> Plan:
     H, D, I = c.hidden_size, c.head_dim, c.intermediate_size  # noqa: E741
     queries, keys = c.num_heads * D, c.num_kv_heads * D
-    yield "fc.weight", {"model/fc/kernel/value": (c.num_features * H, H)}
-    if c.fc_bias:
-        yield "fc.bias", {"model/fc/bias/value": (H,)}
-    if c.learned_mask:
-        yield "mask_embedding", {"model/mask_embedding/value": (H,)}
-    norms = {"hidden_norm": ("hidden_norm", H), "norm": ("final_norm", H)}
+    ours, theirs = f"{path}.attention", f"{prefix}self_attn/"
+    yield from _same(f"{path}.attention_norm.weight", f"{prefix}input_layernorm/kernel", H)
+    yield from _same(f"{path}.mlp_norm.weight", f"{prefix}post_attention_layernorm/kernel", H)
+    qkv = ["q_proj", "k_proj", "v_proj"]
+    yield from _linear(f"{ours}.qkv", theirs, qkv, H, [queries, keys, keys], c.qkv_bias)
+    yield from _linear(f"{ours}.out", theirs, ["o_proj"], queries, [H], c.o_bias)
+    if c.qk_norm:
+        yield from _same(f"{ours}.q_norm.weight", f"{theirs}q_norm/kernel", D)
+        yield from _same(f"{ours}.k_norm.weight", f"{theirs}k_norm/kernel", D)
+    if c.sinks:
+        yield from _same(f"{ours}.sinks", f"{theirs}sinks", c.num_heads)
+    if c.experts is not None:
+        yield from _expert_plan(f"{path}.mlp", f"{prefix}mlp/", c)
+    else:
+        yield from _linear(f"{path}.mlp.gate_up", f"{prefix}mlp/", ["gate_proj", "up_proj"], H, [I, I], c.mlp_bias)
+        yield from _linear(f"{path}.mlp.down", f"{prefix}mlp/", ["down_proj"], I, [H], c.mlp_bias)
+
+
+def _plan(c: TargetConfig) -> Plan:
+    yield from _same("embedding.weight", "model/embed_tokens/embedding", c.vocab_size, c.hidden_size)
     for i in range(c.num_layers):
-        ours, theirs = f"layers.{i}", f"layers/{i}"
-        norms[f"{ours}.attention_norm"] = (f"{theirs}/in_norm", H)
-        norms[f"{ours}.mlp_norm"] = (f"{theirs}/post_norm", H)
-        if c.qk_norm:
-            norms[f"{ours}.attention.q_norm"] = (f"{theirs}/attn/q_norm", D)
-            norms[f"{ours}.attention.k_norm"] = (f"{theirs}/attn/k_norm", D)
-        bias = c.attention_bias
-        yield from _linear(f"{ours}.attention.q", f"{theirs}/attn/", ["q"], H, [queries], bias)
-        yield from _linear(f"{ours}.attention.kv", f"{theirs}/attn/", ["k", "v"], H, [keys, keys], bias)
-        yield from _linear(f"{ours}.attention.out", f"{theirs}/attn/", ["o"], queries, [H], bias)
-        yield from _linear(f"{ours}.mlp.gate_up", f"{theirs}/mlp/", ["gate", "up"], H, [I, I], c.mlp_bias)
-        yield from _linear(f"{ours}.mlp.down", f"{theirs}/mlp/", ["down"], I, [H], c.mlp_bias)
-        if c.conv is not None:
-            size = c.conv.kernel_size
-            for conv in ("attention_conv", "mlp_conv"):
-                kernels = 2 * size * (H // c.conv.group_size)
-                yield f"{ours}.{conv}.base", {f"model/{theirs}/{conv}/base_kernel/value": (H, size, 2)}
-                kernel = f"model/{theirs}/{conv}/kernel_projection/kernel/value"
-                yield f"{ours}.{conv}.kernel.weight", {kernel: (H, kernels)}
-    if c.selector is not None:
-        rank = c.selector.rank
-        for name in ("predecessor", "successor"):
-            path = f"model/candidate_selector/{name}_codebook/value"
-            yield f"selector.{name}", {path: (rank, c.vocab_size)}
-        yield "selector.hidden.weight", {"model/candidate_selector/hidden_projection/kernel/value": (H, rank)}
-    for name, (path, size) in norms.items():
-        yield f"{name}.weight", {f"model/{path}/scale/value": (size,)}
+        yield from _layer_plan(f"layers.{i}", f"model/layers/{i}/", c)
+    yield from _same("norm.weight", "model/norm/kernel", c.hidden_size)
+    if not c.tie_embeddings:
+        yield from _linear("head", "", ["lm_head"], c.hidden_size, [c.vocab_size], False)
 
 
-# ---- config.json
+def _sources(config: TargetConfig) -> dict[str, Source]:
+    return {ours: source for ours, source, _ in _plan(config)}
 
 
-def _conventions(*, learned_mask: bool = False, qk_norm: bool = True) -> dict[str, str]:
-    return {
-        "kernels": "[in, out]",
-        "mask": "a learned vector" if learned_mask else "the target's embedding of mask_token_id",
-        "positions": "absolute",
-        "qk_norm": "with weights, before rope" if qk_norm else "none",
-        "query_heads": "repeated: head h reads kv head h // (heads / kv heads)",
-        "target_layer_ids": "layers whose output is read",
-    }
-
-
-def _told(c: DraftConfig) -> dict[str, str]:
-    return _conventions(learned_mask=c.learned_mask, qk_norm=c.qk_norm)
-
-
-def _layout_config(c: DraftConfig) -> dict[str, Any]:
-    """The keys that EasyDeL's runs have; `remat` is a setting of training, which leaves no trace in the weights."""
-    return {
-        "add_one_for_pre_layer_capture": True,
-        "block_size": c.block_size,
-        "head_dim": c.head_dim,
-        "hidden_act": "silu",
-        "hidden_size": c.hidden_size,
-        "mlp_ratio": c.intermediate_size / c.hidden_size,
-        "num_attention_heads": c.num_heads,
-        "num_context_features": c.num_features,
-        "num_key_value_heads": c.num_kv_heads,
-        "num_layers": c.num_layers,
-        "qk_norm": c.qk_norm,
-        "rms_norm_eps": c.rms_norm_eps,
-        "target_layer_ids": list(c.target_layer_ids),
-    }
-
-
-def run_config(config: DraftConfig, dtype: str, provenance: Mapping[str, Any]) -> str:
-    """config.json of a run as text. Raises ConfigError for a draft that it can't hold, ValueError if it is no JSON."""
-    draft = write_draft_config(config, dtype)
-    read = read_draft_config(draft)
-    if read != config:
-        raise ConfigError(f"config.json can't hold this draft: {config} would be read as {read}; change its settings")
-    content = _layout_config(config) | {"remat": False}
-    content["dflash"] = {"conventions": _told(config), "draft": draft, "provenance": dict(provenance)}
-    try:
-        return json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n"
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"provenance must be JSON ({error}), got {provenance!r}: give texts and numbers") from None
-
-
-def _read_config(directory: Path) -> DraftConfig:
-    """The draft of a run directory. Raises ConfigError with every fault of config.json."""
-    raw = read_object(directory, "config.json")
-    nested, source = raw.get("dflash"), f"{directory / 'config.json'}"
-    if not isinstance(nested, dict) or not isinstance(nested.get("draft"), dict):
-        raise ConfigError(
-            f"{source} has no `dflash` entry, so it is an older trainer's, with other conventions: dflash.load_draft "
-            "converts it"
-        )
-    told = nested.get("conventions")
-    told = told if isinstance(told, dict) else {}
-
-    def differing(wanted: dict[str, str]) -> list[str]:
-        keys = sorted(key for key in wanted.keys() | told.keys() if told.get(key) != wanted.get(key))
-        return [f"convention {key} must be {wanted.get(key)!r}, got {told.get(key)!r}" for key in keys]
-
-    try:
-        config = read_draft_config(nested["draft"], f"{source} (dflash.draft)")
-    except ConfigError as error:
-        raise ConfigError("; ".join([str(error), *differing(_conventions())])) from None
-    faults = differing(_told(config))
-    for key, value in _layout_config(config).items():
-        if raw.get(key) != value:
-            faults.append(f"{key} is {raw.get(key)!r}, but {value!r} by dflash.draft")
+def _check(config: TargetConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises WeightsError with every array of a state that is missing, unexpected or of another shape."""
+    wanted = {path: shape for source in _sources(config).values() for path, shape in source.tensors.items()}
+    faults = [f"missing {path} {list(shape)}" for path, shape in wanted.items() if path not in shapes]
+    for path, shape in shapes.items():
+        if path not in wanted:
+            faults += [] if path == HEAD and config.tie_embeddings else [f"unexpected {path} {list(shape)}"]
+        elif tuple(shape) != wanted[path]:
+            faults.append(f"{path} is {list(shape)}, must be {list(wanted[path])}")
     if faults:
-        raise ConfigError(f"{source} can't be used: " + "; ".join(faults) + ". Give another run")
-    return config
+        raise WeightsError(f"the state does not fit its config ({len(faults)} faults): " + fault_list(faults))
 
 
-# ---- weights
+def from_state(config: TargetConfig, arrays: dict[str, Any], dtype: str = "float32", mesh: Mesh | None = None) -> Llama:
+    """The target made from a state: arrays by path (joined with "/"), of a model with this config.
 
-
-def split_draft(draft: Draft) -> dict[str, np.ndarray]:
-    """The draft's weights as arrays of the layout. Raises WeightsError when their dtypes differ or can't be stored."""
-    values = {".".join(map(str, p)): np.asarray(v.get_value()) for p, v in nnx.to_flat_state(nnx.state(draft))}
-    dtypes = sorted({value.dtype.name for value in values.values()})
-    if len(dtypes) > 1 or dtypes[0] not in DTYPES:
-        raise WeightsError(f"the weights of a run have one dtype of {sorted(DTYPES)}, got {dtypes}: cast them")
-    arrays: dict[str, np.ndarray] = {}
-    for name, parts in plan(draft.config):
-        rows = np.cumsum([shape[-1] for shape in parts.values()])[:-1]
-        split = np.split(values.pop(name), rows)
-        arrays |= {path: part.T for path, part in zip(parts, split, strict=True)}
-    assert not values, sorted(values)
-    return arrays
-
-
-def join_draft(config: DraftConfig, arrays: Mapping[str, np.ndarray | Array], dtype: str) -> Draft:
-    """The draft that is made of the arrays of the layout, in `dtype`. Differentiable."""
-    graph, state = nnx.split(nnx.eval_shape(lambda: Draft(config, dtype=DTYPES[dtype], rngs=nnx.Rngs(0))))
-    flat = {".".join(map(str, path)): (path, value) for path, value in nnx.to_flat_state(state)}
-    for name, parts in plan(config):
-        path, empty = flat[name]
-        rows = [arrays[part].T for part in parts]
-        # What was read is put together on the host, without programs for it to be compiled.
-        value = (np if isinstance(rows[0], np.ndarray) else jnp).concatenate(rows).astype(jnp.dtype(dtype))
-        assert value.shape == empty.get_value().shape, (name, value.shape)
-        flat[name] = path, empty.replace(jnp.asarray(value))
-    return nnx.merge(graph, nnx.from_flat_state(list(flat.values())))
-
-
-# ---- runs
-
-
-def write_run(
-    draft: Draft,
-    directory: Path,
-    step: int,
-    *,
-    optimizer_state: Any | None,
-    provenance: Mapping[str, Any],
-    keep: int | None,
-) -> Path:
-    """Writes `<directory>/run-<step>`, whole or not at all, then removes the runs before it beyond the last `keep`.
-
-    Weights (float32 or bfloat16) and optimizer state (a pytree of arrays and numbers; None for none) keep every bit.
-    `provenance` (hashes of what was trained on) is JSON and stands in config.json. Raises WeightsError, also when that
-    run is there already or another process writes to `directory`; ConfigError for a draft that config.json can't hold.
+    Arrays are removed from `arrays` one weight at a time, so none is held twice once their model is gone. Arrays that
+    already have our layout and dtype (embedding, norms) are shared. Raises WeightsError.
     """
-    weights = split_draft(draft)
-    leaves = None if optimizer_state is None else leaves_of(optimizer_state)
-    check_leaves(leaves or {})
-    dtype = next(iter(weights.values())).dtype.name
-    config = run_config(draft.config, dtype, provenance)
-    with new_run(Path(directory), step, keep) as folder:
-        prefixes = {"model": [write_array(folder, path, value) for path, value in weights.items()]}
-        if leaves is not None:
-            prefixes["tx"] = [write_array(folder, path, np.asarray(leaf)) for path, leaf in leaves.items()]
-        write_index(folder, prefixes)
-        (folder / "config.json").write_text(config, encoding="utf-8")
-        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        marker = {"is_temporary": False, "step": step, "timestamp": now}
-        (folder / MARKER).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
-    return Path(directory) / f"run-{step}"
+    _check(config, {path: array.shape for path, array in arrays.items()})
+    return build_target(Opened(config, _sources(config), arrays.pop), dtype, mesh)
 
 
-def read_run(directory: Path, dtype: str = "float32") -> Draft:
-    """The draft of one run directory, in `dtype` (float32 or bfloat16); `runs.resolve_run` finds the latest of a root.
+def to_state(target: Llama) -> Iterator[tuple[str, Any]]:
+    """The reverse, one array at a time: paths joined with "/", and arrays in the target's dtype.
 
-    Raises ConfigError, or WeightsError when the run is incomplete or damaged; each with every fault.
+    Arrays that already have their layout are shared. A tied head has no array of its own.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {sorted(DTYPES)}, got {dtype!r}")
+    weights = {".".join(map(str, path)): v.get_value() for path, v in nnx.to_flat_state(nnx.state(gather(target)))}
+    for ours, source, split in _plan(target.config):
+        yield from zip(source.tensors, map(jnp.asarray, split(weights[ours])), strict=True)
+
+
+def open_target(directory: Path) -> Opened:
+    """The target in a directory that EasyDeL's `save_pretrained` wrote. Raises ConfigError or WeightsError."""
     directory = Path(directory)
-    check_run(directory)
+    config = target_config(directory)
     entries = read_index(directory).get("model", {})
-    config = _read_config(directory)
-    wanted = {path: (shape, _FLOATS) for _, parts in plan(config) for path, shape in parts.items()}
-    faults = array_faults(entries, wanted)
+    wanted = {p: shape for source in _sources(config).values() for p, shape in source.tensors.items()}
+    there = {path: entry for path, entry in entries.items() if not (config.tie_embeddings and path == f"model/{HEAD}")}
+    faults = array_faults(there, {f"model/{path}": (shape, _FLOATS) for path, shape in wanted.items()})
     if faults:
-        raise WeightsError(f"{directory} does not fit its config.json ({len(faults)} faults): " + "; ".join(faults))
-    return join_draft(config, read_arrays(directory, entries.values()), dtype)
+        raise WeightsError(f"{directory} does not fit its config.json ({len(faults)} faults): " + fault_list(faults))
 
-
-def read_optimizer_state(directory: Path, like: Any) -> Any:
-    """The optimizer state of one run directory, in the structure, shapes and dtypes of `like`.
-
-    Where `like` has numpy arrays or Python numbers, so has the result; jax arrays elsewhere. Raises WeightsError with
-    every leaf that is missing, left over, of another shape or dtype, or damaged.
-    """
-    directory = Path(directory)
-    check_run(directory)
-    entries = read_index(directory).get("tx")
-    if entries is None:
-        raise WeightsError(f"{directory} was written without an optimizer state: start a new one from its weights")
-    leaves = leaves_of(like)
-    kinds = {path: leaf_kind(leaf) for path, leaf in leaves.items()}
-    faults = array_faults(entries, {path: (shape, (dtype,)) for path, (shape, dtype) in kinds.items()})
-    if faults:
+    # tensorstore may omit chunks of zeros when it writes. A bias or a sink may well be zeros, but no other weight.
+    told = [entry for path, entry in there.items() if entry.sha256 is None and not path.endswith(_MAY_BE_ZERO)]
+    lost = lost_chunks(directory, told)
+    if lost:
         raise WeightsError(
-            f"the optimizer state of {directory} is another optimizer's or draft's ({len(faults)} faults): "
-            + "; ".join(faults)
-            + ". Resume with the settings that it was written with"
+            f"{directory} was copied incompletely, {len(lost)} weights would be read as zeros: "
+            f"{'; '.join(lost)}: copy it again"
         )
-    values = read_arrays(directory, entries.values())
-    return jax.tree.unflatten(jax.tree.structure(like), [restore(leaf, values[path]) for path, leaf in leaves.items()])
+
+    def read(path: str) -> np.ndarray:
+        entry = entries[f"model/{path}"]
+        return read_arrays(directory, [entry])[entry.path]
+
+    if config.tie_embeddings and f"model/{HEAD}" in entries:
+        check_tied(read(HEAD).T, read("model/embed_tokens/embedding"), directory)
+    return Opened(config, _sources(config), read)

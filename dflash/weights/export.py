@@ -1,7 +1,7 @@
 """Draft directories for the programs that read them: one network, and a config.json in each reader's words.
 
-Readers load broken drafts without a word, or drop what they don't know. So a draft is held against what its reader can
-do before anything is written, and every fault is told at once.
+Readers silently load broken drafts, or drop what they don't know. So a draft is checked against its reader's abilities
+before anything is written, and every fault is reported at once.
 """
 
 import re
@@ -12,19 +12,18 @@ from typing import Any, Literal
 import ml_dtypes
 import numpy as np
 
-from dflash.config import ConfigError, DraftConfig, TargetConfig, check_draft, range_faults
+from dflash.config import ConfigError, DraftConfig, TargetConfig, TargetShape, check_draft, fault_list, range_faults
 from dflash.models.draft import Draft
 from dflash.weights.config_json import draft_extras, read_draft_config, read_target_config, write_draft_config
 from dflash.weights.huggingface import check_draft_tensors, draft_tensors
 from dflash.weights.snapshot import WeightsError, read_json, write_snapshot
+from dflash.weights.speculators import speculators_config
 
 Consumer = Literal["z-lab", "sglang-jax", "speculators"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 _KINDS = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 _SIZE = re.compile(r"([0-9]+)(B|KB|MB|GB)?", re.IGNORECASE)
-# The release whose DFlash config this writes.
-_SPECULATORS_VERSION = "0.9.0"
 
 
 def parse_size(text: str) -> int:
@@ -35,7 +34,7 @@ def parse_size(text: str) -> int:
     return int(match[1]) * {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}[(match[2] or "B").upper()]
 
 
-# ---- what a reader can do
+# ---- what readers can do
 
 
 def _own_faults(c: DraftConfig) -> list[str]:
@@ -53,7 +52,7 @@ def _own_faults(c: DraftConfig) -> list[str]:
 
 
 def reader_faults(c: DraftConfig, consumer: Consumer) -> list[str]:
-    """What this reader would do otherwise than we do."""
+    """What this reader would do differently from us."""
     faults = []
     last = c.num_target_layers - 1
     if consumer != "z-lab" and last in c.target_layer_ids:
@@ -76,7 +75,7 @@ def reader_faults(c: DraftConfig, consumer: Consumer) -> list[str]:
     return faults
 
 
-def check_export(config: DraftConfig, consumer: Consumer, target: TargetConfig | None = None) -> None:
+def check_export(config: DraftConfig, consumer: Consumer, target: TargetConfig | TargetShape | None = None) -> None:
     """Raises ConfigError with every reason why this reader can't run the draft as we do."""
     faults = _own_faults(config) + reader_faults(config, consumer)
     if target is not None:
@@ -85,14 +84,14 @@ def check_export(config: DraftConfig, consumer: Consumer, target: TargetConfig |
         except ConfigError as error:
             faults.append(str(error))
     if faults:
-        raise ConfigError(f"the draft can't be exported for {consumer}: " + "; ".join(faults))
+        raise ConfigError(f"the draft can't be exported for {consumer}: " + fault_list(faults))
 
 
-def check_directory(directory: Path, target: TargetConfig) -> DraftConfig:
+def check_directory(directory: Path, target: TargetShape) -> DraftConfig:
     """The config of a `DFlashDraftModel` directory that a server may get: before one is started with it.
 
-    Its tensors are exactly those of its config, in their shapes, and it fits the target. Raises ConfigError with every
-    fault of the directory.
+    Its tensors are exactly those of its config, with their shapes, and it fits the target. Raises ConfigError with
+    every fault of the directory.
     """
     directory = Path(directory)
     config = read_draft_config(read_json(directory, "config.json"), str(directory / "config.json"))
@@ -106,11 +105,11 @@ def check_directory(directory: Path, target: TargetConfig) -> DraftConfig:
         except (ConfigError, WeightsError) as error:
             faults.append(str(error))
     if faults:
-        raise ConfigError("; ".join(faults))
+        raise ConfigError(fault_list(faults))
     return config
 
 
-# ---- a config in each reader's words
+# ---- each reader's config
 
 
 def _sglang_jax_config(c: DraftConfig, dtype: str) -> dict[str, Any]:
@@ -120,41 +119,6 @@ def _sglang_jax_config(c: DraftConfig, dtype: str) -> dict[str, Any]:
         "mask_token_id": c.mask_token_id,
     }
     return write_draft_config(c, dtype) | told
-
-
-def _speculators_config(c: DraftConfig, dtype: str, verifier: Mapping[str, Any]) -> dict[str, Any]:
-    ours = write_draft_config(c, dtype)
-    apart = ("architectures", "block_size", "dflash_config", "dtype", "is_causal", "num_target_layers")
-    return {
-        "architectures": ["DFlashDraftModel"],
-        "speculators_model_type": "dflash",
-        "speculators_version": _SPECULATORS_VERSION,
-        "dtype": dtype,
-        "transformer_layer_config": {key: value for key, value in ours.items() if key not in apart},
-        # The whole vocabulary: no map between two.
-        "draft_vocab_size": c.vocab_size,
-        "target_hidden_size": c.hidden_size,
-        "block_size": c.block_size,
-        # Entry 0 of what is indexed there is the embedding.
-        "aux_hidden_state_layer_ids": [i + 1 for i in c.target_layer_ids],
-        "mask_token_id": c.mask_token_id,
-        "sample_from_anchor": False,
-        "sliding_window_non_causal": any(c.windows) and not any(c.causal),
-        "tie_word_embeddings": False,
-        "speculators_config": {
-            "algorithm": "dflash",
-            "default_proposal_method": "greedy",
-            "proposal_methods": [
-                {
-                    "proposal_type": "greedy",
-                    "speculative_tokens": c.block_size - 1,
-                    "accept_tolerance": 0.0,
-                    "verifier_accept_k": 1,
-                }
-            ],
-            "verifier": dict(verifier),
-        },
-    }
 
 
 def _cast(tensors: Mapping[str, np.ndarray], dtype: Dtype) -> dict[str, np.ndarray]:
@@ -178,7 +142,7 @@ def export_draft(
     verifier: str | None = None,
     record: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes a draft directory for one kind of reader, whole or not at all.
+    """Writes a draft directory for one kind of reader, atomically.
 
     `target_dir` is the target's snapshot: the draft must fit it, and a speculators config names its architectures,
     and the target itself as `verifier`. Raises ConfigError or WeightsError, each with every fault.
@@ -196,5 +160,5 @@ def export_draft(
     else:
         assert snapshot is not None
         architectures = snapshot.get("architectures") or []
-        config = _speculators_config(c, dtype, {"name_or_path": verifier, "architectures": architectures})
+        config = speculators_config(c, dtype, {"name_or_path": verifier, "architectures": architectures})
     write_snapshot(directory, config, _cast(draft_tensors(draft), dtype), shard_bytes=shard_bytes, record=record)

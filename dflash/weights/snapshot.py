@@ -1,4 +1,4 @@
-"""A snapshot directory: config.json and safetensors files, looked at by their headers, written whole or not at all."""
+"""A snapshot directory: config.json and safetensors files, checked by their headers, written atomically."""
 
 import dataclasses
 import hashlib
@@ -13,6 +13,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from dflash.config import TargetConfig
+from dflash.host.disk import read_object
+from dflash.weights.config_json import read_target_config
+
 
 class WeightsError(ValueError):
     """Weights on disk that can't be used: what is wrong, tensor by tensor, and what to do."""
@@ -20,7 +24,7 @@ class WeightsError(ValueError):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Header:
-    """Where a tensor of a snapshot lies, and what it is."""
+    """Where a tensor of a snapshot is stored, and its kind and shape."""
 
     file: Path
     kind: str
@@ -28,30 +32,29 @@ class Header:
 
 
 def read_json(directory: Path, name: str) -> dict[str, Any]:
-    """An object from a JSON file of a snapshot. Raises WeightsError when it is missing or no JSON object."""
+    """An object from a JSON file of a snapshot. Raises WeightsError if it is missing or not a JSON object."""
     path = directory / name
     if not directory.is_dir():
         raise WeightsError(f"a snapshot is a directory; {directory} is none: give a local directory or `smollm2-135m`")
     if not path.is_file():
         raise WeightsError(f"a snapshot needs {name}; {directory} has none: is it a Hugging Face snapshot directory?")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # what is no JSON, no UTF-8, a number too long or too deep a nest
-        raise WeightsError(f"{path} is no valid JSON ({error}): fetch the snapshot again") from None
-    if not isinstance(value, dict):
-        raise WeightsError(f"{path} must hold a JSON object, got {type(value).__name__}")
-    return value
+    return read_object(path, WeightsError, "fetch the snapshot again")
+
+
+def target_config(directory: Path) -> TargetConfig:
+    """The config of the target in a directory. Raises ConfigError or WeightsError with every fault of the file."""
+    return read_target_config(read_json(directory, "config.json"), str(directory / "config.json"))
 
 
 def holds_weights(directory: Path) -> bool:
-    """Whether a directory has the weights of a snapshot, whole or in parts."""
+    """Whether a directory has the weights of a snapshot, in one file or several."""
     return any((directory / n).is_file() for n in ("model.safetensors", "model.safetensors.index.json"))
 
 
 def weight_files(directory: Path) -> list[Path]:
     """The safetensors files of a snapshot, by its index or the single file; names never leave the directory.
 
-    Raises WeightsError when the index is none, or names files that are missing or lie elsewhere.
+    Raises WeightsError if the index is invalid, or names files that are missing or outside the directory.
     """
     if (directory / "model.safetensors").is_file():
         return [directory / "model.safetensors"]
@@ -74,7 +77,7 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def read_headers(files: Sequence[Path]) -> dict[str, Header]:
-    """Every tensor of these files by its name. Raises WeightsError for a damaged file, and a name in two of them."""
+    """Every tensor of these files by name. Raises WeightsError for a damaged file, or a name in two files."""
     headers: dict[str, Header] = {}
     for path in files:
         try:
@@ -97,7 +100,7 @@ def write_snapshot(
     shard_bytes: int | None = None,
     record: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes config.json and safetensors, in files of at most `shard_bytes` (a larger tensor has one to itself).
+    """Writes config.json and safetensors, in files of at most `shard_bytes` (a larger tensor gets its own file).
 
     See `write_draft` for the record. Raises WeightsError when `directory` exists.
     """
@@ -113,7 +116,7 @@ def write_snapshot(
             whole = {"draft_sha256": snapshot_hash(temporary), **record}
             text = json.dumps(whole, indent=2, sort_keys=True, allow_nan=False)
             (temporary / "training.json").write_text(text + "\n", encoding="utf-8")
-        # Temporary folders and the files of safetensors are for their owner alone; a server may be somebody else.
+        # Only their owner may read temporary folders and safetensors' files; a server may run as another user.
         for file in temporary.iterdir():
             file.chmod(0o644)
         temporary.chmod(0o755)
@@ -135,16 +138,22 @@ def _shards(tensors: Mapping[str, np.ndarray], shard_bytes: int | None) -> list[
     return shards
 
 
+def _save(tensors: dict[str, np.ndarray], file: Path) -> None:
+    try:
+        # transformers 4 accepts only the formats pt, tf, flax and mlx.
+        save_file(tensors, file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise WeightsError(f"weights can't be written to {file.parent.parent} ({error}): make room there") from None
+
+
 def _save_shards(directory: Path, shards: Sequence[dict[str, np.ndarray]]) -> None:
-    # transformers 4 takes no other format than pt, tf, flax and mlx.
-    metadata = {"format": "pt"}
     if len(shards) == 1:
-        save_file(shards[0], directory / "model.safetensors", metadata=metadata)
+        _save(shards[0], directory / "model.safetensors")
         return
     weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards, 1):
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, directory / file, metadata=metadata)
+        _save(shard, directory / file)
         weight_map |= dict.fromkeys(shard, file)
     total = sum(value.nbytes for shard in shards for value in shard.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -153,7 +162,7 @@ def _save_shards(directory: Path, shards: Sequence[dict[str, np.ndarray]]) -> No
 
 
 def snapshot_hash(directory: Path) -> str:
-    """SHA-256 over config.json and the weight files of a snapshot: what a result says that it was measured on."""
+    """SHA-256 over config.json and the weight files of a snapshot, as results record it."""
     digest = hashlib.sha256()
     directory = Path(directory)
     read_json(directory, "config.json")

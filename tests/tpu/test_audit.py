@@ -6,12 +6,12 @@ import pytest
 from flax import nnx
 
 from dflash import init_draft, load_target, load_tokenizer
-from dflash.audit import audit
-from dflash.device import device_facts
-from dflash.metrics import finite
-from dflash.prompts import load_prompts
-from dflash.report import audit_lines
-from dflash.tiny import write_tiny_target
+from dflash.decoding.audit import audit
+from dflash.host.device import device_facts
+from dflash.measuring.result import AuditResult, from_json
+from dflash.report.sections import audit_details, render
+from dflash.text.prompts import load_prompts
+from dflash.weights.tiny import write_tiny_target
 
 # One prompt begins beyond GPT-OSS's tiny window of 16, one grows past it, one is a lone token.
 PROMPT_LENGTHS = (40, 3, 1)
@@ -22,9 +22,9 @@ def check(device, results):
     """No defect; what this device rounds differently goes into the results of the run."""
 
     def check(case, found):
-        figures = finite(device_facts(device) | {"case": case} | found.figures())
-        results.audits.append(figures)
-        print(*audit_lines(figures), sep="\n")
+        result = from_json(device_facts(device) | {"case": case} | found.figures(), AuditResult)
+        results.audits.append(result)
+        print(*render(audit_details(result)), sep="\n")
         assert found.defects == []
 
     return check

@@ -13,8 +13,8 @@ from flax import nnx
 from dflash import ScriptedDraft, decode, init_draft, load_draft, load_target, load_tokenizer, write_draft
 from dflash.decoding.decode import build_decoder, check_request, prefill
 from dflash.decoding.loop import draft_head, propose
-from dflash.prompts import load_prompts
-from dflash.tiny import write_tiny_target
+from dflash.text.prompts import load_prompts
+from dflash.weights.tiny import write_tiny_target
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -95,6 +95,19 @@ def test_every_mode_gives_the_greedy_tokens(case_of, family, accepted):
         assert {a for row in results["recompute"].accept_lens for a in row} == {accepted}
 
 
+@pytest.mark.parametrize("rule", [{}, {"top_k": 50, "top_p": 0.9, "min_p": 0.02}], ids=["noise", "filtered"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_mode_draws_the_same_tokens(case_of, family, rule):
+    target, draft, prompts, outputs = case_of(family)
+    run = functools.partial(decode, target, prompts=prompts, max_new_tokens=BUDGETS, temperature=0.8, seed=11, **rule)
+    expected = run(None, mode="greedy").tokens
+    assert expected != [rows[:budget] for rows, budget in zip(outputs, BUDGETS, strict=True)]
+    results = {mode: run(draft, mode=mode) for mode in MODES}
+    for mode, result in results.items():
+        assert first_difference(expected, result.tokens) is None, mode
+        assert result.accept_lens == results["recompute"].accept_lens, mode
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_recompute_without_a_draft_is_greedy(case_of, family):
     target, _, prompts, outputs = case_of(family)
@@ -115,7 +128,7 @@ def test_a_checkpoint_proposes_what_its_draft_proposed(case_of, tmp_path):
 
     def first_block(draft):
         options = {"mode": "cached_block_verify", "block_size": None, "max_new_tokens": 8, "stop_token_ids": ()}
-        request = check_request(target, draft, prompts, temperature=0.0, allow_larger_block=False, **options)
+        request = check_request(target, draft, prompts, **options)
         state = prefill(build_decoder(target, request), request)
         return np.asarray(jax.jit(lambda s: propose(target, draft, draft_head(target, draft), s, BLOCK))(state))
 

@@ -1,24 +1,27 @@
 """What several unit tests need: drafts whose proposals differ, caches to train them on, the schema of provenance."""
 
+import functools
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from networks import drawn
 
 import dflash
 from dflash.config import DraftConfig, RopeConfig
 from dflash.models.draft import Draft
-from dflash.teacher_cache.arrays import ArrayWriter
-from dflash.teacher_cache.sequences import FORM, open_sequences, sequence_specs
-from dflash.teacher_cache.windows import to_bits
+from dflash.training.cache.arrays import ArrayWriter
+from dflash.training.cache.sequences import FORM, open_sequences, sequence_specs
+from dflash.training.cache.windows import to_bits
 
-# Fits the targets of dflash.tiny.
+# Fits the targets of dflash.weights.tiny.
 TINY_DRAFT = {
     "vocab_size": 199,
     "hidden_size": 64,
@@ -36,6 +39,50 @@ TINY_DRAFT = {
     "target_layer_ids": (0, 1),
     "num_target_layers": 2,
 }
+
+# Two workers share the cache: with a limit to its size it locks its files.
+CACHE = {
+    "jax_persistent_cache_min_compile_time_secs": 0.1,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+    "jax_compilation_cache_max_size": 2**31,
+}
+
+# The compiler's older emitters, and one piece a program: a third of the time for a program of a tiny network.
+QUICK_COMPILER = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiler(request, tmp_path_factory):
+    """No program is compiled twice, in this process or another that is given what this gives for its environment.
+
+    Compiling is most of what `cpu` tests do, and not what they test: alone they do it with few optimisations. What the
+    compiler makes of a program when it may do its best is run by `slow` tests, tests/tpu and bench.
+    """
+    marked = [{m.name for m in item.iter_markers()} for item in request.session.items]
+    if any(names & {"tpu", "bench"} for names in marked):
+        return {}
+    settings = CACHE | {"jax_compilation_cache_dir": os.environ.get("JAX_COMPILATION_CACHE_DIR")}
+    if settings["jax_compilation_cache_dir"] is None:
+        folder = tmp_path_factory.getbasetemp()
+        shared = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+        settings["jax_compilation_cache_dir"] = str(shared / "compiled")
+    # Where every comparison with an outside reference is made, programs are compared as users run them.
+    hurried = all("cpu" in names for names in marked) and not os.environ.get("DFLASH_REQUIRE_EXTRAS")
+    settings["jax_disable_most_optimizations"] = hurried
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    environment = {name.upper(): str(value) for name, value in settings.items()}
+    if hurried:
+        # Read once, when the first backend opens, which no test module does while it is imported.
+        flags = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_COMPILER}".strip()
+        environment["XLA_FLAGS"] = os.environ["XLA_FLAGS"] = flags
+    return environment
+
+
+@pytest.fixture(scope="session")
+def quick_compiler(compiler):
+    """The environment of processes that compile much, and whose speed and last bits nobody looks at."""
+    return compiler | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "True", "XLA_FLAGS": QUICK_COMPILER}
 
 
 def _draw(rng, path, shape):
@@ -56,12 +103,8 @@ def draw_draft():
     """Makes a draft of a tiny config with changes. Its weights are wide: at 0.02 it proposes the mask token only."""
 
     def draw(seed=0, dtype=jnp.float32, **changes):
-        draft = Draft(DraftConfig(**(TINY_DRAFT | changes)), dtype=dtype, rngs=nnx.Rngs(seed))
-        rng = np.random.default_rng(seed)
-        weights = nnx.to_flat_state(nnx.state(draft))
-        drawn = [(p, v.replace(jnp.asarray(_draw(rng, p, v.get_value().shape), dtype))) for p, v in weights]
-        nnx.update(draft, nnx.from_flat_state(drawn))
-        return draft
+        config, rng = DraftConfig(**(TINY_DRAFT | changes)), np.random.default_rng(seed)
+        return drawn(lambda: Draft(config, dtype=dtype, rngs=nnx.Rngs(0)), functools.partial(_draw, rng))
 
     return draw
 
@@ -101,10 +144,10 @@ def write_sequences():
 
 @pytest.fixture(scope="session")
 def check_provenance():
-    """Raises for a `dflash` block that is not as data/results.schema.json says."""
+    """Raises for a `dflash` block that is not as report/results.schema.json says."""
     jsonschema = pytest.importorskip("jsonschema")
-    schema = json.loads((Path(dflash.__file__).parent / "data" / "results.schema.json").read_text())
-    return jsonschema.Draft202012Validator({"$ref": "#/$defs/provenance", "$defs": schema["$defs"]}).validate
+    schema = json.loads((Path(dflash.__file__).parent / "report" / "results.schema.json").read_text())
+    return jsonschema.Draft202012Validator({"$ref": "#/$defs/Provenance", "$defs": schema["$defs"]}).validate
 
 
 @pytest.fixture(scope="session")
@@ -127,7 +170,7 @@ def on_eight_devices(tmp_path):
         env = {
             "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
             "JAX_PLATFORMS": "cpu",
-            "TF_CPP_MIN_LOG_LEVEL": "2",
+            "TF_CPP_MIN_LOG_LEVEL": "1",
         }
         done = subprocess.run(
             [sys.executable, "-c", script, str(tmp_path)],
@@ -139,5 +182,7 @@ def on_eight_devices(tmp_path):
         )
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stdout.strip() == "same"
+        # What XLA says where an array's parts don't fit the next operation, and it gathers the whole of it.
+        assert "rematerialization" not in done.stderr
 
     return run

@@ -4,10 +4,10 @@ from itertools import accumulate
 
 import numpy as np
 
-from dflash.teacher_cache.arrays import ArrayWriter
-from dflash.teacher_cache.sequences import open_sequences, sequence_specs
-from dflash.teacher_cache.source import FeatureReader
 from dflash.training.batches import TrainingBatches
+from dflash.training.cache.arrays import ArrayWriter
+from dflash.training.cache.sequences import open_sequences, sequence_specs
+from dflash.training.cache.source import FeatureReader
 from dflash.training.objective import Objective
 from dflash.training.trainer import TrainConfig, Trainer
 

@@ -1,7 +1,9 @@
 """Benchmark files for the report's tests: what a sweep would write, from a formula. No figure here was measured."""
 
 import copy
+import dataclasses
 
+from dflash.measuring.result import Decode, from_json
 from dflash.metrics import acceptance
 
 HASH = {name: letter * 64 for name, letter in (("target", "a"), ("draft", "b"), ("prompts", "c"), ("cache", "d"))}
@@ -10,6 +12,7 @@ FACTS = {
     "device_kind": "cpu",
     "device_count": 1,
     "cpu_count": 2,
+    "cpu_model": "abacus",
     "mesh": {"dp": 1, "tp": 1},
     "jax": "0.10.2",
     "kernels": "XLA",
@@ -63,6 +66,7 @@ def decode(block_size=8, batch_size=1, proposer="draft", mode="block", share=0.7
         **figures,
         "case": case,
         "proposer": proposer,
+        "scripted": scripted,
         "mode": {"block": "cached_block_verify", "seq": "cached_sequential_verify"}[mode],
         "block_size": block_size,
         "batch_size": batch_size,
@@ -93,12 +97,26 @@ def decode(block_size=8, batch_size=1, proposer="draft", mode="block", share=0.7
     return benchmark(f"bench/test_decode.py::test_decode[{case}]", "decode", info)
 
 
+def case(**changes):
+    """A decoding case as a record, with these fields instead."""
+    return dataclasses.replace(from_json(decode()["extra_info"], Decode), **changes)
+
+
 def advice(rates, batch_size):
     """The cost model's speed-up for every block size, and the best."""
     lengths = {size: 1 + sum(rates[: size - 1]) for size in range(2, len(rates) + 2)}
     predicted = {s: n / (verify_ms(s, batch_size) / STEP_MS + DRAFT_MS / STEP_MS) for s, n in lengths.items()}
     best = max(predicted, key=predicted.get)
-    rows = [{"block_size": s, "predicted_speedup_x": x} for s, x in predicted.items()]
+    rows = [
+        {
+            "block_size": s,
+            "acceptance_length": lengths[s],
+            "break_even_acceptance_length": lengths[s] / x,
+            "predicted_speedup_x": x,
+            "timed": True,
+        }
+        for s, x in predicted.items()
+    ]
     return {"best_block_size": best, "best_predicted_speedup_x": predicted[best], "by_block_size": rows}
 
 
@@ -106,7 +124,14 @@ def failed(block_size=8, batch_size=64):
     """A case that could not be measured, as it stands under `failed`."""
     case = f"block-b{block_size}-n64-k{batch_size}-draft"
     asked = {"mode": "cached_block_verify", "block_size": block_size, "max_new_tokens": 64, "batch_size": batch_size}
-    told = {"case": case, "proposer": "draft", "status": "failed", "error": "out of memory: allocating 7 GiB <x>"}
+    asked |= {"prompt_len": 0, "dtype": "float32"}
+    told = {
+        "case": case,
+        "proposer": "draft",
+        "scripted": None,
+        "status": "failed",
+        "error": "out of memory: allocating 7 GiB <x>",
+    }
     return {**FACTS, **asked, **told, "name": f"bench/test_decode.py::test_decode[{case}]"}
 
 
@@ -129,9 +154,18 @@ def step():
 
 def offline():
     lengths = accept_lens(8, 0.75)
-    starts = {str(s): {"n": 25, "accept_len_mean": 3.2 - s / 400, "accept_len_p50": 3.0} for s in (0, 64, 128, 256)}
+    buckets = {s: 3.2 - s / 400 for s in (0, 64, 128, 256)}
+    starts = {str(s): {"n": 25, "accept_len_mean": mean, "accept_len_p50": 3.0} for s, mean in buckets.items()}
     info = {**FACTS, **acceptance([lengths], 8), "case": "offline", "by_ctx_pos_start": starts, "rows": "held_out"}
-    info |= {"block_size": 8, "cache_sha256": HASH["cache"], "live_acceptance_length": 3.9}
+    info |= {
+        "block_size": 8,
+        "cache_sha256": HASH["cache"],
+        "live_acceptance_length": 3.9,
+        "num_samples": len(lengths),
+        "live_num_samples": 40,
+    }
+    info |= {f"accept_len_{p}": 3.0 for p in ("p50", "p90", "p99")} | {"accept_rate_tokens": 0.4}
+    info |= {f"token_acc_{p}": 0.6 for p in ("mean", "p50", "p90")}
     return benchmark("bench/test_evaluate.py::test_offline_acceptance", "evaluate", info)
 
 
@@ -140,12 +174,14 @@ def by_category():
     figures = {k: acceptance([accept_lens(8, s)], 8) | {"num_prompts": 8} for k, s in kinds.items()}
     every = acceptance([[a for s in kinds.values() for a in accept_lens(8, s)]], 8)
     info = {**FACTS, **every, "case": "acceptance", "block_size": 8, "by_category": figures}
+    info |= {"lossless": True, "max_new_tokens": 64}
     return benchmark("bench/test_acceptance.py::test_acceptance", "acceptance", info)
 
 
 def training():
     info = {"case": "train-b8-a32-s8", "dtype": "float32", "step_s": 2.0, "draft_tokens_per_s": 880.0}
     info |= {"gflop_s": 157.0, "matmul_gflop_s": 201.0, "matmul_fraction": 0.78, "read_s": 0.01}
+    info |= {"cache_write_gb_s": 0.5, "disk_write_gb_s": 0.6}
     return benchmark("bench/test_training.py::test_training_step", "training", info)
 
 

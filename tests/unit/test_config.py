@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dflash.config import ConfigError, build_target_layer_ids
+from dflash.config import ConfigError, build_target_layer_ids, fault_list
 
 
 @pytest.mark.parametrize(
@@ -40,3 +40,17 @@ def test_target_layer_ids_are_different_layers_of_the_target(layers, features):
     else:
         assert len(set(ids)) == len(ids) == features
         assert set(ids) <= set(range(layers))
+
+
+def test_many_faults_are_told_briefly():
+    few = [f"missing layers.{i}.weight [4]" for i in range(10)]
+    assert fault_list(few) == "; ".join(few)
+    layers = [f"missing layers.{i}.{part}.weight [{i}]" for part in ("up", "down") for i in range(250)]
+    other = [f"unexpected {chr(97 + i)}" for i in range(20)]
+    said = fault_list(layers + other)
+    first, second, third = said.split("; ")[:3]
+    assert first == "missing layers.0.up.weight [0] and 249 like it"
+    assert (second, third) == ("unexpected a", "missing layers.0.down.weight [0] and 249 like it")
+    assert said.endswith("; and 12 more")
+    assert said.count("; ") == 10
+    assert len(fault_list(["x" * 10**6] * 3)) < 1000

@@ -38,7 +38,7 @@ FAULTS = [
         "decoding/loop.py",
         "cache=cache.commit(produced),",
         "cache=cache.commit(produced + 1),",
-        "test_loop.py",
+        "decoding/test_loop.py",
         "tokens_are_the_targets_own and llama",
     ),
     Fault(
@@ -46,7 +46,7 @@ FAULTS = [
         "decoding/loop.py",
         "draft_cache.commit(produced)",
         "draft_cache.commit(jnp.full_like(produced, predictions.shape[1]))",
-        "test_loop.py",
+        "decoding/test_loop.py",
         "cacheless_drafts",
     ),
     Fault(
@@ -54,40 +54,39 @@ FAULTS = [
         "decoding/loop.py",
         "draft.config.mask_token_id, jnp.int32)",
         "draft.config.mask_token_id - 1, jnp.int32)",
-        "test_loop.py",
+        "decoding/test_loop.py",
         "cacheless_drafts",
     ),
     Fault(
         "a clock that does not wait for the device",
         "decoding/loop.py",
-        "return jax.block_until_ready(self._loop(self._weights, state, jnp.int32(limit)))",
-        "return self._loop(self._weights, state, jnp.int32(limit))",
-        "test_paired.py",
+        "return jax.block_until_ready(self._loop(self._weights, state, last))",
+        "return self._loop(self._weights, state, last)",
+        "measuring/test_paired.py",
         "the_clock_waits",
     ),
     Fault(
         "a baseline through the verify kernel",
-        "greedy.py",
-        'compiled_decoder(self.target, None, "greedy", 1, *self.shape, budget)',
-        "compiled_decoder(self.target, __import__('dflash').init_draft(self.target), 'cached_block_verify', 8, "
-        "*self.shape, budget)",
-        "test_greedy.py",
+        "measuring/greedy.py",
+        "self.target, None, GREEDY.name, 1, *self.shape, budget",
+        "self.target, __import__('dflash').init_draft(self.target), 'cached_block_verify', 8, *self.shape, budget",
+        "measuring/test_greedy.py",
         "baseline_is_the_one_token_step",
     ),
     Fault(
         "a ring one slot short",
-        "kv_cache.py",
+        "models/kv_cache.py",
         "window + block - 1)",
         "window + block - 2)",
-        "test_kv_cache.py",
+        "models/test_kv_cache.py",
         "ring",
     ),
     Fault(
         "ragged rows that share a length",
-        "kv_cache.py",
+        "models/kv_cache.py",
         "lengths=self.lengths + keep.astype(jnp.int32)",
         "lengths=self.lengths + keep.astype(jnp.int32).min()",
-        "test_kv_cache.py",
+        "models/test_kv_cache.py",
         "sees_the_committed or any_history",
     ),
     Fault(
@@ -95,7 +94,7 @@ FAULTS = [
         "decoding/accept.py",
         "jnp.cumprod(agree.astype(jnp.int32), axis=1).sum(axis=1)",
         "agree.astype(jnp.int32).sum(axis=1)",
-        "test_accept.py",
+        "decoding/test_accept.py",
         "",
     ),
     Fault(
@@ -103,7 +102,7 @@ FAULTS = [
         "decoding/accept.py",
         "jnp.minimum(accepted + 1, budget)",
         "jnp.minimum(jnp.maximum(accepted, 1), budget)",
-        "test_accept.py",
+        "decoding/test_accept.py",
         "",
     ),
     Fault(
@@ -111,7 +110,7 @@ FAULTS = [
         "decoding/accept.py",
         "produced = jnp.minimum(limit, first_stop + 1)",
         "produced = limit",
-        "test_accept.py",
+        "decoding/test_accept.py",
         "",
     ),
     Fault(
@@ -135,7 +134,7 @@ FAULTS = [
         "models/draft.py",
         "rope = self._rope(cache.positions(T))",
         "rope = self._rope(cache.positions(T) - cache.lengths[:, None])",
-        "test_draft.py",
+        "models/test_draft.py",
         "through_the_cache",
     ),
     Fault(
@@ -143,7 +142,7 @@ FAULTS = [
         "models/llama.py",
         _LAYER + _KEEP,
         _KEEP + _LAYER,
-        "test_llama.py",
+        "models/test_llama.py",
         "",
         oracle=True,  # the comparison with transformers alone knows what a layer's output is
     ),
@@ -152,8 +151,56 @@ FAULTS = [
         "training/batches.py",
         "labels=tokens[:, :, 1:],",
         "labels=tokens[:, :, :-1],",
-        "test_batches.py",
+        "training/test_batches.py",
         "a_batch_of_sequences",
+    ),
+    Fault(
+        "a sink that takes no weight",
+        "models/layers.py",
+        "total += jnp.exp(sink - top)",
+        "total += 0 * jnp.exp(sink - top)",
+        "models/test_layers.py",
+        "attention_is_the_plain_loop and xla and sinks",
+    ),
+    Fault(
+        "a window one key too wide",
+        "models/kv_cache.py",
+        "(distance < window)",
+        "(distance <= window)",
+        "models/test_kv_cache.py",
+        "attention_mask_is_its_definition",
+    ),
+    Fault(
+        "the high nibble first",
+        "weights/mxfp4.py",
+        "[_FP4[blocks & 15], _FP4[blocks >> 4]]",
+        "[_FP4[blocks >> 4], _FP4[blocks & 15]]",
+        "weights/test_mxfp4.py",
+        "mxfp4_is_its_definition",
+    ),
+    Fault(
+        "other tokens than the target's pass",
+        "measuring/gate.py",
+        "if not case.lossless or case.speedup_x is None:",
+        "if case.speedup_x is None:",
+        "measuring/test_gate.py",
+        "",
+    ),
+    Fault(
+        "padding of the head that counts as tokens",
+        "training/loss.py",
+        "logits = jnp.where(fresh[:, None], ",
+        "logits = jnp.where(fresh[:, None] | (tokens >= V)[:, None], ",
+        "training/test_loss.py",
+        "padded_rows",
+    ),
+    Fault(
+        "a file that is written where it lies",
+        "host/disk.py",
+        'temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(6)}.tmp")',
+        "temporary = path.unlink(missing_ok=True) or path",
+        "host/test_disk.py",
+        "fails_leaves_what_was_there",
     ),
 ]
 
@@ -174,17 +221,18 @@ def copy(tmp_path_factory):
     "fault",
     [pytest.param(f, id=f.name.replace(" ", "-"), marks=[pytest.mark.oracle] if f.oracle else []) for f in FAULTS],
 )
-def test_the_suite_notices(copy, fault):
+def test_the_suite_notices(copy, quick_compiler, fault):
     if fault.oracle:
         pytest.importorskip("transformers")
     path = copy / "dflash" / fault.file
     source = path.read_text(encoding="utf-8")
-    assert source.count(fault.right) == 1, f"{fault.file} changed: say anew what the fault {fault.name!r} is"
+    assert source.count(fault.right) == 1, f"{fault.file} changed: say again what the fault {fault.name!r} is"
     path.write_text(source.replace(fault.right, fault.wrong), encoding="utf-8")
     try:
         options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "cpu", "-k", fault.only]
         command = [sys.executable, "-m", "pytest", f"tests/unit/{fault.tests}", *options]
-        done = subprocess.run(command, cwd=copy, env=_environment(), capture_output=True, text=True, check=False)
+        environment = _environment() | quick_compiler
+        done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
     finally:
         path.write_text(source, encoding="utf-8")
     # 1: tests ran and failed. Nothing collected, or a copy that can't be imported, is no proof.

@@ -35,8 +35,23 @@ def test_each_question_has_its_workflow():
     assert triggers["tpu"] == {"workflow_dispatch", "schedule", "pull_request"}
     assert LOADED["tests"]["jobs"]["cpu"]["strategy"]["matrix"]["python"] == ["3.11", "3.12"]
     assert LOADED["tpu"]["jobs"]["gate"]["runs-on"] == ["self-hosted", "tpu"]
-    assert [s["run"] for s in steps("full", ".ci/run")] == [".ci/run"]
+    assert [s["run"] for s in steps("full", ".ci/run")] == [".ci/run nightly"]
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
+def test_steps_beside_each_other_fail_the_run_when_one_of_them_does():
+    """In its middle, and after the others have ended and said what they had to say."""
+    text = (ROOT / ".ci" / "run").read_text()
+    functions = text[text.index("step() {") : text.index("\nstep ")]
+    steps = "slow_one() { sleep 0.2; echo whole; }\nbad_one() { echo begun; false; echo went on; }\n"
+    script = f"set -euo pipefail\n{functions}\n{steps}"
+    for names, status in (("slow_one", 0), ("bad_one slow_one", 1), ("slow_one bad_one", 1)):
+        done = subprocess.run(["bash", "-c", f"{script}beside {names}\n"], capture_output=True, encoding="utf-8")
+        said = done.stdout.splitlines()
+        assert done.returncode == status, done.stdout + done.stderr
+        assert "whole" in said
+        assert "went on" not in said
+        assert ("FAILED: bad one" in done.stdout) == bool(status)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -81,7 +96,7 @@ def test_whatever_failed_the_summary_and_the_files_are_left(name):
     written = {"dflash.json", "out"} if name == "full" else {"tpu.json", "out", "bench/baselines"}
     assert set(kept) == written
     # What measures ends before the job does, so that these steps still run.
-    (job,) = LOADED[name]["jobs"].values()
+    (job,) = (job for job in LOADED[name]["jobs"].values() if run in job["steps"])
     assert run["timeout-minutes"] < job["timeout-minutes"]
 
 
@@ -109,7 +124,7 @@ def bash(tmp_path):
         environment |= {"PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
         environment |= {"GITHUB_STEP_SUMMARY": str(tmp_path / "summary.md"), **env}
         done = subprocess.run(
-            ["bash", "-e", "-c", command], cwd=cwd, env=environment, capture_output=True, encoding="utf-8", timeout=300
+            ["bash", "-e", "-c", command], cwd=cwd, env=environment, capture_output=True, encoding="utf-8", timeout=600
         )
         return done.returncode, done.stdout + done.stderr
 
@@ -152,7 +167,7 @@ def test_the_tests_of_each_push_are_those_of_a_cpu(bash, tmp_path):
     (step,) = steps("tests", "pytest")
     assert step["run"].endswith(" -n 2")
     names = collected(bash, tmp_path, step["run"].removesuffix(" -n 2"))
-    assert "tests/unit/test_accept.py" in {name.split("::")[0] for name in names}
+    assert "tests/unit/decoding/test_accept.py" in {name.split("::")[0] for name in names}
     assert all(name.startswith("tests/unit/") for name in names)
 
 

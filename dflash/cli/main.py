@@ -1,0 +1,167 @@
+"""`python -m dflash ...`: a thin layer of arguments over the functions that Python users call."""
+
+import contextlib
+import errno
+import functools
+import io
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import tyro
+
+from dflash.cli.audit import audit
+from dflash.cli.audit_teacher import audit_teacher_command
+from dflash.cli.build_cache import build_cache
+from dflash.cli.doctor import doctor
+from dflash.cli.evaluate import evaluate
+from dflash.cli.export import export
+from dflash.cli.generate import generate
+from dflash.cli.plan import plan
+from dflash.cli.report import export_results, report
+from dflash.cli.serve_bench import serve_bench
+from dflash.cli.train import train
+from dflash.compiled.topology import TopologyError
+from dflash.config import ConfigError
+from dflash.decoding.decode import RequestError
+from dflash.easydel import EasyDelError
+from dflash.host.device import DeviceError
+from dflash.host.hub import HubError
+from dflash.measuring.result import ResultError
+from dflash.serving.connection import ServingError
+from dflash.text.prompts import PromptError
+from dflash.text.tokenizer import TokenizerError
+from dflash.training.cache.arrays import CacheError
+from dflash.training.run import TrainingError
+from dflash.weights.smollm2 import SnapshotError
+from dflash.weights.snapshot import WeightsError
+
+
+class UsageError(ValueError):
+    """Words that are no command: what is wrong with them."""
+
+
+USER_ERRORS = (
+    CacheError,
+    ConfigError,
+    DeviceError,
+    EasyDelError,
+    HubError,
+    PromptError,
+    ResultError,
+    RequestError,
+    ServingError,
+    SnapshotError,
+    TokenizerError,
+    TopologyError,
+    TrainingError,
+    UsageError,
+    WeightsError,
+)
+# What a machine may do to any file that is written or read, and what helps.
+_MORE_ROOM = "make room, then run the same command again"
+_OTHER_PLACE = "name a place that may be written to"
+_REMEDIES = {
+    errno.ENOSPC: _MORE_ROOM,
+    errno.EDQUOT: _MORE_ROOM,
+    errno.EFBIG: "files may not become so large here; name another place",
+    errno.EROFS: _OTHER_PLACE,
+    errno.EACCES: _OTHER_PLACE,
+    errno.EPERM: _OTHER_PLACE,
+    errno.EEXIST: _OTHER_PLACE,
+    errno.EISDIR: _OTHER_PLACE,
+    errno.ENOTDIR: _OTHER_PLACE,
+    errno.ENOENT: "name one that is there",
+    errno.ENAMETOOLONG: "name it shorter",
+    errno.ELOOP: "it is a link to itself; name another place",
+    errno.EIO: "look at that disk",
+    errno.EMFILE: "allow more open files (ulimit -n)",
+}
+_LONGEST = 3000
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "generate": generate,
+    "build-cache": build_cache,
+    "train": train,
+    "evaluate": evaluate,
+    "report": report,
+    "export-results": export_results,
+    "export": export,
+    "audit": audit,
+    "audit-teacher": audit_teacher_command,
+    "doctor": doctor,
+    "plan": plan,
+    "serve-bench": serve_bench,
+}
+
+
+def _later(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
+    """The command with its arguments read, to be started afterwards."""
+
+    @functools.wraps(command)
+    def read(*args: Any, **kwargs: Any) -> Callable[[], None]:
+        return functools.partial(command, *args, **kwargs)
+
+    return read
+
+
+def read_command(words: list[str]) -> Callable[[], None]:
+    """The command that these words ask for. Raises UsageError, or the error of a config that refuses its values."""
+    app = tyro.extras.SubcommandApp()
+    for name, command in COMMANDS.items():
+        app.command(name=name)(_later(command))
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return app.cli(prog="dflash", description="DFlash: lossless speculative decoding, measured.", args=words)
+    except SystemExit as leaving:
+        if not leaving.code:
+            raise
+        # tyro draws the error of a nested config into its box, which names no option.
+        error: BaseException | None = leaving
+        while error is not None:
+            if isinstance(error, USER_ERRORS):
+                raise error from None
+            error = error.__context__
+        raise UsageError(_sentence(box.getvalue())) from None
+
+
+def _sentence(box: str) -> str:
+    """What tyro's box says, without its frame and the help under it."""
+    parts: list[list[str]] = [[]]
+    for row in (line.strip("│ ") for line in box.splitlines()[1:-1]):
+        if row.startswith("──"):
+            parts.append([])
+        else:
+            parts[-1].append(row.strip())
+    texts = [" ".join(part) for part in parts]
+    return "; ".join(text for text in texts if not text.startswith(("Argument help", "For full help")))
+
+
+def main() -> int:
+    """Exit code 0; 1 for an audit's defect or a host that needs fixing; 2, with one sentence, for a user's mistake."""
+    try:
+        read_command(sys.argv[1:])()
+    except USER_ERRORS as error:
+        return _refuse(str(error))
+    except BrokenPipeError:
+        # Whoever read our output wants no more; Python would say so when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        if error.errno not in _REMEDIES:
+            raise
+        place = "" if error.filename is None else f"{error.filename}: "
+        return _refuse(f"{place}{error.strerror}: {_REMEDIES[error.errno]}")
+    return 0
+
+
+def _refuse(reason: str) -> int:
+    """One line of bearable length: a value that is quoted may have any."""
+    line = " ".join(reason.split("\n"))
+    if len(line) > _LONGEST:
+        line = f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
+    print(f"dflash: {line}", file=sys.stderr)
+    return 2

@@ -1,0 +1,192 @@
+"""`python -m dflash plan`: what decoding would take on a TPU that is not here, by its own compiler. Estimates."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from flax import nnx
+from tqdm import tqdm
+
+from dflash.compiled.plan import ACCEPT_RATES, Plan, best_block_sizes, gains, hlo_writer, meshes, seconds, settings
+from dflash.compiled.programs import Networks, abstract_networks
+from dflash.compiled.topology import Topology, describe
+from dflash.config import BlockSize, Checked, ConfigError, Count, DraftConfig, TargetConfig
+from dflash.host.disk import write_atomically
+from dflash.metrics import finite
+from dflash.weights.load import new_draft, read_any_draft
+from dflash.weights.public import CONFIGS, public_config
+from dflash.weights.snapshot import target_config
+
+
+def _numbers(words: list[str]) -> tuple[int, ...]:
+    return tuple(int(word) for word in words[0].split(","))
+
+
+COMMAS = tyro.constructors.PrimitiveConstructorSpec(
+    nargs=1,
+    metavar="N,N",
+    instance_from_str=_numbers,
+    is_instance=lambda value: isinstance(value, tuple),
+    str_from_instance=lambda value: [",".join(map(str, value))],
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class PlanArguments(Checked):
+    """What `plan` takes."""
+
+    target: str
+    """Snapshot directory of the target (its config.json is enough), or a name that needs no weights: gpt-oss-20b,
+    gpt-oss-120b, qwen3-4b, qwen3-8b, llama-3.1-8b, smollm2-135m."""
+    draft: str = ""
+    """Directory of the draft, or smollm2-135m; else an untrained one of --draft-layers layers."""
+    draft_layers: Count = 5
+    """Layers of a draft that is not named."""
+    topology: str = "v6e:2x4"
+    """The TPU: v5e:2x4, v6e:2x4, v6e:1x1 (one chip), v5p:2x2x1, v4:2x2x1."""
+    tp: Count | Literal["auto"] = 1
+    """Devices that share the networks; `auto` tries 1, 2, 4, ... and tells the fewest that fit, and the fastest."""
+    dp: Count = 1
+    """Groups of devices that share the rows of a batch."""
+    batch: Annotated[tuple[Count, ...], COMMAS] = (1,)
+    """Rows, commas between several."""
+    context: Annotated[tuple[Count, ...], COMMAS] = (1024,)
+    """Tokens that the caches have room for, commas between several."""
+    block_size: Annotated[tuple[BlockSize, ...], COMMAS] = (8,)
+    """Block sizes, commas between several."""
+    dtype: str = "bfloat16"
+    """Dtype of computation, and of the weights but the experts."""
+    experts: str = ""
+    """Dtype in which routed experts are held, such as float8_e5m2; by default that of the other weights."""
+    json: Path | None = None
+    """Write every figure to this file."""
+    hlo: Path | None = None
+    """Write each program's text (optimised HLO) into this directory."""
+
+
+def _target(name: str) -> TargetConfig:
+    known = public_config(name)
+    if known is None and not Path(name).is_dir():
+        raise ConfigError(f"--target is a snapshot directory or one of {', '.join(sorted(CONFIGS))}; got {name!r}")
+    return target_config(Path(name)) if known is None else known
+
+
+def _draft(args: PlanArguments, target: TargetConfig, block_size: int) -> DraftConfig:
+    if args.draft:
+        config = read_any_draft(args.draft, target=target).config
+        if block_size > config.block_size:
+            raise ConfigError(f"the draft {args.draft} proposes blocks of {config.block_size}, got {block_size}")
+        return config
+    made = nnx.eval_shape(lambda: new_draft(target, num_layers=args.draft_layers, block_size=block_size))
+    return made.config
+
+
+def plan(args: Annotated[PlanArguments, tyro.conf.arg(name="")]) -> None:
+    """Compile the programs of a decode for a described TPU; tell memory, cycles, collectives and gains, estimated."""
+    cases = list(settings(args.batch, args.context, args.block_size))
+    target = _target(args.target)
+    draft = _draft(args, target, max(c.block_size for c in cases))
+    topology = describe(args.topology)
+
+    def networks(tp: int) -> Networks:
+        return abstract_networks(
+            topology, target, draft, dp=args.dp, tp=tp, dtype=args.dtype, experts=args.experts or None
+        )
+
+    record = _auto(args, topology, networks, cases) if args.tp == "auto" else _planned(args, networks(args.tp), cases)
+    for line in _lines(record, topology):
+        print(line)
+    if args.json is not None:
+        write_atomically(args.json, json.dumps(finite(record), indent=1, allow_nan=False) + "\n")
+
+
+def _planned(args: PlanArguments, networks: Networks, cases: list[Any]) -> dict[str, Any]:
+    chip = networks.topology.chip
+    plan = Plan(networks, hlo_writer(args.hlo) if args.hlo else None)
+    made = []
+    for setting in tqdm(cases, desc="compiling", unit="case", leave=False, disable=None):
+        case = plan.case(setting)
+        made.append(case | {"gains": gains(case, chip)})
+    return {
+        "estimate": "by the TPU's compiler; nothing was run",
+        "target": args.target,
+        "topology": networks.topology.name,
+        "tp": networks.tp,
+        "dp": networks.dp,
+        "dtype": args.dtype,
+        "experts": args.experts or args.dtype,
+        "hbm_bytes": chip.hbm_bytes,
+        "chip": dataclasses.asdict(chip),
+        "cases": made,
+    }
+
+
+def _auto(args: PlanArguments, topology: Topology, networks: Any, cases: list[Any]) -> dict[str, Any]:
+    """Plans for every tp that can be; the largest case decides which is the smallest and the fastest."""
+    largest = [max(cases, key=lambda c: (c.batch * c.context, c.block_size))]
+    tried: dict[int, Any] = {}
+    for tp in meshes(len(topology.devices), args.dp):
+        try:
+            tried[tp] = _planned(args, networks(tp), largest)["cases"][0]
+        except ConfigError as error:
+            tried[tp] = {"fits": False, "refused": [str(error)]}
+    fitting = [tp for tp, case in tried.items() if case["fits"]]
+    if not fitting:
+        reasons = "; ".join(f"tp {tp}: {' '.join(case['refused']) or 'does not fit'}" for tp, case in tried.items())
+        raise ConfigError(f"no mesh of {topology.name} with dp {args.dp} holds the largest case: {reasons}")
+    fastest = min(fitting, key=lambda tp: seconds(tried[tp]["programs"]["step"], topology.chip))
+    record = _planned(args, networks(fastest), cases)
+    step_ms = {tp: 1000 * seconds(tried[tp]["programs"]["step"], topology.chip) for tp in fitting}
+    return record | {"auto": {"fewest": min(fitting), "fastest": fastest, "step_ms": step_ms, "tried": sorted(tried)}}
+
+
+def _lines(made: dict[str, Any], topology: Topology) -> list[str]:
+    """The plan for a reader. Bytes per device."""
+    gib = 2**30
+    lines = [
+        f"{made['target']} on {made['topology']}, tp {made['tp']}, dp {made['dp']}: estimates by the TPU's compiler, "
+        f"nothing was run; per device, {made['hbm_bytes'] / gib:.2f} GiB"
+    ]
+    if "auto" in made:
+        auto = made["auto"]
+        times = ", ".join(f"tp {tp} {ms:.2f} ms" for tp, ms in auto["step_ms"].items())
+        lines.append(f"fewest chips that fit: tp {auto['fewest']}; fastest step: tp {auto['fastest']} ({times})")
+    for case in made["cases"]:
+        lines += _case_lines(case, topology)
+    for batch, context in dict.fromkeys((c["batch"], c["context"]) for c in made["cases"]):
+        best = best_block_sizes([c for c in made["cases"] if (c["batch"], c["context"]) == (batch, context)])
+        choice = ", ".join(f"{rate}: {size if size > 1 else 'greedy'}" for rate, size in best.items())
+        lines.append(f"batch {batch}, context {context}: best block size by share of drafted tokens accepted: {choice}")
+    return lines
+
+
+def _case_lines(case: dict[str, Any], topology: Topology) -> list[str]:
+    gib, sizes = 2**30, case["bytes"]
+    held = ", ".join(f"{name} {value / gib:.2f}" for name, value in sizes.items() if value is not None)
+    lines = [
+        f"batch {case['batch']}, context {case['context']}, block {case['block_size']}: "
+        f"{'fits' if case['fits'] else 'DOES NOT FIT'}; GiB: {held}"
+    ]
+    lines += [f"  {reason}" for reason in case["refused"]]
+    for name, program in case["programs"].items():
+        moved = ", ".join(
+            f"{count} {kind} {nbytes / 1e6:.2f} MB" for kind, (count, nbytes) in program["collectives"].items()
+        )
+        blind = ", ".join(f"{n} x{c} {b / 1e6:.1f} MB" for n, (c, b) in program["unestimated"].items())
+        lines.append(
+            f"  {name:6} {program['cycles'] / 1e6:8.2f} M cycles (floor {program['floor_cycles'] / 1e6:.2f}), "
+            f"{1000 * seconds(program, topology.chip):.2f} ms, reads and writes {program['hbm_bytes'] / 1e9:.2f} GB, "
+            f"{program['before_loop_bytes'] / 1e9:.2f} GB before the loop"
+            + (f"; {moved}" if moved else "")
+            + (f"; without an estimate: {blind}" if blind else "")
+        )
+    if case["gains"]:
+        gained = case["gains"]
+        speed = ", ".join(f"{rate:g}: {gained['speedup_x'][f'{rate:g}']:.2f} x" for rate in ACCEPT_RATES)
+        lines.append(
+            f"  DFlash pays from an acceptance length of {gained['break_even_acceptance_length']:.2f}; "
+            f"speed-up by share accepted: {speed}"
+        )
+    return lines

@@ -1,0 +1,190 @@
+"""What decoding on a described TPU would take: memory, cycles, collectives, and what DFlash would gain. Estimates all.
+
+A case is a batch, a context and a block size. Two programs are compiled for it, the greedy loop and the loop of block
+verification; of the second `verify` is what was traced in the scope of that name, and `draft` all the rest of the
+block: proposing, committing, taking in the context.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+
+from dflash.compiled.estimate import Part
+from dflash.compiled.floor import Floor, draft_floor, target_floor
+from dflash.compiled.programs import (
+    Compiled,
+    Networks,
+    TooLarge,
+    compile_program,
+    decode_shape,
+    device_bytes,
+    lower_decode,
+)
+from dflash.compiled.topology import Chip
+from dflash.host.disk import write_atomically
+from dflash.metrics import predicted_speedup
+
+# What one collective takes beside its bytes. The compiler has no figure for it; published ones are 1 to 5 microseconds.
+COLLECTIVE_S = 2e-6
+# Shares of drafted tokens that are accepted, one like the other, for which a speed-up is told.
+ACCEPT_RATES = (0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Setting:
+    """One case of a plan."""
+
+    batch: int
+    context: int
+    block_size: int
+
+
+def seconds(program: dict[str, Any], chip: Chip) -> float:
+    """A step's time: its cycles by the chip's clock, and its collectives by their number and bytes."""
+    collectives = program["collectives"].values()
+    exchanged = sum(count * COLLECTIVE_S + nbytes / chip.link_bytes_per_s for count, nbytes in collectives)
+    return program["cycles"] / chip.clock_hz + exchanged
+
+
+def _program(part: Part, whole: Compiled, floor: Floor, chip: Chip) -> dict[str, Any]:
+    return {
+        "cycles": part.cycles(chip.bytes_per_cycle),
+        "floor_cycles": floor.cycles(chip),
+        "floor": dataclasses.asdict(floor),
+        "hbm_bytes": part.hbm_bytes,
+        "unestimated": {name: list(found) for name, found in part.unestimated.items()},
+        "before_loop_bytes": whole.before_loop.hbm_bytes,
+        "collectives": {kind: list(found) for kind, found in part.collectives.items()},
+    }
+
+
+class Plan:
+    """Cases of one target and draft on one mesh. Compiles each program once; `keep` is given every program's text."""
+
+    def __init__(self, networks: Networks, keep: Callable[[str, str], None] | None = None):
+        assert networks.draft is not None
+        self.networks, self._keep = networks, keep
+        self._greedy: dict[tuple[int, int], Compiled | TooLarge] = {}
+
+    def _compiled(self, mode: str, setting: Setting) -> Compiled | TooLarge:
+        name = f"{mode}-n{setting.batch}-c{setting.context}"
+        name += "" if mode == "greedy" else f"-b{setting.block_size}"
+        programs = lower_decode(
+            self.networks,
+            mode,
+            batch=setting.batch,
+            context=setting.context,
+            block_size=setting.block_size,
+        )
+        compiled = compile_program(name, programs.loop)
+        if self._keep is not None and isinstance(compiled, Compiled):
+            self._keep(name, compiled.text)
+        return compiled
+
+    def case(self, setting: Setting) -> dict[str, Any]:
+        """One case in the form of the plan's JSON file."""
+        key = (setting.batch, setting.context)
+        if key not in self._greedy:
+            self._greedy[key] = self._compiled("greedy", setting)
+        greedy, block = self._greedy[key], self._compiled("cached_block_verify", setting)
+        programs = {} if isinstance(greedy, TooLarge) else self._of_greedy(greedy, setting)
+        programs |= {} if isinstance(block, TooLarge) else self._of_block(block, setting)
+        refused = [p.said for p in (greedy, block) if isinstance(p, TooLarge)]
+        made = [p for p in (greedy, block) if isinstance(p, Compiled)]
+        # Both loops' networks and caches are there together; of temporaries one program's at a time.
+        return {
+            **dataclasses.asdict(setting),
+            "fits": not refused and max(p.hbm_bytes for p in made) <= self.networks.topology.chip.hbm_bytes,
+            "refused": refused,
+            "bytes": self._bytes(setting) | {"temporaries": max((p.temporary_bytes for p in made), default=None)},
+            "programs": programs,
+        }
+
+    def _bytes(self, setting: Setting) -> dict[str, float]:
+        n = self.networks
+        assert n.draft is not None
+        shape = decode_shape("cached_block_verify", **dataclasses.asdict(setting))
+        sizes = {"batch": setting.batch, "capacity": shape.capacity, "block": max(shape.chunk, shape.block_size)}
+        caches = [jax.eval_shape(partial(network.make_cache, **sizes)) for network in (n.target, n.draft)]
+        # Rows over dp, key heads over tp.
+        whole = sum(device_bytes((cache.keys, cache.values)) for cache in caches)
+        return {
+            "weights": device_bytes(nnx.state(n.target)),
+            "draft": device_bytes(nnx.state(n.draft)),
+            "caches": whole / (n.dp * n.tp),
+        }
+
+    def _of_greedy(self, greedy: Compiled, setting: Setting) -> dict[str, Any]:
+        n, chip = self.networks, self.networks.topology.chip
+        floor = target_floor(n.target, batch=setting.batch, tokens=1, context=setting.context)
+        return {"step": _program(greedy.step, greedy, floor, chip)}
+
+    def _of_block(self, block: Compiled, setting: Setting) -> dict[str, Any]:
+        n, chip = self.networks, self.networks.topology.chip
+        assert n.draft is not None
+        sizes = {"batch": setting.batch, "tokens": setting.block_size, "context": setting.context}
+        whole = block.step
+        parts = {"verify": whole.within("verify"), "draft": whole.outside("verify")}
+        floors = {"verify": target_floor(n.target, **sizes), "draft": draft_floor(n.target, n.draft, **sizes)}
+        return {name: _program(part, block, floors[name], chip) for name, part in parts.items()}
+
+
+def gains(case: dict[str, Any], chip: Chip) -> dict[str, Any] | None:
+    """The cost model of a case that fits: what a block costs in one-token steps, and speed-ups by accept rate.
+
+    With a share p of drafted tokens accepted, one like the other, the acceptance length is 1 + p + p^2 + ...
+    """
+    programs = case["programs"]
+    if not {"step", "verify", "draft"} <= programs.keys():
+        return None
+    step, verify, draft = (seconds(programs[name], chip) for name in ("step", "verify", "draft"))
+    size = case["block_size"]
+    lengths = {rate: sum(rate**i for i in range(size)) for rate in ACCEPT_RATES}
+    return {
+        "step_ms": 1000 * step,
+        "verify_ms": 1000 * verify,
+        "draft_ms": 1000 * draft,
+        "break_even_acceptance_length": (verify + draft) / step,
+        "speedup_x": {f"{rate:g}": predicted_speedup(length, step, verify, draft) for rate, length in lengths.items()},
+        "acceptance_length": {f"{rate:g}": length for rate, length in lengths.items()},
+    }
+
+
+def best_block_sizes(cases: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """The block size that gains most at each accept rate; 1 is greedy decoding. Of cases of one batch and context."""
+    told = [c for c in cases if c.get("gains")]
+    return {
+        f"{rate:g}": max(
+            [(1.0, 1), *((c["gains"]["speedup_x"][f"{rate:g}"], c["block_size"]) for c in told)],
+            key=lambda pair: (pair[0], -pair[1]),
+        )[1]
+        for rate in ACCEPT_RATES
+    }
+
+
+def settings(batches: Sequence[int], contexts: Sequence[int], block_sizes: Sequence[int]) -> Iterator[Setting]:
+    for batch in batches:
+        for context in contexts:
+            for size in block_sizes:
+                yield Setting(batch=batch, context=context, block_size=size)
+
+
+def hlo_writer(directory: Path) -> Callable[[str, str], None]:
+    """Writes each program's text into a directory."""
+
+    def keep(name: str, text: str) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        write_atomically(directory / f"{name}.hlo", text)
+
+    return keep
+
+
+def meshes(devices: int, dp: int) -> list[int]:
+    """The tp that `auto` tries: powers of two that fit beside dp."""
+    return [2**i for i in range(int(math.log2(devices)) + 1) if 2**i * dp <= devices]

@@ -1,0 +1,185 @@
+"""Our programs compiled for a described TPU: the networks abstract, nothing loaded, nothing run."""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.stages import Lowered
+
+from dflash.compiled.estimate import Part, before_loop, step
+from dflash.compiled.hlo import Module, parse
+from dflash.compiled.movement import Move, moves
+from dflash.compiled.topology import CHIPS, Topology
+from dflash.config import ConfigError, DraftConfig, TargetConfig, check_draft
+from dflash.decoding.loop import DecodeShape, Programs
+from dflash.models.draft import Draft
+from dflash.models.families import build
+from dflash.models.llama import Llama
+from dflash.models.mesh import make_mesh, place
+
+_Network = TypeVar("_Network", Llama, Draft)
+# Tokens that a decode may write; what is left of a context is the prompt.
+NEW_TOKENS = 256
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Networks:
+    """A target and its draft on a mesh of described devices: shapes and shardings, no weights."""
+
+    topology: Topology
+    target: Llama
+    draft: Draft | None
+    dp: int
+    tp: int
+
+
+def abstract_networks(
+    topology: Topology,
+    target: TargetConfig,
+    draft: DraftConfig | None,
+    *,
+    dp: int = 1,
+    tp: int = 1,
+    dtype: str = "bfloat16",
+    experts: str | None = None,
+) -> Networks:
+    """The networks of these configs over dp x tp devices; experts are held in the dtype `experts`, if that is another.
+
+    Raises ConfigError for a mesh that can't be, and for a draft that is another target's.
+    """
+    mesh = make_mesh(topology.devices, dp=dp, tp=tp)
+    held = None if experts is None else jnp.dtype(experts)
+
+    def placed(network: Callable[[], _Network]) -> _Network:
+        return place(nnx.eval_shape(network), mesh)
+
+    if draft is not None:
+        check_draft(draft, target)
+    return Networks(
+        topology=topology,
+        target=placed(lambda: build(target, dtype=jnp.dtype(dtype), held=held, rngs=nnx.Rngs(0))),
+        draft=None if draft is None else placed(lambda: Draft(draft, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))),
+        dp=dp,
+        tp=tp,
+    )
+
+
+def decode_shape(mode: str, *, batch: int, context: int, block_size: int) -> DecodeShape:
+    """A decode whose caches have room for `context` tokens, the last block included. Raises ConfigError."""
+    new = min(NEW_TOKENS, context // 4)
+    block = 1 if mode == "greedy" else block_size
+    if context - new - block < 1:
+        raise ConfigError(
+            f"a context has room for a prompt, a block of {block} and {new} new tokens; got {context}: make it larger"
+        )
+    return DecodeShape(
+        mode=mode, block_size=block, batch=batch, max_prompt_len=context - new - block, max_new_tokens=new
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compiled:
+    """What the compiler made of one program: its text, read, and its memory on one device in bytes."""
+
+    name: str
+    text: str
+    module: Module
+    argument_bytes: float
+    output_bytes: float
+    temporary_bytes: float
+    aliased_bytes: float
+
+    @property
+    def hbm_bytes(self) -> float:
+        """All that the program holds at once."""
+        return self.argument_bytes + self.output_bytes - self.aliased_bytes + self.temporary_bytes
+
+    @functools.cached_property
+    def step(self) -> Part:
+        return step(self.module)
+
+    @functools.cached_property
+    def before_loop(self) -> Part:
+        return before_loop(self.module)
+
+    @functools.cached_property
+    def moves(self) -> list[Move]:
+        return moves(self.module)
+
+    def unaliased(self, prefix: str) -> list[str]:
+        """Entry parameters of that path (`state.cache`) whose memory the results don't take over."""
+        given = set(self.module.aliased.values())
+        parameters = self.module.entry.parameters
+        return [p.op_name for n, p in parameters.items() if p.op_name.startswith(prefix) and n not in given]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TooLarge:
+    """A program that the compiler refuses: it needs more than the device has, by what the compiler says."""
+
+    name: str
+    said: str
+
+
+def compile_program(name: str, lowered: Lowered) -> Compiled | TooLarge:
+    """Compiles for the described devices; takes seconds to minutes."""
+    try:
+        compiled: Any = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return TooLarge(name=name, said=" ".join(str(error).split())[:300])
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    return Compiled(
+        name=name,
+        text=text,
+        module=parse(text),
+        argument_bytes=float(memory.argument_size_in_bytes),
+        output_bytes=float(memory.output_size_in_bytes),
+        temporary_bytes=float(memory.temp_size_in_bytes),
+        aliased_bytes=float(memory.alias_size_in_bytes),
+    )
+
+
+def lower_decode(networks: Networks, mode: str, *, batch: int, context: int, block_size: int) -> Programs:
+    """Prefill and loop of a decode, lowered: `.prefill`, `.loop`. Raises ConfigError."""
+    shape = decode_shape(mode, batch=batch, context=context, block_size=block_size)
+    return Programs(networks.target, None if mode == "greedy" else networks.draft, shape)
+
+
+def device_bytes(tree: Any) -> float:
+    """Bytes of a pytree of abstract arrays on one device."""
+
+    def of(array: Any) -> float:
+        placed = getattr(array, "sharding", None)
+        shape = array.shape if placed is None else placed.shard_shape(array.shape)
+        return float(np.prod(shape)) * jnp.dtype(array.dtype).itemsize
+
+    return sum(of(a) for a in jax.tree.leaves(tree))
+
+
+def needed_bytes(said: TooLarge) -> float | None:
+    """How much a refused program needs, where the compiler says so."""
+    found = re.search(r"Used ([\d.]+)([GM])|requir\w+.*?\(([\d.]+)([GM])", said.said)
+    if not found:
+        return None
+    number, unit = (found[1], found[2]) if found[1] else (found[3], found[4])
+    return float(number) * {"M": 2**20, "G": 2**30}[unit]
+
+
+def estimated_seconds(program: jax.stages.Compiled, device: jax.Device) -> float | None:
+    """What the compiler's own figures make of a program that runs here; None on what is no TPU that is known.
+
+    Cycles by the chip's clock, without collectives.
+    """
+    chip = CHIPS.get(device.device_kind)
+    text = None if chip is None else program.as_text()
+    if chip is None or text is None:
+        return None
+    return step(parse(text)).cycles(chip.bytes_per_cycle) / chip.clock_hz

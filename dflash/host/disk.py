@@ -1,0 +1,138 @@
+"""Files of this host: written whole or not at all, JSON read from outside, and the folder for what is fetched."""
+
+import errno
+import json
+import math
+import os
+import secrets
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn
+
+import platformdirs
+
+
+def default_cache_dir() -> Path:
+    """The folder for downloads: `DFLASH_CACHE_DIR` if set, else the user's cache folder. Creates nothing.
+
+    Raises OSError for the home of a user that there is not.
+    """
+    named = os.environ.get("DFLASH_CACHE_DIR")
+    folder = expanded(named) if named else Path(platformdirs.user_cache_dir("dflash"))
+    if folder.parts[:1] and folder.parts[0].startswith("~"):
+        raise FileNotFoundError(errno.ENOENT, "DFLASH_CACHE_DIR is in the home of no user", str(folder))
+    return folder.absolute()
+
+
+def expanded(path: str | Path) -> Path:
+    """The path with the home of its user for ~; as it is where there is no such user, unlike `Path.expanduser`."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Writes beside `path`, under a name that no other process has, flushes to the disk, then renames."""
+    temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(6)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def size_text(count: float) -> str:
+    """A number of bytes with the unit that says something: `1.9 MB`."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def open_file(path: Path) -> BinaryIO:
+    """A file that is there, to read. Raises OSError, also for a pipe, which would be waited for without end."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is no file", str(path))
+    return path.open("rb")
+
+
+# No JSON file that is read here comes near these; what is beyond them takes memory, or breaks what handles it later.
+_MAX_BYTES = 64 << 20
+_MAX_DEPTH = 64
+_MAX_DIGITS = 40
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > _MAX_DIGITS:
+        raise ValueError(f"an integer has {len(digits)} digits")
+    return int(digits)
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text[:_MAX_DIGITS]} is beyond every float")
+    return value
+
+
+def _constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} is twice in one object")
+    return content
+
+
+def _nests_deeper(value: Any, depth: int) -> bool:
+    level = [value]
+    for _ in range(depth):
+        level = [v for node in level if isinstance(node, dict | list) for v in _members(node)]
+    return bool(level)
+
+
+def _members(node: dict[str, Any] | list[Any]) -> list[Any]:
+    return node if isinstance(node, list) else list(node.values())
+
+
+def parse_object(text: str | bytes, source: str, error: type[Exception], remedy: str) -> dict[str, Any]:
+    """The JSON object in a text, which has finite numbers, no key twice, and no deeper nest than 64.
+
+    Raises `error` in one sentence that names the `source` and ends with the `remedy`.
+    """
+    try:
+        # Strict, unlike json: half of a surrogate pair could not be written anywhere again.
+        value = json.loads(
+            text if isinstance(text, str) else text.decode("utf-8"),
+            object_pairs_hook=_pairs,
+            parse_int=_integer,
+            parse_float=_number,
+            parse_constant=_constant,
+        )
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+        if _nests_deeper(value, _MAX_DEPTH):
+            raise ValueError(f"it nests deeper than {_MAX_DEPTH}")
+    except RecursionError:
+        raise error(f"{source} is no valid JSON (it nests deeper than {_MAX_DEPTH}): {remedy}") from None
+    except ValueError as reason:
+        raise error(f"{source} is no valid JSON ({reason}): {remedy}") from None
+    if not isinstance(value, dict):
+        raise error(f"{source} must hold a JSON object, got {type(value).__name__}: {remedy}")
+    return value
+
+
+def read_object(path: Path, error: type[Exception], remedy: str) -> dict[str, Any]:
+    """The JSON object in a file of at most 64 MiB; see `parse_object`. Raises `error`, also when it can't be read."""
+    try:
+        with open_file(path) as file:
+            text = file.read(_MAX_BYTES + 1)
+    except OSError as reason:
+        raise error(f"{path} can't be read ({reason.strerror or reason}): {remedy}") from None
+    if len(text) > _MAX_BYTES:
+        raise error(f"{path} must be JSON of at most {_MAX_BYTES >> 20} MiB, it is larger: {remedy}")
+    return parse_object(text, str(path), error, remedy)

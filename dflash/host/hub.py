@@ -1,0 +1,46 @@
+"""The Hugging Face hub: whether it answers, and what must not be shown of a request."""
+
+import os
+import re
+import threading
+
+# How long it may take to answer at all, before it counts as out of reach.
+REACH_S = 4.0
+
+
+class HubError(ValueError):
+    """A name of the hub that leads to no snapshot: the rule, what came, and what to do."""
+
+
+def reachable() -> bool:
+    """Whether the hub answers: asked in a thread, because looking a name up has no limit of its own."""
+    if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
+        return False
+    answered = []
+
+    def ask() -> None:
+        import httpx
+        from huggingface_hub import constants
+
+        try:
+            answered.append(httpx.head(constants.ENDPOINT, timeout=REACH_S))
+        except httpx.HTTPError:
+            return
+
+    asker = threading.Thread(target=ask, daemon=True)
+    asker.start()
+    asker.join(REACH_S)
+    return bool(answered)
+
+
+def without_tokens(text: str) -> str:
+    """The text with the user's tokens of Hugging Face as ***."""
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        if token := os.environ.get(name, "").strip():
+            text = text.replace(token, "***")
+    return re.sub(r"hf_[A-Za-z0-9]{8,}", "***", text)
+
+
+def described(fault: Exception) -> str:
+    """An error of its many layers in one line; some quote the request with the user's token in it."""
+    return f"{type(fault).__name__}: {without_tokens(' '.join(str(fault).split()))[:300]}"

@@ -1,0 +1,89 @@
+"""Ctrl-C, SIGTERM and SIGHUP: one line, 128 + the signal's number as exit code, and nothing that was started stays.
+
+Imports nothing that takes time: a command heeds signals before it imports anything else.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any, NoReturn
+
+Handler = Callable[[int, FrameType | None], Any] | int | None
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_LINE = "dflash: interrupted"
+# Signals whose Stopped has not reached the end of its block.
+_received: list[int] = []
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal that ends us."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+def exit_code(stop: KeyboardInterrupt) -> int:
+    """130 for Ctrl-C, 143 for SIGTERM."""
+    return 128 + getattr(stop, "number", signal.SIGINT)
+
+
+def announce(stop: KeyboardInterrupt) -> int:
+    """Says that we were stopped; from now on nothing can stop us another time. Returns the exit code."""
+    ignore()
+    print(_LINE, file=sys.stderr)
+    return exit_code(stop)
+
+
+def leave_at_once() -> None:
+    """While there is nothing to undo: a signal ends the process where it is, even in the middle of an import."""
+    _heed(_leave)
+
+
+@contextlib.contextmanager
+def unwinding() -> Iterator[None]:
+    """Within the block a signal raises Stopped, and what is open is closed."""
+    before, earlier = _heed(_raise), len(_received)
+    try:
+        yield
+    except Stopped:
+        del _received[earlier:]
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def insist() -> None:
+    """Raises Stopped again if it was swallowed: Python that C++ calls hands on another exception, or none."""
+    if _received:
+        raise Stopped(_received[-1])
+
+
+def ignore() -> None:
+    """For the few moments that are left."""
+    _heed(signal.SIG_IGN)
+
+
+def _leave(number: int, _: FrameType | None) -> NoReturn:
+    os.write(2, f"{_LINE}\n".encode())
+    os._exit(128 + number)
+
+
+def _raise(number: int, _: FrameType | None) -> NoReturn:
+    _received.append(number)
+    raise Stopped(number)
+
+
+def _heed(handler: Handler) -> dict[int, Handler]:
+    """Installs a handler, where that is possible: in the main thread. Returns those before."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    # Ignored signals stay ignored: under nohup a run continues.
+    heeded = [n for n in _SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in heeded}

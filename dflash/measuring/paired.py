@@ -1,0 +1,254 @@
+"""One benchmark case: rounds of DFlash decoding, each paired with greedy decoding of the same prompts.
+
+Both clocks run from the end of prefill to the last token and include the first draft call. The tokens are compared in
+every round; in bfloat16 those that differ are audited (docs/lossless.md).
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from dflash import metrics
+from dflash.decoding.audit import NEAR_TIE, Divergence, audit_again
+from dflash.decoding.decode import RequestError, compiled_decoder, prefill, read_state
+from dflash.decoding.modes import VERIFYING, Mode
+from dflash.decoding.script import ScriptedDraft
+from dflash.measuring import cost_model
+from dflash.measuring.cost_model import StepTimes
+from dflash.measuring.gate import status
+from dflash.measuring.greedy import Greedy, Rows, timed_decode
+from dflash.measuring.interval import (
+    NO_SPEEDUP,
+    acceptance_over_prompts,
+    known,
+    paired_seconds,
+    rounds_to_add,
+    speedup_figures,
+)
+from dflash.measuring.result import Decode, TokenPlace
+from dflash.measuring.steps import experts_awake
+from dflash.models.draft import Draft
+from dflash.models.gpt_oss import GptOss
+
+
+def first_divergence(expected: Sequence[Rows], got: Sequence[Rows]) -> TokenPlace | None:
+    """Where the first row differs (prompt and token, from 0), over groups of rows; None when all are equal."""
+    pairs = zip([r for g in expected for r in g], [r for g in got for r in g], strict=True)
+    for prompt, (a, b) in enumerate(pairs):
+        if (place := metrics.first_difference(a, b)) is not None:
+            return TokenPlace(prompt=prompt, token=place)
+    return None
+
+
+def _steps(produced: Sequence[Rows]) -> np.ndarray:
+    """One-token steps of every group, int64 [groups]; a batch takes as many as its longest row."""
+    return np.array([max(map(sum, rows)) for rows in produced])
+
+
+class PairedRun:
+    """The rounds of one case, each paired with a round of `greedy`, which other cases may share.
+
+    `scripted` replaces the draft's proposals so that exactly that many are accepted in every block. A `brief` case
+    decodes the first quarter of the groups, and is content with the rounds it gets. With `baseline` False nothing is
+    compared, and the case's status says so.
+    """
+
+    def __init__(
+        self,
+        greedy: Greedy,
+        draft: Draft,
+        *,
+        mode: Mode,
+        block_size: int,
+        scripted: int | None = None,
+        brief: bool = False,
+        baseline: bool = True,
+    ):
+        if mode not in VERIFYING:
+            known = ", ".join(m.name for m in VERIFYING)
+            raise RequestError(f"a paired run compares {known} with greedy decoding, got {mode.name}")
+        self.greedy, self.target, self.draft, self.mode = greedy, greedy.target, draft, mode
+        self.block_size, self.max_new_tokens, self.with_baseline = block_size, greedy.max_new_tokens, baseline
+        self.brief, self.groups = brief, max(1, len(greedy.groups) // 4) if brief else len(greedy.groups)
+        # All are checked before anything is compiled.
+        self._requests = greedy.requests([draft] * self.groups, mode.name, block_size)
+        shape = (block_size, *greedy.shape, self.max_new_tokens)
+        self.dflash = compiled_decoder(self.target, draft, mode.name, *shape, greedy.sampling)
+        self.dflash.take_weights()
+        if scripted is not None:
+            # As far past the budget as the last block may look.
+            needed = self.max_new_tokens + block_size - 1
+            outputs = [greedy.outputs(group, needed) for group in range(self.groups)]
+            scripts = [ScriptedDraft(draft=draft, outputs=rows, accept_len=scripted) for rows in outputs]
+            self._requests = greedy.requests(scripts, mode.name, block_size)
+        self.baseline_s: list[list[float]] = []
+        self.dflash_s: list[list[float]] = []
+        self.prefill_s: list[float] = []
+        self.divergence: TokenPlace | None = None
+        self._differing: list[tuple[list[Rows], list[Rows]]] = []
+        self._seconds: list[float] = []
+        self._outcome: list[tuple[Rows, Rows, Rows]] = []
+
+    def decode(self, group: int) -> None:
+        """Decodes one group with the draft; the first of them begins a round."""
+        if group == 0:
+            self._seconds, self._outcome = [], []
+        start = time.perf_counter()
+        ready = prefill(self.dflash, self._requests[group])
+        self.prefill_s.append(time.perf_counter() - start)
+        state, seconds = timed_decode(self.dflash, ready)
+        self._seconds.append(seconds)
+        self._outcome.append(read_state(state))
+
+    def pair(self) -> None:
+        """Ends the round: pairs it with the latest greedy round and compares their tokens."""
+        self.dflash_s.append(self._seconds)
+        if not self.with_baseline:
+            return
+        self.baseline_s.append(self.greedy.seconds[: self.groups])
+        expected, tokens = self.greedy.tokens[: self.groups], [rows for rows, _, _ in self._outcome]
+        if tokens != expected:
+            self.divergence = self.divergence or first_divergence(expected, tokens)
+            if (expected, tokens) not in self._differing:
+                self._differing.append((expected, tokens))
+
+    def rounds_to_add(self, rounds: int, precision: float) -> int:
+        """Rounds to take before asking again, 0 for none: the last `rounds` leave the speed-up within `precision`."""
+        if self.brief or not (self.with_baseline and self._outcome and self._block_steps()):
+            return 0
+        return rounds_to_add(np.array(self.baseline_s[-rounds:]), np.array(self.dflash_s[-rounds:]), precision)
+
+    def _audit(self) -> list[Divergence]:
+        """The verdict on each row that differed in some round. float32 needs none: rows must not differ."""
+        if self.target.dtype != jnp.bfloat16:
+            return []
+        pair = ((self.greedy.decoder, self.greedy.greedy_requests[: self.groups]), (self.dflash, self._requests))
+        return [d for rows in self._differing for d in audit_again(self.target, *pair, *rows)]
+
+    def result(self, rounds: int, origin: Mapping[str, Any], steps: StepTimes | None = None) -> Decode:
+        """The case's figures over its last `rounds` rounds, warm-up excluded; `origin` says what it measures."""
+        accepted = [row for _, rows, _ in self._outcome for row in rows]
+        produced = [row for _, _, rows in self._outcome for row in rows]
+        dflash_s = np.array(self.dflash_s[-rounds:])
+        dflash_steps = _steps([rows for _, _, rows in self._outcome])
+        longest = int(dflash_steps.sum())
+        lengths = [len(p) for r in self._requests for p in r.prompts]
+        divergences = self._audit()
+        defects = [d for d in divergences if d.verdict != NEAR_TIE]
+        place = TokenPlace(prompt=defects[0].prompt, token=defects[0].token) if defects else self.divergence
+        info: dict[str, Any] = {
+            "mode": self.mode.name,
+            "block_size": self.block_size,
+            "batch_size": len(self._requests[0].prompts),
+            "num_prompts": len(lengths),
+            "prompt_len": max(lengths),
+            "prompt_len_mean": sum(lengths) / len(lengths),
+            "max_new_tokens": self.max_new_tokens,
+            "dtype": str(self.target.dtype),
+            **metrics.acceptance(accepted, self.block_size),
+            **acceptance_over_prompts(accepted),
+            "num_output_tokens": metrics.output_tokens(produced),
+            "ttft_ms": 1000 * float(np.median(self.prefill_s[-rounds * len(self._requests) :])),
+            "compile_s": self.dflash.compile_s,
+            "rounds": len(dflash_s),
+            "tok_s_total": None,
+            "tpot_ms": None,
+            "baseline_tok_s_total": None,
+            "baseline_tpot_ms": None,
+            **NO_SPEEDUP,
+            "block_ratio": None,
+            "lossless": None,
+            "first_divergence": place,
+            "divergences": None,
+            "near_ties": None,
+        }
+        total_s = float(np.median(dflash_s.sum(axis=1)))
+        if self.with_baseline:
+            baseline_s = np.array(self.baseline_s[-rounds:])
+            greedily = [row for rows in self.greedy.produced[: self.groups] for row in rows]
+            greedy_steps = _steps(self.greedy.produced[: self.groups])
+            longest_greedy = int(greedy_steps.sum())
+            # After a near tie the texts differ, and may in length: what is compared is the time of a token.
+            pace = greedy_steps / np.maximum(dflash_steps, 1)
+            greedy_s = float(np.median(baseline_s.sum(axis=1)))
+            if longest:
+                seconds = paired_seconds(baseline_s, dflash_s * pace)
+                greedy_s, total_s = float(seconds[0].sum()), float((seconds[1] / pace).sum())
+                info |= speedup_figures(baseline_s, dflash_s * pace)
+                info |= {"block_ratio": longest / self._block_steps() / info["speedup_x"]}
+            info |= {
+                "baseline_tok_s_total": metrics.throughput(greedily, greedy_s),
+                "baseline_tpot_ms": 1000 * greedy_s / longest_greedy if longest_greedy else None,
+                "lossless": self.divergence is None or (bool(divergences) and not defects),
+                "divergences": divergences,
+                "near_ties": len(divergences) - len(defects),
+            }
+        info |= {
+            "tok_s_total": metrics.throughput(produced, total_s),
+            "tpot_ms": 1000 * total_s / longest if longest else None,
+        }
+        info |= self._experts()
+        if steps is not None:
+            info |= self._prediction(steps, longest)
+            info |= self._explanation(steps, info)
+        case = Decode(**origin, **info, status="ok")
+        return dataclasses.replace(case, status=status(case))
+
+    def _block_steps(self) -> int:
+        """Blocks that the device ran; a batch takes as many as its slowest row."""
+        return sum(max(map(len, rows)) for _, _, rows in self._outcome)
+
+    def _prediction(self, steps: StepTimes, longest: int) -> dict[str, Any]:
+        """The cost model's speed-up from the terms timed alone and the steps that both decoders actually took."""
+        blocks = self._block_steps()
+        if not blocks:
+            return {"predicted_speedup_x": None, "predicted_block_ratio": None}
+        ratio = steps.block_ratio(self.block_size)
+        if not self.mode.whole:
+            # One target step per token that is looked at, the refused one included, until no row agrees.
+            looked_at = sum(1 + max(block) for _, rows, _ in self._outcome for block in zip_longest(*rows, fillvalue=0))
+            ratio = looked_at / blocks + steps.draft_s[self.block_size] / steps.step_s
+        return {"predicted_speedup_x": longest / blocks / ratio, "predicted_block_ratio": ratio}
+
+    def _experts(self) -> dict[str, Any]:
+        """Experts awake in a one-token step and in a verify step of a routed target, expected and counted."""
+        routed = self.target.config.experts
+        if routed is None or not isinstance(self.target, GptOss):
+            return {}
+        prompts, outcome = self._requests[0].prompts, self._outcome[0][0]
+        rows = [[*prompt, *tokens] for prompt, tokens in zip(prompts, outcome, strict=True)]
+        sizes = {"experts_awake_step": 1, "experts_awake_verify": self.block_size}
+        awake: dict[str, Any] = {"experts": routed.count}
+        for name, size in sizes.items():
+            awake[f"{name}_expected"] = metrics.expected_awake(routed.count, routed.per_token, size * len(rows))
+            awake[name] = experts_awake(self.target, rows, size) if min(map(len, rows)) >= size else None
+        return awake
+
+    def _explanation(self, steps: StepTimes, info: dict[str, Any]) -> dict[str, Any]:
+        """The terms of the cost model beside the measurement: where time goes, and which block size to use."""
+        size = self.block_size
+        verify, draft, predicted = steps.verify_ratio(size), steps.draft_ratio(size), info["predicted_speedup_x"]
+        terms: dict[str, Any] = {
+            "verify_ratio": verify,
+            "verify_ratio_ci95": known(*steps.verify_ratio_ci95.get(size, (0.0, math.inf))),
+            "draft_ratio": draft,
+            "break_even_acceptance_length": info["predicted_block_ratio"],
+            "residual": None,
+            "time_shares": None,
+            "advice": None,
+        }
+        if predicted and info["speedup_x"]:
+            terms["residual"] = cost_model.residual(info["speedup_x"], predicted)
+            # Whatever is not the draft belongs to the target, however often a block calls it.
+            terms["time_shares"] = cost_model.time_shares(
+                info["predicted_block_ratio"] - draft, draft, info["block_ratio"]
+            )
+        if self.mode.whole and info["accept_rate_per_pos"] and min(steps.draft_s) == 2:
+            terms["advice"] = cost_model.advice(steps, info["accept_rate_per_pos"])
+        return terms

@@ -1,0 +1,183 @@
+"""Static-shape key/value cache: append a block, commit a prefix of it, forget the rest.
+
+A layer with full attention has one slot per position. A layer with a sliding window W has a ring: position p lives in
+slot p mod R with R >= W + block - 1, so what a rejected block overwrote is always out of every later window. There is
+one `lengths` for all layers; what lies beyond it is never visible and is overwritten by the next block. So commit, crop
+and rollback all just set `lengths`.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental.layout import Format, Layout
+from jax.sharding import PartitionSpec as P
+
+from dflash.models import mesh
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KVCache:
+    """keys[i] [B, G, D, S_i] and values[i] [B, G, S_i, D] of layer i; lengths int32 [B], the committed tokens."""
+
+    keys: tuple[Array, ...]
+    values: tuple[Array, ...]
+    lengths: Array
+    windows: tuple[int | None, ...] = dataclasses.field(metadata={"static": True})
+    block: int = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def create(
+        cls,
+        *,
+        batch: int,
+        windows: Sequence[int | None],
+        num_kv_heads: int,
+        head_dim: int,
+        capacity: int,
+        block: int,
+        dtype: jnp.dtype,
+    ) -> "KVCache":
+        """An empty cache for rows of up to `capacity` positions that grows by at most `block` positions at a time.
+
+        `capacity` must hold the committed tokens and one block beyond them, since a block past the end has nowhere to
+        go. The decode loop sizes it that way.
+        """
+
+        def slots(window: int | None) -> int:
+            return capacity if window is None else min(capacity, window + block - 1)
+
+        sizes = [slots(w) for w in windows]
+        return cls(
+            keys=tuple(jnp.zeros((batch, num_kv_heads, head_dim, s), dtype) for s in sizes),
+            values=tuple(jnp.zeros((batch, num_kv_heads, s, head_dim), dtype) for s in sizes),
+            lengths=jnp.zeros(batch, jnp.int32),
+            windows=tuple(windows),
+            block=block,
+        )
+
+    def specs(self, rows: str | None = "rows") -> "KVCache":
+        """How a cache is split over a mesh, as `shard_map` takes it: by key heads, and by rows unless that is None."""
+        layers, heads = len(self.values), mesh.split_by(rows, "kv_heads")
+        # In the place of arrays, as in every pytree of specs.
+        split: dict[str, Any] = {"keys": (heads,) * layers, "values": (heads,) * layers, "lengths": mesh.split_by(rows)}
+        return dataclasses.replace(self, **split)
+
+    def positions(self, count: int) -> Array:
+        """Positions of the next `count` tokens of each row, int32 [B, count]."""
+        return self.lengths[:, None] + jnp.arange(count, dtype=jnp.int32)
+
+    def is_slice(self, layer: int, rows: int) -> bool:
+        """Whether a layer's next tokens are one slice of its cache: those of a single row without a ring."""
+        return rows == 1 and self.windows[layer] is None
+
+    def append(self, layer: int, keys: Array, values: Array) -> "KVCache":
+        """Writes keys and values [G, D, B, T] of the next T tokens of each row, uncommitted. T <= block."""
+        B, T = keys.shape[2:]
+        if self.block < T:
+            raise ValueError(f"a cache made for blocks of {self.block} tokens can't append {T}")
+        old_keys, old_values = self.keys[layer], self.values[layer]
+        if self.is_slice(layer, B):
+            # XLA's scatter costs several times as much on a CPU.
+            start = self.lengths[0]
+            new_keys = jax.lax.dynamic_update_slice(old_keys, keys.transpose(2, 0, 1, 3), (0, 0, 0, start))
+            new_values = jax.lax.dynamic_update_slice(old_values, values.transpose(2, 0, 3, 1), (0, 0, start, 0))
+        else:
+            # One write for each head and token: a TPU's compiler then leaves the cache in the layout in which
+            # attention reads it. Over rows and slots alone it would turn the whole cache before the loop and after it.
+            rows, heads = jnp.arange(B)[:, None, None], jnp.arange(keys.shape[0])[None, :, None]
+            slots = (self.positions(T) % old_values.shape[2])[:, None, :]
+            new_keys = old_keys.at[rows, heads, :, slots].set(keys.transpose(2, 0, 3, 1))
+            new_values = old_values.at[rows, heads, slots].set(values.transpose(2, 0, 3, 1))
+        return dataclasses.replace(
+            self,
+            keys=(*self.keys[:layer], new_keys, *self.keys[layer + 1 :]),
+            values=(*self.values[:layer], new_values, *self.values[layer + 1 :]),
+        )
+
+    def visible(self, layer: int, count: int, causal: bool = True) -> Array:
+        """Which slots each of the `count` appended tokens may see, bool [B, count, S].
+
+        The newest position written is lengths + count - 1, so slot s holds the last position up to it that equals s
+        modulo the ring's size; a slot with a negative position was never written.
+        """
+        size = self.values[layer].shape[2]
+        window = self.windows[layer]
+        slots = jnp.arange(size, dtype=jnp.int32)[None, None, :]
+        newest = (self.lengths + (count - 1))[:, None, None]
+        held = slots if window is None else newest - (newest - slots) % size
+        queries = self.positions(count)[:, :, None]
+        return attention_mask(queries, held, window=window, causal=causal) & (held >= 0) & (held <= newest)
+
+    def commit(self, keep: Array) -> "KVCache":
+        """Keeps the first `keep` int32 [B] appended tokens of each row."""
+        return dataclasses.replace(self, lengths=self.lengths + keep.astype(jnp.int32))
+
+    def rollback(self, lengths: Array) -> "KVCache":
+        """Back to `lengths` int32 [B], at most `block` before the newest appended token (what rings still hold)."""
+        return dataclasses.replace(self, lengths=lengths.astype(jnp.int32))
+
+
+def empty_cache(network: mesh.Network, *, batch: int, capacity: int, block: int) -> KVCache:
+    """An empty cache for a target or a draft, whole; see `KVCache.create`.
+
+    On a mesh its key heads are those of all devices together: more than the config's where they are repeated.
+    """
+    c = network.config
+    return KVCache.create(
+        batch=batch,
+        windows=c.windows,
+        num_kv_heads=max(c.num_kv_heads, mesh.ways(network.mesh, mesh.TP)),
+        head_dim=c.head_dim,
+        capacity=capacity,
+        block=block,
+        dtype=network.dtype,
+    )
+
+
+def places(network: mesh.Network, tree: Any, specs: Any) -> Any:
+    """Where a pytree with caches that is split so (`KVCache.specs`) lies beside a network; None: where jax puts it.
+
+    On a TPU or GPU values lie in memory as they are declared, and so do keys that are written as one slice; those that
+    are written by head and token lie as [B, G, S, D], so that a token is in one piece. Then no program turns a cache. A
+    CPU reads them as they are declared.
+    """
+    anywhere = mesh.sharding_of(network, P())
+    if anywhere is None or (network.mesh is None and _platform(anywhere) == "cpu"):
+        return None
+    accelerated = _platform(anywhere) != "cpu"
+
+    def place(spec: Any, order: tuple[int, ...] | None = None) -> Any:
+        sharding = mesh.sharding_of(network, spec)
+        return Format(Layout(order), sharding) if accelerated and order else sharding
+
+    def of(split: Any, part: Any) -> Any:
+        if not isinstance(part, KVCache):
+            return place(split)
+        rows = part.lengths.shape[0] // mesh.ways(network.mesh, mesh.DP)
+        orders = [(0, 1, 2, 3) if part.is_slice(i, rows) else (0, 1, 3, 2) for i in range(len(part.keys))]
+        return dataclasses.replace(
+            split,
+            keys=tuple(map(place, split.keys, orders)),
+            values=tuple(place(value, (0, 1, 2, 3)) for value in split.values),
+            lengths=place(split.lengths),
+        )
+
+    return jax.tree.map(of, specs, tree, is_leaf=lambda part: isinstance(part, KVCache))
+
+
+def _platform(sharding: Any) -> str:
+    return next(iter(sharding.device_set)).platform
+
+
+def attention_mask(queries: Array, keys: Array, *, window: int | None, causal: bool) -> Array:
+    """Whether a query position sees a key position, by broadcasting. A window of W covers W keys, its own included."""
+    distance = queries - keys
+    mask = distance >= 0 if causal else jnp.ones_like(distance, bool)
+    if window is not None:
+        mask &= (distance < window) & (distance > -window)
+    return mask

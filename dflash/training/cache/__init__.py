@@ -1,0 +1,53 @@
+"""What training reads: the target's own text and hidden states, made once and memory-mapped.
+
+The sequence form is for training here; the window form is what earlier loaders read.
+"""
+
+from pathlib import Path
+
+from dflash.config import TargetConfig
+from dflash.training.cache.arrays import CacheError, building_dir, read_meta
+from dflash.training.cache.build_sequences import build_sequences
+from dflash.training.cache.build_windows import WindowConfig, build_windows
+from dflash.training.cache.conversations import ConversationConfig
+from dflash.training.cache.sequences import FORM, SequenceCache, open_sequences
+from dflash.training.cache.source import CacheSource
+from dflash.training.cache.windows import WindowCache, open_windows
+
+__all__ = [
+    "CacheError",
+    "CacheSource",
+    "ConversationConfig",
+    "SequenceCache",
+    "WindowCache",
+    "WindowConfig",
+    "build_sequences",
+    "build_windows",
+    "open_cache",
+    "recorded_target",
+]
+
+
+def open_cache(path: str | Path, target: TargetConfig | None = None) -> SequenceCache | WindowCache:
+    """The cache at a path, in either form and of any version.
+
+    Its token ids and positions must be within the target's. Raises CacheError.
+    """
+    path = Path(path)
+    if not path.exists():
+        unfinished = building_dir(path)
+        hint = (
+            f"{unfinished} is not finished: run build-cache again" if unfinished.exists() else "build-cache makes one"
+        )
+        raise CacheError(f"a teacher cache is a directory, or an .npz file; there is none at {path}: {hint}")
+    sequences = path.is_dir() and read_meta(path).get("form") == FORM
+    return open_sequences(path, target) if sequences else open_windows(path, target)
+
+
+def recorded_target(path: Path) -> str:
+    """The target that a cache was made with, as it was named then. Raises CacheError where none is recorded."""
+    open_cache(path)  # says what is wrong with what is no cache
+    named = read_meta(path).get("model_snapshot_dir") if path.is_dir() else None
+    if not named:
+        raise CacheError(f"a draft is trained for the target of its cache, and {path} names none: give --target")
+    return str(named)

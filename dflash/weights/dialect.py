@@ -1,0 +1,35 @@
+"""The forms of drafts on disk: each has a module with one `Dialect`, and `load.DIALECTS` lists them."""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from dflash.config import TargetConfig
+from dflash.models.draft import Draft
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Dialect:
+    """One form of drafts.
+
+    `find(path)` is the place of the draft of this form that a path means (the path itself, or the latest run of a
+    root); None if it means none. `read(place, dtype, target)` reads it in float32 or bfloat16; a form that takes
+    settings from its target needs one. `digest(place)` is a SHA-256 of its config and weights. All raise ConfigError or
+    WeightsError with every fault of the files.
+    """
+
+    name: str
+    find: Callable[[Path], Path | None]
+    read: Callable[[Path, str, TargetConfig | None], Draft]
+    digest: Callable[[Path], str]
+
+
+def digest_of(files: Iterable[Path]) -> str:
+    """SHA-256 of the bytes of these files, one after the other."""
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,58 @@
+"""Runs of the fork's trainer: `run-<step>/` in EasyDeL's layout, without our entries in config.json."""
+
+from pathlib import Path
+from typing import Any
+
+from dflash.config import TargetConfig
+from dflash.models.draft import Draft
+from dflash.weights.dialect import Dialect, digest_of
+from dflash.weights.easydel_fork.conventions import (
+    ForkDraft,
+    canonical_draft,
+    fork_config,
+    mlp_width,
+    recorded_cache,
+    recorded_target,
+    target_settings,
+    trained_layer_ids,
+)
+from dflash.weights.runs.arrays import INDEX, read_arrays, read_index, read_run_object
+from dflash.weights.runs.directories import run_at
+from dflash.weights.snapshot import read_json
+
+
+def _find(path: Path) -> Path | None:
+    run = run_at(path)
+    return None if run is None or "dflash" in read_run_object(run, "config.json") else run
+
+
+def _read(run: Path, dtype: str, target: TargetConfig | None) -> Draft:
+    source = str(run / "config.json")
+    raw = read_run_object(run, "config.json")
+    settings: dict[str, Any] = {}
+    for path in (run.parent / "run_config.json", run / "easydel-training-arguments.json"):
+        settings |= read_json(path.parent, path.name) if path.is_file() else {}
+    cache = settings.get("cache_dir")
+    ids = trained_layer_ids(raw, recorded_cache(cache), source, cache)
+    snapshot = settings.get("teacher_snapshot_dir") or settings.get("model_snapshot_dir")
+    target = target or recorded_target(snapshot, source)
+    config = fork_config(
+        raw | {"num_hidden_layers": raw.get("num_layers"), "intermediate_size": mlp_width(raw)},
+        ids,
+        target_settings(target),
+        fc_bias=True,
+        qk_norm=raw.get("qk_norm") is not False,
+        source=source,
+    )
+    entries = read_index(run).get("model", {})
+    found = ForkDraft(config=config, arrays=read_arrays(run, entries.values()), source=str(run))
+    return canonical_draft(found, dtype)
+
+
+def _digest(run: Path) -> str:
+    """Over every chunk: the fork's index holds no hashes."""
+    chunks = sorted(path for path in (run / "model").rglob("*") if path.is_file())
+    return digest_of([run / "config.json", run / INDEX, *chunks])
+
+
+DIALECT = Dialect(name="a run of the EasyDeL fork", find=_find, read=_read, digest=_digest)

@@ -1,0 +1,101 @@
+"""`python -m dflash export`: what it writes for whom, and what it says to mistakes."""
+
+import json
+import sys
+
+import pytest
+
+from dflash.cli import main as cli
+from dflash.weights.huggingface import read_draft, read_tensors
+from dflash.weights.runs.checkpoint import write_run
+from dflash.weights.tiny import write_tiny_target
+
+FULL = {"windows": (None, None), "causal": (False, False), "num_target_layers": 4}
+
+
+@pytest.fixture(scope="module")
+def work(draw_draft, tmp_path_factory):
+    """A directory of runs, and their target."""
+    work = tmp_path_factory.mktemp("work")
+    write_tiny_target(work / "target", num_hidden_layers=4)
+    write_tiny_target(work / "other", num_hidden_layers=2, vocab_size=150)
+    provenance = {"cache_dir": "/somewhere", "cache_sha256": "ab"}
+    write_run(draw_draft(**FULL), work / "runs", 7, optimizer_state=None, provenance=provenance, keep=None)
+    extra = draw_draft(**FULL | {"learned_mask": True, "fc_bias": True})
+    write_run(extra, work / "extras", 1, optimizer_state=None, provenance={}, keep=None)
+    return work
+
+
+@pytest.fixture
+def export(monkeypatch, capsys, work):
+    def export(*arguments):
+        monkeypatch.chdir(work)
+        monkeypatch.setattr(sys, "argv", ["dflash", "export", *map(str, arguments)])
+        code = cli.main()
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return export
+
+
+def test_a_run_becomes_a_directory_with_its_record(export, work):
+    assert export("runs", "plain")[:2] == (0, "draft: plain\n")
+    record = json.loads((work / "plain" / "training.json").read_text())
+    assert (record["step"], record["provenance"]) == (7, {"cache_sha256": "ab"})
+    assert json.loads((work / "plain" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert {value.dtype.name for value in read_tensors(work / "plain").values()} == {"bfloat16"}
+    modes = {file.stat().st_mode & 0o777 for file in (work / "plain").iterdir()}
+    assert modes == {0o644}  # whoever serves it
+
+
+def test_a_record_holds_that_of_the_draft_it_started_from(export, work, draw_draft):
+    provenance = {"init_from": str(work / "runs"), "init_from_sha256": "cd"}
+    write_run(draw_draft(**FULL), work / "later", 3, optimizer_state=None, provenance=provenance, keep=None)
+    assert export("later", "whole")[0] == 0
+    record = json.loads((work / "whole" / "training.json").read_text())
+    assert record["provenance"] == {"init_from_sha256": "cd"}
+    assert record["init_from"] == {"step": 7, "provenance": {"cache_sha256": "ab"}}
+    for start, kept in ((work / "whole", record), (work / "target", None), (work / "gone", None)):
+        provenance = {"init_from": str(start)}
+        name = f"from-{start.name}"
+        write_run(draw_draft(**FULL), work / name, 1, optimizer_state=None, provenance=provenance, keep=None)
+        assert export(name, f"{name}-draft")[0] == 0
+        told = json.loads((work / f"{name}-draft" / "training.json").read_text())["init_from"]
+        assert (told and {k: told[k] for k in record}) == kept
+
+
+def test_every_option_reaches_the_directory(export, work):
+    more = ("--dtype", "float16", "--max-shard-size", "40KB", "--target", "target")
+    assert export("runs", "several", "--format", "sglang-jax", *more)[0] == 0
+    config = json.loads((work / "several" / "config.json").read_text())
+    assert (config["dtype"], config["target_hidden_size"]) == ("float16", 64)
+    assert len(list((work / "several").glob("model-*.safetensors"))) > 3
+    assert export("runs", "spec", "--format", "speculators", "--target", "target", "--verifier", "a/b")[0] == 0
+    config = json.loads((work / "spec" / "config.json").read_text())
+    assert config["speculators_config"]["verifier"]["name_or_path"] == "a/b"
+
+
+def test_an_exported_directory_is_exported_again(export, work):
+    assert export("runs", "first", "--dtype", "float32")[0] == 0
+    assert export("first", "second", "--dtype", "float32")[0] == 0
+    assert read_draft(work / "second").config == read_draft(work / "first").config
+    assert not (work / "second" / "training.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("runs", "target"), "is written to a new directory; target exists"),
+        (("runs", "x", "--max-shard-size", "5 lumps"), "a size is a number of bytes, KB, MB or GB"),
+        (("runs", "x", "--format", "speculators"), "give the target's snapshot directory (--target)"),
+        (("extras", "x"), "{'learned_mask': True, 'fc_bias': True} is not of the canonical draft"),
+        (("runs", "x", "--target", "other"), "its vocabulary has 199 tokens, the target's 150"),
+        (("nowhere", "x"), "nowhere holds no draft"),
+    ],
+)
+def test_mistakes_are_told_and_leave_nothing(export, work, arguments, said):
+    code, _, err = export(*arguments)
+    assert code == 2
+    assert said in err
+    assert "Traceback" not in err
+    assert not (work / "x").exists()

@@ -1,0 +1,115 @@
+"""Options of pytest: their defaults, what the environment and the command line make of them, what is refused."""
+
+import random
+from pathlib import Path
+
+import pytest
+
+from dflash.cli.pytest_options import add_options, all_options, apply_protocol, take_prompts
+from dflash.measuring.cases import cases, drafts
+
+
+@pytest.fixture
+def parse(monkeypatch):
+    """Parses a command line with pytest's own parser. `env` is the environment, of our names."""
+    names = ("TEACHER_SNAPSHOT_DIR", "DRAFT_RUN_DIR", "BLOCK_SIZES", "MAX_NEW_TOKENS_LIST", "DFLASH_RUN_ON")
+    for name in (*names, "DFLASH_TIME_LIMIT"):
+        monkeypatch.delenv(name, raising=False)
+
+    def parse(*arguments, **env):
+        for name, value in env.items():
+            monkeypatch.setenv(name, value)
+        parser = pytest.Parser(_ispytest=True)
+        add_options(parser, Path("root"))
+        return parser.parse(arguments)
+
+    return parse
+
+
+@pytest.mark.parametrize(
+    ("arguments", "env", "said"),
+    [
+        (["--block-sizes=1"], {}, "--block-sizes: expected an integer of at least 2, got '1'"),
+        ([], {"BLOCK_SIZES": "8;16"}, "--block-sizes: expected an integer of at least 2, got '8;16'"),
+        (["--min-speedup=fast"], {}, "--min-speedup: expected a number above 0, got 'fast'"),
+        (["--batch-size=1,x"], {}, "--batch-size: expected an integer of at least 1, got 'x'"),
+        (["--prompts=builtin,"], {}, "--prompts: expected a name, got ''"),
+        (["--rounds=0"], {}, "--rounds: expected an integer of at least 1, got '0'"),
+        (["--precision=5%"], {}, "--precision: expected a number from 0 to below 1, got '5%'"),
+        ([], {"DFLASH_TIME_LIMIT": "nan"}, "--time-limit: expected seconds, 0 or more, got 'nan'"),
+        ([], {"DFLASH_RUN_ON": "npu"}, "--run-on: expected one of cpu, gpu, tpu, got 'npu'"),
+        (["--run-on=npu"], {}, "--run-on: expected one of cpu, gpu, tpu, got 'npu'"),
+    ],
+    ids=["block", "block-env", "floor", "batch", "prompts", "rounds", "precision", "time", "device-env", "device"],
+)
+def test_bad_options_are_usage_errors(parse, arguments, env, said):
+    with pytest.raises(pytest.UsageError) as error:
+        parse(*arguments, **env)
+    assert said in str(error.value)
+
+
+def test_the_protocol_of_z_lab_fixes_prompts_and_budget(parse, tmp_path):
+    ours, theirs = parse(), parse("--protocol=zlab", "--max-new-tokens=16")
+    for options in (ours, theirs):
+        apply_protocol(options)
+    assert (ours.num_prompts, ours.max_new_tokens) == (8, [64])
+    assert (theirs.num_prompts, theirs.max_new_tokens) == (128, [2048])
+    for count in (100, 300):
+        file = tmp_path / f"{count}.jsonl"
+        file.write_text("".join(f'{{"prompt": "{i}?", "id": {i}}}\n' for i in range(count)))
+    # All of a smaller set as it is; of a larger one the first of the shuffle.
+    assert [p.id for p in take_prompts(theirs, str(tmp_path / "100.jsonl")).prompts] == [str(i) for i in range(100)]
+    order = list(range(300))
+    random.Random(42).shuffle(order)
+    taken = take_prompts(theirs, str(tmp_path / "300.jsonl")).prompts
+    assert [p.id for p in taken] == [str(i) for i in order[:128]]
+    assert len(take_prompts(ours, "builtin").prompts) == 8
+
+
+NUMBERS = [option.name for option in all_options(Path("root")) if option.metavar in ("N", "N,N", "X", "S")]
+TEXTS = [
+    option.name for option in all_options(Path("root")) if option.metavar in ("DIR", "DIR,DIR", "FILE", "SOURCE,SOURCE")
+]
+
+
+@pytest.mark.parametrize("value", ["-1", "1e30", str(10**30), "nan", "inf", "", "x"])
+@pytest.mark.parametrize("name", NUMBERS)
+def test_no_option_takes_what_is_no_number_of_its_kind(parse, name, value):
+    with pytest.raises(pytest.UsageError, match="expected") as error:
+        parse(f"{name}={value}")
+    assert "\n" not in str(error.value).partition("error: ")[2].strip()
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_no_name_is_empty(parse, name):
+    with pytest.raises(pytest.UsageError, match=f"{name}: expected a name"):
+        parse(f"{name}=")
+
+
+def test_what_is_not_given_is_none(parse):
+    options = parse()
+    assert options.report is options.min_speedup is options.server is options.require_device is options.draft is None
+
+
+def test_the_command_line_comes_before_the_environment_and_that_before_the_default(parse):
+    assert parse().block_sizes == [8]
+    assert parse(BLOCK_SIZES="4,16,4").block_sizes == [4, 16]
+    assert parse("--block-sizes=2", BLOCK_SIZES="4,16").block_sizes == [2]
+    assert parse().baselines == str(Path("root", "bench", "baselines"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "env", "proposers"),
+    [
+        ([], {}, {"draft", "a3", "a7"}),
+        (["--target=DIR"], {}, {"untrained", "a3", "a7"}),
+        (["--draft=untrained"], {}, {"untrained", "a3", "a7"}),
+        ([], {"DRAFT_RUN_DIR": "untrained,DIR"}, {"untrained", "draft", "a3", "a7"}),
+    ],
+    ids=["built-in", "another-target", "option", "environment"],
+)
+def test_the_built_in_target_is_measured_with_its_draft(parse, arguments, env, proposers):
+    """Unless another is named; other targets come without one."""
+    options = parse(*arguments, **env)
+    assert {case.id.rpartition("-")[2] for case in cases(options)} == proposers
+    assert ("smollm2-135m" in drafts(options)) == (not arguments and not env)

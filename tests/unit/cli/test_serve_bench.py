@@ -1,0 +1,138 @@
+"""`python -m dflash serve-bench` against stubs that run: what it prints and writes, and its exit codes."""
+
+import json
+
+import pytest
+from hostile_server import event, head, hostile
+from stub_server import serving
+
+from dflash.__main__ import main
+from dflash.host import stopping
+from dflash.weights.tiny import write_tiny_target, write_tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("serve") / "target"
+    return write_tiny_tokenizer(write_tiny_target(directory, vocab_size=260))
+
+
+@pytest.fixture
+def serve_bench(target, monkeypatch, capsys, tmp_path):
+    """Runs the command in an empty folder: (exit code, stdout, stderr)."""
+
+    def serve_bench(*words):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(stopping, "_heed", lambda _: {})  # the handlers are all tests'
+        sizes = ("--num-prompts", "2", "--max-new-tokens", "5", "--rounds", "3")
+        monkeypatch.setattr("sys.argv", ["dflash", "serve-bench", f"--target={target}", *sizes, *words])
+        try:
+            code = main()
+        except SystemExit as leaving:
+            code = leaving.code
+        return code, *capsys.readouterr()
+
+    return serve_bench
+
+
+@pytest.fixture
+def compare(serve_bench):
+    """The same with two stubs, the second with these settings."""
+
+    def compare(*words, **second):
+        plain = {"gives_ids": False}
+        with serving(**plain) as (a, _), serving(**plain, **second) as (b, _):
+            return serve_bench("--base-url", a, "--draft-base-url", b, *words)
+
+    return compare
+
+
+def test_equal_servers_give_a_line_a_file_and_a_report(compare, tmp_path):
+    code, out, err = compare("--json", "new/served.json", "--report", "report")
+    assert (code, err) == (0, "")
+    assert "served-openai-c1-n5" in out
+    assert "lossless" in out
+    assert out.count("acceptance is unknown: the block size is unknown") == 1
+    (benchmark,) = json.loads((tmp_path / "new" / "served.json").read_text())["benchmarks"]
+    assert benchmark["extra_info"]["lossless"] is True
+    assert len(benchmark["stats"]["data"]) == benchmark["extra_info"]["rounds"] == 3
+    assert "served-openai-c1-n5" in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_other_texts_are_exit_code_1_and_still_written(compare, tmp_path):
+    code, _, err = compare("--json", "served.json", wrong_at=2)
+    assert code == 1
+    assert "the tokens must be the target's own, and differ first at prompt 0, token 2" in err
+    assert (tmp_path / "served.json").is_file()
+
+
+def test_a_speed_up_that_is_asked_for_and_missed_is_exit_code_1(compare):
+    code, _, err = compare("--min-speedup", "1000000")
+    assert code == 1
+    assert "speedup_x" in err
+
+
+def test_a_server_without_a_draft_is_said_to_have_none(serve_bench):
+    with serving(gives_ids=False) as (url, _):
+        code, out, _ = serve_bench("--base-url", url)
+        assert code == 0
+        assert "no-draft: the target alone was measured, since no server drafts: --draft-base-url" in out
+        code, _, err = serve_bench("--base-url", url, "--min-speedup", "1")
+        assert code == 1
+        assert "no-draft" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((), "give --base-url, or --server KIND"),
+        (("--server", "vllm"), "has no vllm to start"),
+        (("--base-url", "http://127.0.0.1:1", "--rounds", "0"), "rounds must be at least 1, got 0"),
+        (("--base-url", "http://127.0.0.1:1"), "http://127.0.0.1:1 does not answer"),
+        (("--base-url", "http://127.0.0.1:1", "--min-speedup", "nan"), "min_speedup must be above 0, got nan"),
+        (("--base-url", "http://127.0.0.1:1", "--min-speedup", "-1"), "min_speedup must be above 0"),
+        (("--base-url", "http://127.0.0.1:1", "--request-timeout", "inf"), "request_timeout"),
+        (("--base-url", "http://127.0.0.1:1", "--key-variable", "NO_SUCH_VARIABLE"), "no variable of the name"),
+        (
+            ("--base-url", "http://127.0.0.1:1", "--report", "/dev/null"),
+            "results are written into a directory; /dev/null",
+        ),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_exit_code_2(serve_bench, words, said):
+    code, _, err = serve_bench(*words)
+    assert code == 2
+    assert err.startswith("dflash: ")
+    assert said in err
+    assert "Traceback" not in err
+
+
+def test_an_interrupt_is_exit_code_130(serve_bench, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dflash.serving.deployment._check", interrupted)
+    code, _, err = serve_bench("--base-url", "http://127.0.0.1:1")
+    assert (code, err) == (130, "dflash: interrupted\n")
+
+
+def test_rounds_that_were_measured_are_kept_when_a_later_one_fails(serve_bench, tmp_path):
+    done = head() + event(choices=[{"text": "a", "finish_reason": "length"}])
+    # A page of models, one to learn, two to warm up, two rounds of two; then it breaks off.
+    with hostile(lambda number, _: [head(404) if number == 0 else done if number < 8 else head()]) as server:
+        code, out, err = serve_bench("--base-url", f"{server.url}/v1", "--json", "served.json", "--rounds", "4")
+    assert code == 1
+    assert "2 of 4 rounds were taken, since" in err
+    assert "served-openai-c1-n5" in out
+    (benchmark,) = json.loads((tmp_path / "served.json").read_text())["benchmarks"]
+    assert len(benchmark["stats"]["data"]) == benchmark["extra_info"]["rounds"] == 2
+
+
+def test_a_redirect_gives_no_key_away(serve_bench, monkeypatch):
+    monkeypatch.setenv("MY_SERVER", "averysecretkey-0123456789")
+    with hostile(head() + b"") as other, hostile(head(307, more=f"Location: {other.url}/\r\n")) as server:
+        code, _, err = serve_bench("--base-url", server.url, "--key-variable", "MY_SERVER")
+        assert other.requests == []
+    assert code == 2
+    assert "redirect" in err
+    assert "averysecretkey" not in err

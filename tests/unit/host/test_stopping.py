@@ -1,0 +1,171 @@
+"""Signals to commands that run: one line, the exit code of the signal, and nothing that they started stays."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dflash import init_draft, load_target, write_draft
+from dflash.host import stopping
+from dflash.weights.tiny import write_tiny_target, write_tiny_tokenizer
+
+ROOT = Path(__file__).parents[3]
+# From the start of a process to here, and more than a busy machine needs.
+PATIENCE_S = 300
+CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
+
+
+def test_the_code_of_an_exit_is_that_of_its_signal(capsys, monkeypatch):
+    monkeypatch.setattr(stopping, "ignore", lambda: None)
+    for number, code in CODES.items():
+        assert stopping.announce(stopping.Stopped(number)) == code
+    assert stopping.announce(KeyboardInterrupt()) == 130
+    assert capsys.readouterr().err == "dflash: interrupted\n" * 4
+
+
+def test_a_block_that_unwinds_leaves_the_handlers_as_they_were():
+    before = [signal.getsignal(number) for number in CODES]
+
+    def stopped():
+        with stopping.unwinding():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(PATIENCE_S)
+
+    with pytest.raises(stopping.Stopped) as stop:
+        stopped()
+    assert stop.value.number == signal.SIGTERM
+    assert [signal.getsignal(number) for number in CODES] == before
+
+
+# ---- whole commands
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory):
+    stops = {"vocab_size": 260, "eos_token_id": [1, *range(100, 107)]}
+    return write_tiny_tokenizer(write_tiny_target(tmp_path_factory.mktemp("stopping") / "target", **stops))
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Starts a command in an empty folder."""
+
+    started = []
+    # What tells of a worker switches benchmarks off, also in a run of its own.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    # A shell's jobs in the background are born deaf; what a process has a handler for, its children hear.
+    before = {number: signal.signal(number, lambda *_: None) for number in CODES}
+
+    def start(*words):
+        process = subprocess.Popen(
+            [sys.executable, *map(str, words)],
+            cwd=tmp_path,
+            env=environment | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def wait_until(true, process):
+    deadline = time.monotonic() + PATIENCE_S
+    while not true():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def imports(process, name):
+    """Whether a file of this name is mapped into a process: it imports, or has imported, what needs it."""
+    return name in Path(f"/proc/{process.pid}/maps").read_text()
+
+
+def ended(process, number):
+    """What a process told after a signal, all but progress bars."""
+    _, told = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == CODES[number], told
+    assert "Traceback" not in told
+    assert "Exception ignored" not in told
+    return [line for line in told.replace("\r", "\n").splitlines() if line.strip() and "%|" not in line]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("library", ["_multiarray_umath", "libjax_common"])
+def test_a_signal_while_it_imports(start, number, library):
+    process = start("-m", "dflash", "doctor")
+    wait_until(lambda: imports(process, library), process)
+    process.send_signal(number)
+    assert ended(process, number) == ["dflash: interrupted"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "times"), [(signal.SIGINT, 1), (signal.SIGINT, 3), (signal.SIGTERM, 2)])
+def test_a_signal_while_it_builds_a_cache_keeps_what_is_there(start, target, tmp_path, number, times):
+    words = ("-m", "dflash", "build-cache", "cache", "--target", target, "--num-conversations", 4000)
+    words += ("--max-new-tokens", 24, "--max-user-turn", 40, "--batch-size", 4, "--target-layer-ids", 0, 2)
+    process = start(*words)
+    text = tmp_path / "cache.building" / "cache" / "conversations.jsonl"
+    wait_until(lambda: text.is_file() and text.stat().st_size > 2000, process)
+    for _ in range(times):
+        process.send_signal(number)
+    assert ended(process, number) == ["dflash: interrupted"]
+    lines = text.read_bytes().splitlines()
+    assert [json.loads(line)["batch"] for line in lines[:-1]] == list(range(len(lines) - 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_benchmark_that_is_stopped_writes_what_it_measured(start, target, tmp_path, number):
+    """Of six workloads two are measured, and then it is stopped."""
+    words = ("-m", "pytest", ROOT / "bench" / "test_decode.py", "-c", ROOT / "pytest.ini", "--rootdir", ROOT)
+    draft = tmp_path / "draft"
+    write_draft(init_draft(load_target(target), target_layer_ids=(0, 2), block_size=4), draft)
+    words += (
+        "--run-on",
+        "cpu",
+        f"--target={target}",
+        f"--draft={draft}",
+        "-k",
+        "block and draft",
+        "-p",
+        "no:cacheprovider",
+    )
+    words += (
+        "--max-new-tokens",
+        "8,9,10,11,12,13",
+        "--num-prompts",
+        1,
+        "--rounds",
+        1,
+        "--block-sizes",
+        4,
+        "--time-limit",
+        0,
+    )
+    process = start(*words, "--benchmark-json", tmp_path / "x.json")
+    journal = tmp_path / "x.cases.jsonl"
+    # The second is measured once the first has been handed over.
+    wait_until(lambda: journal.is_file() and journal.read_bytes().count(b"\n") == 2, process)
+    process.send_signal(number)
+    out, told = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == CODES[number], out + told
+    assert "Traceback" not in out + told
+    assert out.count("Stopped") == 1
+    kept = json.loads((tmp_path / "x.json").read_text())["benchmarks"]
+    assert kept[0]["extra_info"]["max_new_tokens"] == 8
+    assert len(kept) < 6

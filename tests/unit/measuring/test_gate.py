@@ -1,0 +1,190 @@
+"""Verdicts on canned cases: every sentence, and which term each blames."""
+
+from dataclasses import replace
+
+import pytest
+import sample_runs
+
+from dflash.measuring.gate import Floors, closing_line, doubt, failures, remark, status
+from dflash.measuring.result import TokenPlace
+
+OK = sample_runs.case(
+    case="block-b8-n64-draft",
+    verify_ratio=1.4,
+    acceptance_length=6.0,
+    speedup_x=3.0,
+    speedup_x_ci95=(2.9, 3.1),
+    block_ratio=2.0,
+    predicted_block_ratio=1.9,
+    predicted_speedup_x=3.2,
+)
+PLACE = TokenPlace(prompt=2, token=17)
+NOISY = replace(OK, status="too-noisy", too_noisy="its rounds differ by 30% (at most 10%)")
+QUICK = replace(OK, status="quick", speedup_x_ci95=None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, "ok"),
+        ({"lossless": False}, "invalid"),
+        ({"speedup_x": None, "speedup_x_ci95": None}, "invalid"),
+        ({"lossless": None, "speedup_x": None, "speedup_x_ci95": None}, "no-baseline"),
+        ({"too_noisy": "its rounds differ"}, "too-noisy"),
+        ({"speedup_x_ci95": None}, "quick"),
+        ({"predicted_speedup_x": 3.5}, "unexplained"),
+        ({"predicted_speedup_x": 2.6}, "unexplained"),
+        ({"predicted_speedup_x": 3.4}, "ok"),  # the interval reaches what the steps predict
+        ({"speedup_x_timing_ci95": [2.99, 3.01], "predicted_speedup_x": 3.4}, "unexplained"),
+        ({"verify_ratio": 0.9}, "slow-baseline"),
+        ({"verify_ratio": 0.9, "verify_ratio_ci95": [0.88, 0.92], "predicted_speedup_x": 9.0}, "slow-baseline"),
+        ({"verify_ratio": 0.99, "verify_ratio_ci95": [0.9, 1.05]}, "ok"),
+        ({"predicted_speedup_x": None}, "ok"),
+        ({"predicted_speedup_x": 9.0, "too_noisy": "its rounds differ"}, "too-noisy"),
+        ({"lossless": False, "too_noisy": "its rounds differ"}, "invalid"),
+    ],
+)
+def test_status(changes, expected):
+    assert status(replace(OK, **changes)) == expected
+
+
+def test_noise_fails_what_is_asked_of_the_speed_up_and_only_that():
+    assert failures(NOISY, Floors(predicted_share=0.9)) == []
+    assert failures(NOISY, Floors(speedup_x=0.1)) == [
+        "speedup_x is too noisy: its rounds differ by 30% (at most 10%); take more rounds, or a quieter machine"
+    ]
+    (said,) = failures(NOISY, Floors(acceptance_length=7.0))
+    assert said.startswith("acceptance_length 6.00 < 7.00")
+
+
+def test_a_quick_run_passes_no_floor():
+    assert failures(QUICK, Floors(predicted_share=0.9)) == []
+    assert failures(QUICK, Floors(speedup_x=0.1)) == ["speedup_x is without an interval: it needs at least 3 rounds"]
+
+
+def test_remarks():
+    assert remark(OK) is None
+    assert doubt(OK) is None
+    far = replace(OK, status="unexplained", residual=-0.2)
+    assert doubt(far) is None
+    assert remark(far) == "unexplained: -20% off the 3.20 that its steps predict (within 10% is explained)"
+    assert remark(NOISY) == doubt(NOISY)
+
+
+def test_no_speed_up_counts_over_a_baseline_that_is_slower_than_a_verify_step():
+    slow = replace(OK, verify_ratio=0.9, status="slow-baseline")
+    assert doubt(slow).startswith("slow-baseline: a verify step of 8 tokens takes 0.90 of a one-token step")
+    (broken,) = failures(slow, Floors(speedup_x=0.1))
+    assert "slow-baseline" in broken
+
+
+def test_slower_than_greedy_decoding_is_said_where_a_gain_was_asked_for():
+    slow = replace(OK, speedup_x=0.8, speedup_x_ci95=(0.7, 0.9), batch_size=4)
+    assert remark(slow).startswith("slower than greedy decoding with this draft at batch 4: a block costs 2.00")
+    assert remark(replace(slow, mode="cached_sequential_verify")) is None
+    assert remark(replace(slow, scripted=3)) is None
+
+
+def test_a_run_in_one_line():
+    other = replace(OK, case="other", speedup_x=2.0)
+    line = "3.00 times as fast as greedy decoding (95% interval 2.90 to 3.10), lossless, ok: block-b8-n64-draft"
+    assert closing_line([other, OK, replace(OK, scripted=7, speedup_x=9.0)]) == line
+    assert closing_line([replace(OK, mode="cached_sequential_verify"), replace(OK, speedup_x=None)]) is None
+    # What counts goes before what does not.
+    assert closing_line([other, NOISY]).endswith(": other")
+    assert closing_line([NOISY]).endswith("lossless, too noisy: block-b8-n64-draft")
+    assert "NOT LOSSLESS, invalid" in closing_line(
+        [replace(OK, status="invalid", lossless=False, first_divergence=PLACE)]
+    )
+
+
+@pytest.mark.parametrize(
+    "floors",
+    [
+        Floors(),
+        Floors(speedup_x=2.5, acceptance_length=5.5, predicted_share=0.9),
+        Floors(speedup_x=3.1, acceptance_length=6.0),
+    ],
+)
+def test_pass(floors):
+    assert failures(OK, floors) == []
+
+
+def test_no_floor_asks_for_nothing():
+    assert failures(replace(OK, acceptance_length=1.0, speedup_x=0.1, speedup_x_ci95=[0.1, 0.1]), Floors()) == []
+
+
+def test_invalid_says_where():
+    info = replace(OK, status="invalid", lossless=False, first_divergence=TokenPlace(prompt=2, token=17))
+    assert failures(info, Floors()) == [
+        "speedup_x is invalid: the tokens must be the target's own, and differ first at prompt 2, token 17"
+    ]
+
+
+def test_invalid_without_a_block():
+    info = replace(OK, status="invalid", speedup_x=None, speedup_x_ci95=None, acceptance_length=None)
+    assert failures(info, Floors(speedup_x=1.0)) == [
+        "speedup_x is invalid: no block was needed, so nothing was measured; raise max_new_tokens"
+    ]
+
+
+def test_no_baseline():
+    info = replace(OK, status="no-baseline", lossless=None, speedup_x=None, speedup_x_ci95=None)
+    assert failures(info, Floors(speedup_x=1.0)) == [
+        "speedup_x is no-baseline: greedy decoding must run beside it, to compare with and to prove the tokens"
+    ]
+
+
+def test_acceptance_moved():
+    low = replace(OK, acceptance_length=4.0, speedup_x=2.0, speedup_x_ci95=[1.9, 2.1])
+    assert failures(low, Floors(acceptance_length=5.2, speedup_x=2.8)) == [
+        "acceptance_length 4.00 < 5.20: the draft is accepted less (a block costs 2.00 one-token steps (1.90 by its "
+        "steps timed alone))",
+        "speedup_x 2.00 (1.90 to 2.10) < 2.80: acceptance moved; a block costs 2.00 one-token steps (1.90 by its steps "
+        "timed alone), acceptance_length is 4.00 and would have to be 5.60",
+    ]
+
+
+def test_acceptance_alone_can_fail():
+    assert len(failures(OK, Floors(acceptance_length=6.5))) == 1
+
+
+def test_block_cost_moved():
+    slow = replace(OK, speedup_x=2.0, speedup_x_ci95=[1.9, 2.1], block_ratio=3.0)
+    assert failures(slow, Floors(acceptance_length=5.2, speedup_x=2.8)) == [
+        "speedup_x 2.00 (1.90 to 2.10) < 2.80: the cost of a block moved; a block costs 3.00 one-token steps (1.90 by "
+        "its steps timed alone), acceptance_length is 6.00 and would have to be 8.40"
+    ]
+
+
+def test_without_an_acceptance_floor_neither_term_is_cleared():
+    slow = replace(OK, speedup_x=2.0, speedup_x_ci95=[1.9, 2.1])
+    (said,) = failures(slow, Floors(speedup_x=2.8))
+    assert "< 2.80: acceptance or the cost of a block moved;" in said
+
+
+def test_loop_moved():
+    slow = replace(OK, speedup_x=2.5, speedup_x_ci95=[2.4, 2.6])
+    assert failures(slow, Floors(predicted_share=0.9)) == [
+        "speedup_x 2.50 (2.40 to 2.60) < 0.90 x the 3.20 that its steps predict: the loop moved; a block costs 2.00 "
+        "one-token steps (1.90 by its steps timed alone)"
+    ]
+
+
+def test_the_upper_end_is_judged():
+    noisy = replace(OK, speedup_x=2.0, speedup_x_ci95=[1.0, 2.9])
+    assert failures(noisy, Floors(speedup_x=2.8, predicted_share=0.9)) == []
+    assert len(failures(noisy, Floors(speedup_x=2.95, predicted_share=0.95))) == 2
+
+
+def test_other_prompts_are_not_asked():
+    slow = replace(OK, speedup_x=2.0, speedup_x_ci95=[1.0, 4.0], speedup_x_timing_ci95=[1.9, 2.1])
+    (said,) = failures(slow, Floors(speedup_x=2.8))
+    assert said.startswith("speedup_x 2.00 (1.90 to 2.10) < 2.80")
+
+
+def test_without_a_prediction_the_loop_is_not_judged():
+    plain = replace(OK, predicted_block_ratio=None, predicted_speedup_x=None)
+    assert failures(plain, Floors(predicted_share=0.9)) == []
+    (said,) = failures(plain, Floors(acceptance_length=7.0))
+    assert said.endswith("(a block costs 2.00 one-token steps)")

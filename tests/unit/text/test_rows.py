@@ -1,0 +1,63 @@
+"""The shapes in which prompts are published, and the files that hold them."""
+
+import json
+
+import pytest
+
+from dflash.text.prompts import load_prompts
+
+USER, ANSWER = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}
+SHAPES = {
+    "messages": {"messages": [USER, ANSWER]},
+    "more keys": {"messages": [USER | {"name": "me", "weight": 1}, ANSWER], "tools": [], "source": "x"},
+    "parts": {"messages": [{"role": "user", "content": [{"type": "text", "text": w} for w in ("Wh", "y?")]}, ANSWER]},
+    "ShareGPT": {"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]},
+    "conversations of OpenAI": {"conversations": [USER, ANSWER]},
+    "instruction": {"instruction": "Why?", "input": "", "output": "So.", "text": "Below is an instruction."},
+}
+
+
+def write(path, rows):
+    text = json.dumps(rows) if path.suffix == ".json" else "\n".join(map(json.dumps, rows))
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.mark.parametrize("end", [".jsonl", ".json"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_shape_is_the_same_prompt(tmp_path, name, end):
+    (prompt,) = load_prompts(write(tmp_path / f"own{end}", [SHAPES[name]])).prompts
+    assert (prompt.messages, prompt.answer, prompt.text) == ((USER,), "So.", "")
+
+
+def test_an_instruction_is_followed_by_its_input(tmp_path):
+    (prompt,) = load_prompts(write(tmp_path / "a.json", [{"instruction": "Add.", "input": "1 2"}])).prompts
+    assert prompt.words == "Add.\n\nInput:\n1 2"
+
+
+def test_turns_of_the_user_follow_each_other(tmp_path):
+    (prompt,) = load_prompts(write(tmp_path / "a.jsonl", [{"turns": ["One?", "Two?"]}])).prompts
+    assert (prompt.words, prompt.later) == ("One?", ("Two?",))
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"turns": []}, "is a list of texts"),
+        ({"turns": ["a", " "]}, "isn't blank"),
+        ({"text": ""}, "isn't blank"),
+        ({"conversations": [{"from": "human", "text": "x"}]}, "or from and value"),
+        ({"conversations": [{"from": "tool", "value": "x"}]}, "a role is one of"),
+    ],
+)
+def test_a_row_of_another_shape_is_refused(tmp_path, row, said):
+    with pytest.raises(ValueError, match=rf"\(1\), .*row 1: .*{said}"):
+        load_prompts(write(tmp_path / "a.json", [row]))
+
+
+@pytest.mark.parametrize(("text", "said"), [('{"a": 1}', "a JSON list of prompts, got dict"), ("[", "not JSON")])
+def test_a_json_file_that_holds_no_list_is_refused(tmp_path, text, said):
+    path = tmp_path / "own.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=said):
+        load_prompts(str(path))
