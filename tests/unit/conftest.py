@@ -53,7 +53,7 @@ QUICK_COMPILER = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen
 
 @pytest.fixture(scope="session", autouse=True)
 def compiler(request, tmp_path_factory):
-    """No program is compiled twice, in this process or another that is given what this gives for its environment.
+    """No program is compiled twice, in this process or one that it starts; what this gives is set in the environment.
 
     Compiling is most of what `cpu` tests do, and not what they test: alone they do it with few optimisations. What the
     compiler makes of a program when it may do its best is run by `slow` tests, tests/tpu and bench.
@@ -74,8 +74,8 @@ def compiler(request, tmp_path_factory):
     environment = {name.upper(): str(value) for name, value in settings.items()}
     if hurried:
         # Read once, when the first backend opens, which no test module does while it is imported.
-        flags = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_COMPILER}".strip()
-        environment["XLA_FLAGS"] = os.environ["XLA_FLAGS"] = flags
+        environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_COMPILER}".strip()
+    os.environ.update(environment)
     return environment
 
 
