@@ -44,14 +44,22 @@ def _all_finite(value: jax.Array) -> jax.Array:
     return jnp.isfinite(value).all()
 
 
+def _finite_parts(value: np.ndarray | jax.Array) -> list[Any]:
+    """Whether each different part of a weight is finite, on the device that holds it: nothing goes between devices."""
+    if isinstance(value, np.ndarray):
+        return [np.isfinite(value).all()]
+    parts = {str(shard.index): shard.data for shard in value.addressable_shards}
+    return [_all_finite(part) for part in parts.values()]
+
+
 def check_finite(weights: Mapping[str, Any], source: str | Path) -> None:
     """Raises WeightsError with every weight that holds NaN or infinity: what it computes would be nonsense.
 
     Each is looked at where it lies, and all are waited for once.
     """
     floats = {name: value for name, value in weights.items() if jnp.issubdtype(value.dtype, jnp.floating)}
-    good = {name: (np.isfinite(v).all() if isinstance(v, np.ndarray) else _all_finite(v)) for name, v in floats.items()}
-    broken = [f"{name} holds NaN or infinity" for name, finite in jax.device_get(good).items() if not finite]
+    good = {name: _finite_parts(value) for name, value in floats.items()}
+    broken = [f"{name} holds NaN or infinity" for name, parts in jax.device_get(good).items() if not all(parts)]
     if broken:
         raise WeightsError(f"{source} can't be used: {fault_list(broken)}. Fetch it again, or give another one")
 

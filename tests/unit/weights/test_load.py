@@ -327,3 +327,37 @@ def test_a_draft_with_a_weight_that_is_not_finite_is_refused_in_every_form(targe
     for name in ("zlab", "root"):
         with pytest.raises(WeightsError, match=r"layers\.0\.mlp\.down\.weight holds NaN or infinity"):
             load_draft(tmp_path / name, target)
+
+
+IN_PARTS = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from dflash.models.mesh import make_mesh
+from dflash.weights.build import _finite_parts, check_finite
+from dflash.weights.snapshot import WeightsError
+
+mesh = make_mesh(jax.devices(), tp=8)
+whole = np.ones((16, 4), np.float32)
+spoilt = whole.copy()
+spoilt[15, 3] = np.inf
+put = lambda value, spec: jax.device_put(value, NamedSharding(mesh, PartitionSpec(*spec)))
+check_finite({"split": put(whole, ["tp"]), "copied": put(whole, [])}, "target")
+for split, copied in ((spoilt, whole), (whole, spoilt)):
+    weights = {"split": put(split, ["tp"]), "copied": put(copied, [])}
+    # Nothing goes between devices: with large weights and few cores eight of a CPU's wait for each other for ever.
+    counts = {name: [len(part.devices()) for part in _finite_parts(value)] for name, value in weights.items()}
+    assert counts == {"split": [1] * 8, "copied": [1]}, counts
+    try:
+        check_finite(weights, "target")
+    except WeightsError as error:
+        assert ("split holds" in str(error)) == (split is spoilt), error
+        assert ("copied holds" in str(error)) == (copied is spoilt), error
+    else:
+        raise AssertionError("infinity passed")
+print("same")
+"""
+
+
+@pytest.mark.slow
+def test_infinity_is_found_in_the_part_of_any_device(on_eight_devices):
+    on_eight_devices(IN_PARTS)
