@@ -297,12 +297,21 @@ class _Stops:
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> Generator[None, Any, Any]:
+        if self.code is not None:
+            _drop_unmeasured(session.config)
         done = yield
         session.exitstatus = session.exitstatus if self.code is None else self.code
         return done
 
     def pytest_unconfigure(self) -> None:
         self._heeding.close()
+
+
+def _drop_unmeasured(config: pytest.Config) -> None:
+    """A benchmark that was stopped within its first round: pytest-benchmark would take statistics of nothing."""
+    session: Any = getattr(config, "_benchmarksession", None)  # not there with -p no:benchmark
+    if session is not None:
+        session.benchmarks = [benchmark for benchmark in session.benchmarks if benchmark.stats.data]
 
 
 def pytest_report_header(config: pytest.Config) -> str:
