@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import numbers
 import re
 import types
 import typing
@@ -78,10 +79,15 @@ class Checked:
 
     def check(self, *faults: str) -> None:
         """Raises ConfigError with these faults and those of every field."""
-        hints = typing.get_type_hints(type(self), include_extras=True)
-        every = [fault for name, kind in hints.items() for fault in _faults(name, kind, getattr(self, name))]
-        if every or faults:
-            raise ConfigError("; ".join([*every, *faults]))
+        every = [*field_faults(self), *faults]
+        if every:
+            raise ConfigError("; ".join(every))
+
+
+def field_faults(record: Any) -> list[str]:
+    """What the fields of a dataclass hold that their types don't allow, each a clause."""
+    hints = typing.get_type_hints(type(record), include_extras=True)
+    return [fault for name, kind in hints.items() for fault in _faults(name, kind, getattr(record, name))]
 
 
 def _faults(name: str, kind: Any, value: Any) -> list[str]:
@@ -96,7 +102,9 @@ def _faults(name: str, kind: Any, value: Any) -> list[str]:
     if origin is Annotated:
         # What tyro calls it, where that is another name.
         name = next((f"{name} (--{part.name})" for part in parts[1:] if getattr(part, "name", None)), name)
-        ranges = [part for part in parts if isinstance(part, Range) and isinstance(value, int | float)]
+        ranges = [part for part in parts if isinstance(part, Range)]
+        if ranges and not isinstance(value, numbers.Integral if parts[0] is int else numbers.Real):
+            return [f"{name} must be {'an integer' if parts[0] is int else 'a number'}, got {value!r}"]
         rules = [rule for rule in (r.rule(value) for r in ranges) if rule]
         return [f"{name} must be {rule}, got {value}" for rule in rules] or _faults(name, parts[0], value)
     return []

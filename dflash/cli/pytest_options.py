@@ -8,6 +8,7 @@ import dataclasses
 import math
 import os
 import sys
+import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 
 from dflash.cli.template import TemplateOptions
-from dflash.config import MOST
+from dflash.config import MOST, Index, Mass, Seed, Share, Size
 from dflash.host.device import KINDS
 from dflash.measuring import baselines
 from dflash.serving.options import SERVERS
@@ -56,6 +57,23 @@ def number(expected: str, fits: Callable[[float], bool]) -> Type:
             value = math.nan
         if not (abs(value) <= MOST and fits(value)):
             raise _refuse(expected, text)
+        return value
+
+    return read
+
+
+def within(kind: Any) -> Type:
+    """A number of a type of `dflash.config`, such as Share."""
+    read_number, allowed = typing.get_args(kind)
+    words = "an integer" if read_number is int else "a number"
+
+    def read(text: str) -> int | float:
+        try:
+            value: int | float = read_number(text)
+        except ValueError:
+            raise _refuse(words, text) from None
+        if rule := allowed.rule(value):
+            raise _refuse(f"{words} {rule}", text)
         return value
 
     return read
@@ -174,19 +192,19 @@ def all_options(root: Path) -> list[Option]:
         Option("--block-sizes", "BLOCK_SIZES", "8", listed(integer(2)), "N,N", "block sizes, the anchor included"),
         Option("--max-new-tokens", "MAX_NEW_TOKENS_LIST", "64", listed(integer(1)), "N,N", "token budgets"),
         Option(
-            "--temperature", "DFLASH_TEMPERATURE", "0", number("0 or a number above it", lambda v: v >= 0), "T",
+            "--temperature", "DFLASH_TEMPERATURE", "0", within(Size), "T",
             "above 0: tokens are drawn, by both decoders the same ones; 0 is greedy",
         ),
-        Option("--top-k", "DFLASH_TOP_K", "0", integer(0), "N", "draw from the likeliest N tokens; 0 from all"),
+        Option("--top-k", "DFLASH_TOP_K", "0", within(Index), "N", "draw from the likeliest N tokens; 0 from all"),
         Option(
-            "--top-p", "DFLASH_TOP_P", "1", number("above 0 to 1", lambda v: 0 < v <= 1), "P",
+            "--top-p", "DFLASH_TOP_P", "1", within(Mass), "P",
             "draw from the likeliest tokens that reach this probability together",
         ),
         Option(
-            "--min-p", "DFLASH_MIN_P", "0", number("from 0 to 1", lambda v: 0 <= v <= 1), "P",
+            "--min-p", "DFLASH_MIN_P", "0", within(Share), "P",
             "draw from tokens at least this times as likely as the likeliest",
         ),
-        Option("--seed", "DFLASH_SEED", "0", integer(0), "N", "seed of what is drawn"),
+        Option("--seed", "DFLASH_SEED", "0", within(Seed), "N", "seed of what is drawn"),
         Option(
             "--rounds", "DFLASH_ROUNDS", "5", integer(1), "N",
             "timed rounds of each case at least; fewer than 3 give no interval",

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import inspect
 import operator
 import time
 from collections import OrderedDict
@@ -14,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from dflash import metrics
-from dflash.config import check_draft
+from dflash.config import check_draft, field_faults
 from dflash.decoding.logprobs import log_probabilities
 from dflash.decoding.loop import MAX_STOPS, Decoder, State
 from dflash.decoding.modes import BLOCK, MODES, RECOMPUTE
@@ -212,7 +213,7 @@ def check_request(
     if mode not in MODES:
         raise RequestError(f"mode must be one of {list(MODES)}, got {mode!r}")
     _check_loaded(target=target, draft=draft)
-    if faults := sampling.faults():
+    if faults := field_faults(sampling):
         raise RequestError("; ".join(faults))
     drafts = MODES[mode].drafts
     if draft is None and drafts:
@@ -412,12 +413,12 @@ def _request(
     draft: Draft | ScriptedDraft | None,
     prompts: Sequence[Prompt],
     *,
-    tokenizer: Codec | None = None,
-    mode: str = BLOCK.name,
-    block_size: int | None = None,
-    max_new_tokens: int | Sequence[int] = 128,
-    stop_token_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
-    allow_larger_block: bool = False,
+    tokenizer: Codec | None,
+    mode: str,
+    block_size: int | None,
+    max_new_tokens: int | Sequence[int],
+    stop_token_ids: Sequence[int] | Sequence[Sequence[int]] | None,
+    allow_larger_block: bool,
     **sampling: Any,
 ) -> Request:
     """The request that `decode` and `stream` are asked for."""
@@ -449,7 +450,11 @@ def stream(
     The first are those of the prefill, one a row. `settings` are those of `decode`, but for `logprobs` and the mode
     recompute. Raises RequestError.
     """
-    request = _request(target, draft, prompts, **settings)
+    asked = inspect.signature(decode).bind(target, draft, prompts, **settings)
+    asked.apply_defaults()
+    if asked.arguments.pop("logprobs"):
+        raise RequestError("logprobs are of finished rows, and stream gives tokens as they come: use decode")
+    request = _request(**asked.arguments)
     if not MODES[request.mode].cached:
         raise RequestError(f"mode {request.mode} does not stream: use decode")
     if every < 1:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from dflash.config import Index, Mass, Seed, Share, Size
 from dflash.models import mesh
 from dflash.models.layers import likeliest, most_likely
 from dflash.models.llama import Llama
@@ -31,36 +32,21 @@ class Sampling:
     top_k      tokens less likely than the k-th are never drawn; 0 leaves all
     top_p      nor those beyond the likeliest that reach this probability together; 1 leaves all
     min_p      nor those less likely than this times the likeliest; 0 leaves all
-    seed       0 to 2**32 - 1
+    seed       of the noise
     first_row  the number of the first prompt, where a request is a part of a longer list
     """
 
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int = 0
-    first_row: int = 0
+    temperature: Size = 0.0
+    top_k: Index = 0
+    top_p: Mass = 1.0
+    min_p: Share = 0.0
+    seed: Seed = 0
+    first_row: Index = 0
 
     @classmethod
     def of(cls, options: Any) -> "Sampling":
         """The sampling that a command's or pytest's options ask for; they have these names."""
         return cls(**{f.name: getattr(options, f.name) for f in dataclasses.fields(cls) if f.name != "first_row"})
-
-    def faults(self) -> list[str]:
-        """What can't be, each a clause."""
-        found = []
-        if not (isinstance(self.temperature, (int, float)) and 0 <= self.temperature < float("inf")):
-            found.append(f"temperature is 0 (greedy) or a number above it, got {self.temperature!r}")
-        if not (isinstance(self.top_k, int) and self.top_k >= 0):
-            found.append(f"top_k counts tokens, 0 leaves all, got {self.top_k!r}")
-        if not 0 < self.top_p <= 1:
-            found.append(f"top_p is a probability, above 0 to 1, got {self.top_p!r}")
-        if not 0 <= self.min_p <= 1:
-            found.append(f"min_p is a share of the likeliest token's probability, 0 to 1, got {self.min_p!r}")
-        if not (isinstance(self.seed, int) and 0 <= self.seed < 2**32):
-            found.append(f"seed is an integer from 0 to 2**32 - 1, got {self.seed!r}")
-        return found
 
     @property
     def filters(self) -> bool:

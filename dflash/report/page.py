@@ -25,6 +25,7 @@ from dflash.report.sections import (
     history_section,
     origin_section,
     peer_section,
+    sets_section,
     speedup_section,
     training_section,
 )
@@ -79,7 +80,7 @@ def sections(run: ResultFile, older: Sequence[ResultFile]) -> list[Section]:
             history.insert(0, other)
     gate = gate_section(run.gate)
     judged = run.gate is not None and any(case.verdict != "no-baseline" for case in run.gate.cases)
-    measured = [speedup_section(run), failed_section(run)]
+    measured = [speedup_section(run), sets_section(run), failed_section(run)]
     measured += [change_section(older[0], run)] if older else []
     measured += [acceptance_section(run), cost_section(run), training_section(run), peer_section(run)]
     measured += [audit_section(run.audits), history_section(left_out)]

@@ -119,6 +119,7 @@ def test_all_faults_of_a_config_are_told_at_once():
         ["share", "above 0, got nan"],
         ["places", "at most 3, got 4"],
         ["places", "at least 0, got -1"],
+        ["width", "an integer, got 'most'"],
     ]
 
 

@@ -83,11 +83,14 @@ def check(target, draft, prompts=((1, 2, 3),), **settings):
             "mode must be one of ['greedy', 'cached_block_verify', 'cached_sequential_verify', 'recompute'], "
             "got 'fast'",
         ),
-        ({"sampling": Sampling(temperature=-1)}, "temperature is 0 (greedy) or a number above it, got -1"),
-        ({"sampling": Sampling(top_k=-1)}, "top_k counts tokens, 0 leaves all, got -1"),
-        ({"sampling": Sampling(top_p=0.0)}, "top_p is a probability, above 0 to 1, got 0.0"),
-        ({"sampling": Sampling(min_p=2)}, "min_p is a share of the likeliest token's probability, 0 to 1, got 2"),
-        ({"sampling": Sampling(seed=2**32)}, "seed is an integer from 0 to 2**32 - 1, got 4294967296"),
+        ({"sampling": Sampling(temperature=-1)}, "temperature must be at least 0, got -1"),
+        ({"sampling": Sampling(top_k=-1)}, "top_k must be at least 0, got -1"),
+        ({"sampling": Sampling(top_k=1.5)}, "top_k must be an integer, got 1.5"),
+        ({"sampling": Sampling(temperature="hot")}, "temperature must be a number, got 'hot'"),
+        ({"sampling": Sampling(temperature=float("inf"))}, "temperature must be at most 1000000000, got inf"),
+        ({"sampling": Sampling(top_p=0.0)}, "top_p must be above 0, got 0.0"),
+        ({"sampling": Sampling(min_p=2)}, "min_p must be at most 1, got 2"),
+        ({"sampling": Sampling(seed=2**32)}, "seed must be at most 4294967295, got 4294967296"),
         ({"mode": "greedy"}, "mode greedy decodes with the target alone, got a draft: pass None"),
         ({"prompts": []}, "prompts must hold at least one prompt, got none"),
         ({"prompts": np.zeros((0, 4), int)}, "prompts must hold at least one prompt, got none"),
@@ -128,7 +131,7 @@ def test_cached_modes_need_a_draft(target, mode):
 
 
 def test_decode_refuses_what_check_request_does(target, draft):
-    with pytest.raises(RequestError, match=r"temperature is 0 .*, got nan; top_k counts tokens"):
+    with pytest.raises(RequestError, match="temperature must be at least 0, got nan; top_k must be an integer"):
         decode(target, draft, PROMPTS, temperature=float("nan"), top_k=1.5)
 
 
@@ -518,7 +521,11 @@ def test_a_stream_gives_the_tokens_as_they_are_committed(target, draft, every):
 
 
 def test_a_stream_refuses_before_it_runs(target, draft):
-    for settings, said in (({"mode": "recompute"}, "does not stream"), ({"every": 0}, "at least 1, got 0")):
+    for settings, said in (
+        ({"mode": "recompute"}, "does not stream"),
+        ({"every": 0}, "at least 1, got 0"),
+        ({"logprobs": True}, "use decode"),
+    ):
         with pytest.raises(RequestError, match=said):
             stream(target, draft, PROMPTS, **settings)
 

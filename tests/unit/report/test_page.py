@@ -268,6 +268,17 @@ def test_drafts_side_by_side_are_named(run, pages):
     assert " is first" not in pages(run(cases[:1]))[0]
 
 
+def test_sets_side_by_side_have_a_table_on_page_and_in_markdown(run, pages):
+    first, second = decode(), decode(proposer="draft2")
+    for benchmark, prompts in ((first, "gsm8k"), (second, "mt-bench")):
+        info = benchmark["extra_info"]
+        info |= {"prompts": prompts, "acceptance_length_by_prompt": 3.25}
+    for text in pages(run([first, second])):
+        assert "By prompt set" in text
+        assert "mt-bench" in text
+        assert "3.25" in text
+
+
 def test_text_of_a_file_is_text_on_the_page(run, pages):
     case = decode()
     case["extra_info"] |= {"case": "<script>x</script>|$a_b$", "draft": "<b>&"}
