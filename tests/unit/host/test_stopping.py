@@ -169,3 +169,38 @@ def test_a_benchmark_that_is_stopped_writes_what_it_measured(start, target, tmp_
     kept = json.loads((tmp_path / "x.json").read_text())["benchmarks"]
     assert kept[0]["extra_info"]["max_new_tokens"] == 8
     assert len(kept) < 6
+
+
+# Sends the signal when pytest-benchmark knows of a benchmark of which there is no round yet.
+BEFORE_A_ROUND = """
+import os
+from pytest_benchmark.fixture import BenchmarkFixture
+
+make = BenchmarkFixture._make_stats
+
+
+def stopped(self, *args, **kwargs):
+    made = make(self, *args, **kwargs)
+    os.kill(os.getpid(), NUMBER)
+    return made
+
+
+BenchmarkFixture._make_stats = stopped
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", CODES)
+def test_a_signal_before_the_first_round_is_no_traceback(start, target, tmp_path, number):
+    (tmp_path / "before_a_round.py").write_text(BEFORE_A_ROUND.replace("NUMBER", str(int(number))))
+    draft = tmp_path / "draft"
+    write_draft(init_draft(load_target(target), target_layer_ids=(0, 2), block_size=4), draft)
+    words = ("-m", "pytest", ROOT / "bench" / "test_step.py", "-c", ROOT / "pytest.ini", "--rootdir", ROOT)
+    words += ("-p", "before_a_round", "-p", "no:cacheprovider", "--run-on", "cpu", f"--target={target}")
+    words += (f"--draft={draft}", "--block-sizes", 4)
+    process = start(*words, "--rounds", 1, "--benchmark-json", tmp_path / "x.json")
+    out, told = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == CODES[number], out + told
+    assert "Traceback" not in out + told
+    assert out.count("Stopped") == 1
+    assert not (tmp_path / "x.json").exists()
