@@ -39,27 +39,43 @@ def check_dtype(dtype: str) -> None:
         raise ValueError(f"dtype must be one of {sorted(DTYPES)}, got {dtype!r}")
 
 
+# float16's largest number. Trained networks are published in float16, and no weight comes near it; squares and products
+# of larger ones overflow, and a norm then makes zeros of them, which look like logits.
+LARGEST = 65504.0
+
+
 @jax.jit
-def _all_finite(value: jax.Array) -> jax.Array:
-    return jnp.isfinite(value).all()
+def _largest(value: jax.Array) -> jax.Array:
+    # A CPU's maximum may pass over NaN.
+    return jnp.where(jnp.isfinite(value).all(), jnp.abs(value.astype(jnp.float32)).max(), jnp.nan)
 
 
-def _finite_parts(value: np.ndarray | jax.Array) -> list[Any]:
-    """Whether each different part of a weight is finite, on the device that holds it: nothing goes between devices."""
+def _largest_of_parts(value: np.ndarray | jax.Array) -> list[Any]:
+    """The largest magnitude, or NaN, in each different part of a weight, on the device that holds it.
+
+    Nothing goes between devices.
+    """
     if isinstance(value, np.ndarray):
-        return [np.isfinite(value).all()]
+        with np.errstate(invalid="ignore"):  # NaN, which NumPy passes on
+            return [abs(float(value.min())), abs(float(value.max()))]
     parts = {str(shard.index): shard.data for shard in value.addressable_shards}
-    return [_all_finite(part) for part in parts.values()]
+    return [_largest(part) for part in parts.values()]
 
 
-def check_finite(weights: Mapping[str, Any], source: str | Path) -> None:
-    """Raises WeightsError with every weight that holds NaN or infinity: what it computes would be nonsense.
+def check_values(weights: Mapping[str, Any], source: str | Path) -> None:
+    """Raises WeightsError with every weight that holds NaN, infinity, or a number that no trained network has.
 
-    Each is looked at where it lies, and all are waited for once.
+    What they compute would be nonsense that may look like text. Each is looked at where it lies, and all are waited for
+    once.
     """
     floats = {name: value for name, value in weights.items() if jnp.issubdtype(value.dtype, jnp.floating)}
-    good = {name: _finite_parts(value) for name, value in floats.items()}
-    broken = [f"{name} holds NaN or infinity" for name, parts in jax.device_get(good).items() if not all(parts)]
+    largest = jax.device_get({name: _largest_of_parts(value) for name, value in floats.items()})
+    broken = []
+    for name, parts in largest.items():
+        if not np.isfinite(parts).all():
+            broken.append(f"{name} holds NaN or infinity")
+        elif max(parts) > LARGEST:
+            broken.append(f"{name} holds a number of {max(parts):.2g}, and no trained weight is beyond {LARGEST:g}")
     if broken:
         raise WeightsError(f"{source} can't be used: {fault_list(broken)}. Fetch it again, or give another one")
 

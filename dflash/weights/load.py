@@ -23,7 +23,7 @@ from dflash.models.draft import Draft
 from dflash.models.llama import Llama
 from dflash.models.mesh import place
 from dflash.weights import easydel, huggingface, named, smollm2, snapshot, speculators
-from dflash.weights.build import Opened, build_target, check_dtype, check_finite, named_weights
+from dflash.weights.build import Opened, build_target, check_dtype, check_values, named_weights
 from dflash.weights.dialect import Dialect
 from dflash.weights.easydel_fork import exports, linen, runs
 from dflash.weights.names import Source
@@ -85,7 +85,7 @@ def load_target(name_or_dir: str | Path, dtype: str = "float32", mesh: Mesh | No
     check_dtype(dtype)
     directory = target_directory(name_or_dir)
     target = build_target(_open_target(directory), dtype, mesh)
-    check_finite(named_weights(target), directory)
+    check_values(named_weights(target), directory)
     return target
 
 
@@ -106,7 +106,7 @@ def _read_some(directory: Path, wanted: tuple[str, ...]) -> tuple[TargetConfig, 
     for path, source in opened.plan.items():
         assert isinstance(source, Source), f"{path} is MXFP4, which is read for whole targets"
         weights[path] = source.combine([opened.read(name) for name in source.tensors])
-    check_finite(weights, directory)
+    check_values(weights, directory)
     return opened.config, weights
 
 
@@ -175,7 +175,7 @@ def read_any_draft(name_or_dir: str | Path, dtype: str = "float32", target: Targ
     """
     dialect, place = find_draft(name_or_dir)
     draft = dialect.read(place, dtype, target)
-    check_finite(named_weights(draft), place)
+    check_values(named_weights(draft), place)
     if target is not None:
         check_draft(draft.config, target)
     return draft

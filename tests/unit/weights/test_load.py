@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -310,12 +311,30 @@ def test_a_target_with_a_weight_that_is_not_finite_is_refused(tmp_path, name, va
             read_borrowed(folder)
 
 
-def test_a_weight_beyond_the_dtype_of_computation_is_refused(tmp_path):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("value", [1e5, -1e30, 3.4e38])
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight"])
+def test_a_weight_beyond_any_trained_one_is_refused(tmp_path, name, value, dtype):
+    """It is finite, and would make zeros of what a norm divides."""
     folder = write_tiny_target(tmp_path / "target")
-    with_tensors(folder, **{"model.norm.weight": np.full(64, 3.4e38, np.float32)})
-    load_target(folder)
-    with pytest.raises(WeightsError, match=r"norm\.weight holds NaN or infinity"):
-        load_target(folder, "bfloat16")
+    tensor = with_tensors(folder)[name].copy()
+    tensor.reshape(-1)[7] = value
+    with_tensors(folder, **{name: tensor})
+    with pytest.raises(WeightsError, match=r"weight holds (a number of|NaN or infinity)"):
+        load_target(folder, dtype)
+
+
+@pytest.mark.parametrize("exponent", [254, 200])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_absurd_scale_of_experts_is_refused(tmp_path, exponent, dtype):
+    folder = write_tiny_target(tmp_path / "target", "gpt_oss", mxfp4=True)
+    name = next(name for name in with_tensors(folder) if name.endswith("down_proj_scales"))
+    scales = with_tensors(folder)[name].copy()
+    scales.reshape(-1)[5] = exponent
+    with_tensors(folder, **{name: scales})
+    warnings.simplefilter("ignore")  # that experts stay as wide as they are
+    with pytest.raises(WeightsError, match=r"holds (a number of|NaN or infinity)"):
+        load_target(folder, dtype)
 
 
 def test_a_draft_with_a_weight_that_is_not_finite_is_refused_in_every_form(target, folder, tmp_path):
@@ -333,7 +352,7 @@ IN_PARTS = """
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from dflash.models.mesh import make_mesh
-from dflash.weights.build import _finite_parts, check_finite
+from dflash.weights.build import _largest_of_parts, check_values
 from dflash.weights.snapshot import WeightsError
 
 mesh = make_mesh(jax.devices(), tp=8)
@@ -341,14 +360,14 @@ whole = np.ones((16, 4), np.float32)
 spoilt = whole.copy()
 spoilt[15, 3] = np.inf
 put = lambda value, spec: jax.device_put(value, NamedSharding(mesh, PartitionSpec(*spec)))
-check_finite({"split": put(whole, ["tp"]), "copied": put(whole, [])}, "target")
+check_values({"split": put(whole, ["tp"]), "copied": put(whole, [])}, "target")
 for split, copied in ((spoilt, whole), (whole, spoilt)):
     weights = {"split": put(split, ["tp"]), "copied": put(copied, [])}
     # Nothing goes between devices: with large weights and few cores eight of a CPU's wait for each other for ever.
-    counts = {name: [len(part.devices()) for part in _finite_parts(value)] for name, value in weights.items()}
+    counts = {name: [len(part.devices()) for part in _largest_of_parts(value)] for name, value in weights.items()}
     assert counts == {"split": [1] * 8, "copied": [1]}, counts
     try:
-        check_finite(weights, "target")
+        check_values(weights, "target")
     except WeightsError as error:
         assert ("split holds" in str(error)) == (split is spoilt), error
         assert ("copied holds" in str(error)) == (copied is spoilt), error
