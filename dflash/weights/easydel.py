@@ -17,8 +17,8 @@ from dflash.models.llama import Llama
 from dflash.models.mesh import gather
 from dflash.weights.build import Opened, build_target, check_tied
 from dflash.weights.names import Source
-from dflash.weights.runs.arrays import array_faults, lost_chunks, read_arrays, read_index
-from dflash.weights.snapshot import WeightsError, target_config
+from dflash.weights.runs.arrays import lost_chunks, read_arrays, read_index
+from dflash.weights.snapshot import WeightsError, check_tensors, target_config
 
 _FLOATS = ("float32", "bfloat16", "float16")
 _MAY_BE_ZERO = ("/bias", "/sinks")
@@ -157,9 +157,7 @@ def open_target(directory: Path) -> Opened:
     entries = read_index(directory).get("model", {})
     wanted = {p: shape for source in _sources(config).values() for p, shape in source.tensors.items()}
     there = {path: entry for path, entry in entries.items() if not (config.tie_embeddings and path == f"model/{HEAD}")}
-    faults = array_faults(there, {f"model/{path}": (shape, _FLOATS) for path, shape in wanted.items()})
-    if faults:
-        raise WeightsError(f"{directory} does not fit its config.json ({len(faults)} faults): " + fault_list(faults))
+    check_tensors(there, {f"model/{path}": (shape, _FLOATS) for path, shape in wanted.items()}, directory)
 
     # tensorstore may omit chunks of zeros when it writes. A bias or a sink may well be zeros, but no other weight.
     told = [entry for path, entry in there.items() if entry.sha256 is None and not path.endswith(_MAY_BE_ZERO)]

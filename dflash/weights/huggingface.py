@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from safetensors import safe_open
 
-from dflash.config import ConfigError, DraftConfig, TargetConfig, fault_list
+from dflash.config import ConfigError, DraftConfig, TargetConfig
 from dflash.models.draft import Draft
 from dflash.models.mesh import gather
 from dflash.weights.build import DTYPES, Opened, check_dtype, check_tied, fill
@@ -22,6 +22,7 @@ from dflash.weights.names import AnySource, draft_plan, target_plan
 from dflash.weights.snapshot import (
     Header,
     WeightsError,
+    check_tensors,
     holds_weights,
     read_headers,
     read_json,
@@ -37,18 +38,8 @@ def _check(
 ) -> None:
     """Raises WeightsError with every tensor that is missing, left over, misshapen or of a kind we can't read."""
     wanted = {name: (shape, s.kinds) for s in plan.values() for name, shape in s.tensors.items()}
-    faults = [f"missing {name} {list(shape)}" for name, (shape, _) in wanted.items() if name not in headers]
-    for name, header in headers.items():
-        if name not in wanted:
-            faults += [] if ignored(name) else [f"unexpected {name} {list(header.shape)}"]
-            continue
-        shape, kinds = wanted[name]
-        if header.shape != shape:
-            faults.append(f"{name} is {list(header.shape)}, must be {list(shape)}")
-        if header.kind not in kinds:
-            faults.append(f"{name} is {header.kind}, must be one of {list(kinds)}")
-    if faults:
-        raise WeightsError(f"{where} does not fit its config.json ({len(faults)} faults): " + fault_list(faults))
+    held = {name: header for name, header in headers.items() if name in wanted or not ignored(name)}
+    check_tensors(held, wanted, where)
 
 
 def _tensor_reader(headers: Mapping[str, Header]) -> Callable[..., np.ndarray]:

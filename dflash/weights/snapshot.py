@@ -7,13 +7,13 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from dflash.config import TargetConfig
+from dflash.config import TargetConfig, fault_list
 from dflash.host.disk import read_object
 from dflash.weights.config_json import read_target_config
 
@@ -24,11 +24,46 @@ class WeightsError(ValueError):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Header:
-    """Where a tensor of a snapshot is stored, and its kind and shape."""
+    """Where a tensor of a snapshot is stored, and its dtype (as safetensors names it) and shape."""
 
     file: Path
-    kind: str
+    dtype: str
     shape: tuple[int, ...]
+
+
+class Stored(Protocol):
+    """What a file says of a tensor: a `Header`, or an entry of a run's index."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> str: ...
+
+
+# Shape and dtypes of every tensor that there has to be, by name.
+Wanted = Mapping[str, tuple[tuple[int, ...], tuple[str, ...]]]
+
+
+def tensor_faults(stored: Mapping[str, Stored], wanted: Wanted) -> list[str]:
+    """Every tensor that is missing, unexpected, or of another shape or dtype than wanted."""
+    faults = [f"missing {name} {list(shape)}" for name, (shape, _) in wanted.items() if name not in stored]
+    for name, tensor in stored.items():
+        if name not in wanted:
+            faults.append(f"unexpected {name} {list(tensor.shape)}")
+            continue
+        shape, dtypes = wanted[name]
+        if tensor.shape != shape:
+            faults.append(f"{name} is {list(tensor.shape)}, must be {list(shape)}")
+        if tensor.dtype not in dtypes:
+            faults.append(f"{name} is {tensor.dtype}, must be one of {list(dtypes)}")
+    return faults
+
+
+def check_tensors(stored: Mapping[str, Stored], wanted: Wanted, where: Path) -> None:
+    """Raises WeightsError with every tensor that does not fit the config.json in the directory `where`."""
+    if faults := tensor_faults(stored, wanted):
+        raise WeightsError(f"{where} does not fit its config.json ({len(faults)} faults): " + fault_list(faults))
 
 
 def read_json(directory: Path, name: str) -> dict[str, Any]:

@@ -149,24 +149,6 @@ def add_hashes(directory: Path) -> None:
     write_index(directory, hashed)
 
 
-Wanted = Mapping[str, tuple[tuple[int, ...], tuple[str, ...]]]
-
-
-def array_faults(entries: Mapping[str, Entry], wanted: Wanted) -> list[str]:
-    """Every array that is missing, unexpected, or of another shape or dtype than wanted (path -> shape, dtypes)."""
-    faults = [f"missing {path} {list(shape)}" for path, (shape, _) in wanted.items() if path not in entries]
-    for path, entry in entries.items():
-        if path not in wanted:
-            faults.append(f"unexpected {path} {list(entry.shape)}")
-            continue
-        shape, dtypes = wanted[path]
-        if entry.shape != shape:
-            faults.append(f"{path} is {list(entry.shape)}, must be {list(shape)}")
-        if entry.dtype not in dtypes:
-            faults.append(f"{path} is {entry.dtype}, must be one of {list(dtypes)}")
-    return faults
-
-
 def lost_chunks(directory: Path, entries: Iterable[Entry]) -> list[str]:
     """Every array with missing chunks, and how many: they would be read as zeros."""
     lost = []

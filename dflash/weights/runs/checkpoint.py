@@ -27,7 +27,6 @@ from dflash.weights.huggingface import DTYPES
 from dflash.weights.names import draft_plan
 from dflash.weights.runs.arrays import (
     INDEX,
-    array_faults,
     read_arrays,
     read_index,
     read_run_object,
@@ -36,7 +35,7 @@ from dflash.weights.runs.arrays import (
 )
 from dflash.weights.runs.directories import MARKER, check_run, new_run, run_at
 from dflash.weights.runs.leaves import check_leaves, leaf_kind, leaves_of, restore
-from dflash.weights.snapshot import WeightsError
+from dflash.weights.snapshot import WeightsError, check_tensors, tensor_faults
 
 _FLOATS = ("float32", "bfloat16", "float16")
 
@@ -221,9 +220,7 @@ def read_run(directory: Path, dtype: str = "float32") -> Draft:
     entries = read_index(directory).get("model", {})
     config = _read_config(directory)
     wanted = {path: (shape, _FLOATS) for _, parts in plan(config) for path, shape in parts.items()}
-    faults = array_faults(entries, wanted)
-    if faults:
-        raise WeightsError(f"{directory} does not fit its config.json ({len(faults)} faults): " + fault_list(faults))
+    check_tensors(entries, wanted, directory)
     return join_draft(config, read_arrays(directory, entries.values()), dtype)
 
 
@@ -240,7 +237,7 @@ def read_optimizer_state(directory: Path, like: Any) -> Any:
         raise WeightsError(f"{directory} was written without an optimizer state: start a new one from its weights")
     leaves = leaves_of(like)
     kinds = {path: leaf_kind(leaf) for path, leaf in leaves.items()}
-    faults = array_faults(entries, {path: (shape, (dtype,)) for path, (shape, dtype) in kinds.items()})
+    faults = tensor_faults(entries, {path: (shape, (dtype,)) for path, (shape, dtype) in kinds.items()})
     if faults:
         raise WeightsError(
             f"the optimizer state of {directory} is another optimizer's or draft's ({len(faults)} faults): "
