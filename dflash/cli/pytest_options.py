@@ -5,18 +5,17 @@ The root conftest.py adds them to pytest; `--help` lists them with their environ
 
 import argparse
 import dataclasses
-import math
 import os
 import sys
 import typing
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 
 from dflash.cli.template import TemplateOptions
-from dflash.config import MOST, Index, Mass, Seed, Share, Size
+from dflash.config import Fraction, Index, Mass, Positive, Range, Seed, Share, Size
 from dflash.host.device import KINDS
 from dflash.measuring import baselines
 from dflash.serving.options import SERVERS
@@ -32,38 +31,8 @@ def _refuse(expected: str, text: str) -> argparse.ArgumentTypeError:
     return argparse.ArgumentTypeError(f"expected {expected}, got {text!r:.60}")
 
 
-def integer(least: int) -> Type:
-    """An integer of at least this."""
-
-    def read(text: str) -> int:
-        try:
-            value = int(text) if len(text) < 20 else math.inf
-        except ValueError:
-            value = math.nan
-        if not least <= value <= MOST:
-            raise _refuse(f"an integer of at least {least}", text)
-        return int(value)
-
-    return read
-
-
-def number(expected: str, fits: Callable[[float], bool]) -> Type:
-    """A number that fits; NaN and what is infinite or beyond all use never do."""
-
-    def read(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not (abs(value) <= MOST and fits(value)):
-            raise _refuse(expected, text)
-        return value
-
-    return read
-
-
-def within(kind: Any) -> Type:
-    """A number of a type of `dflash.config`, such as Share."""
+def within(kind: Any, expected: str = "") -> Type:
+    """A number of a type of `dflash.config`, such as Share; `expected` says what it is in other words than its rule."""
     read_number, allowed = typing.get_args(kind)
     words = "an integer" if read_number is int else "a number"
 
@@ -71,12 +40,17 @@ def within(kind: Any) -> Type:
         try:
             value: int | float = read_number(text)
         except ValueError:
-            raise _refuse(words, text) from None
+            raise _refuse(expected or words, text) from None
         if rule := allowed.rule(value):
-            raise _refuse(f"{words} {rule}", text)
+            raise _refuse(expected or f"{words} {rule}", text)
         return value
 
     return read
+
+
+def integer(least: int) -> Type:
+    """An integer of at least this."""
+    return within(Annotated[int, Range(least)], f"an integer of at least {least}")
 
 
 def name(text: str) -> str:
@@ -107,9 +81,9 @@ def one_of(*choices: str) -> Type:
     return read
 
 
-FLOOR = number("a number above 0", lambda v: v > 0)
-FRACTION = number("a number from 0 to below 1", lambda v: 0 <= v < 1)
-SECONDS = number("seconds, 0 or more", lambda v: v >= 0)
+FLOOR = within(Positive, "a number above 0")
+FRACTION = within(Fraction, "a number from 0 to below 1")
+SECONDS = within(Size, "seconds, 0 or more")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
