@@ -46,12 +46,13 @@ LARGEST = 65504.0
 
 @jax.jit
 def _largest(value: jax.Array) -> jax.Array:
-    # A CPU's maximum may pass over NaN.
-    return jnp.where(jnp.isfinite(value).all(), jnp.abs(value.astype(jnp.float32)).max(), jnp.nan)
+    # A CPU's maximum may pass over NaN: it counts as infinity.
+    value = value.astype(jnp.float32)
+    return jnp.where(jnp.isfinite(value), jnp.abs(value), jnp.inf).max()
 
 
 def _largest_of_parts(value: np.ndarray | jax.Array) -> list[Any]:
-    """The largest magnitude, or NaN, in each different part of a weight, on the device that holds it.
+    """The largest magnitude in each different part of a weight, not finite for NaN, on the device that holds it.
 
     Nothing goes between devices.
     """

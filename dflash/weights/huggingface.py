@@ -21,7 +21,6 @@ from dflash.weights.dialect import Dialect
 from dflash.weights.names import AnySource, draft_plan, target_plan
 from dflash.weights.snapshot import (
     Header,
-    WeightsError,
     check_tensors,
     holds_weights,
     read_headers,
