@@ -233,3 +233,19 @@ def sweep(tilt=1.0):
     cases = [decode(size, batch, tilt=tilt * 0.97) for size in (4, 8, 16) for batch in (1, 4)]
     cases += [decode(size, proposer=f"a{size - 1}", tilt=tilt * 1.02) for size in (4, 8, 16)]
     return [*cases, decode(mode="seq", tilt=tilt), step(), offline(), by_category(), training()]
+
+
+# In the place of a value: the key is taken out.
+GONE = object()
+
+
+def damaged(file, path, value):
+    """A copy of a file's content with a value in the place that a path of keys names."""
+    changed = inner = copy.deepcopy(file)
+    for key in path[:-1]:
+        inner = inner[key]
+    if value is GONE:
+        del inner[path[-1]]
+    else:
+        inner[path[-1]] = value
+    return changed

@@ -1,6 +1,5 @@
 """Where a file comes from: what is recorded, and what never is."""
 
-import copy
 import json
 import subprocess
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import jax
 import pytest
 import sample_runs
+from sample_runs import GONE, damaged
 
 from dflash.host import provenance as p
 
@@ -185,9 +185,6 @@ def test_what_provenance_writes_is_as_the_schema_says(check):
 INFO = ("benchmarks", 0, "extra_info")
 
 
-GONE = object()
-
-
 @pytest.mark.parametrize(
     ("path", "value"),
     [
@@ -207,13 +204,6 @@ GONE = object()
     ids=lambda v: ".".join(map(str, v)) if isinstance(v, tuple) else "",
 )
 def test_a_file_that_breaks_a_rule_is_refused(check, path, value):
-    file = copy.deepcopy(sample_runs.file_of(sample_runs.sweep()))
-    inner = file
-    for key in path[:-1]:
-        inner = inner[key]
-    if value is GONE:
-        del inner[path[-1]]
-    else:
-        inner[path[-1]] = value
+    file = damaged(sample_runs.file_of(sample_runs.sweep()), path, value)
     with pytest.raises(check.Error):
         check(file)

@@ -1,17 +1,16 @@
 """Records of results: what comes back is what went out, the schema is theirs, and what breaks them is one sentence."""
 
-import copy
 import json
 from pathlib import Path
 
 import pytest
 import sample_runs
+from sample_runs import GONE, damaged
 
 from dflash.measuring import result
 from dflash.measuring.result import Decode, ResultError, from_json, read_file, to_json
 
 SCHEMA = Path(result.__file__).parents[1] / "report" / "results.schema.json"
-GONE = object()
 INFO = ("benchmarks", 0, "extra_info")
 
 
@@ -70,14 +69,7 @@ def test_benchmarks_of_others_are_not_read(read):
 )
 def test_a_damaged_file_is_refused_by_its_place(read, path, value, said):
     more = {"audits": [sample_runs.audit()], "failed": [sample_runs.failed()], "gate": sample_runs.gate()}
-    file = copy.deepcopy(sample_runs.file_of(sample_runs.sweep(), **more))
-    inner = file
-    for key in path[:-1]:
-        inner = inner[key]
-    if value is GONE:
-        del inner[path[-1]]
-    else:
-        inner[path[-1]] = value
+    file = damaged(sample_runs.file_of(sample_runs.sweep(), **more), path, value)
     with pytest.raises(ResultError) as error:
         read(file)
     assert said in str(error.value)

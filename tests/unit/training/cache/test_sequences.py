@@ -1,12 +1,12 @@
 """The sequence form on disk: what is written is read, and every fault is named in one error."""
 
 import contextlib
-import json
 import re
 import shutil
 
 import numpy as np
 import pytest
+from cache_meta import edit_meta
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -59,12 +59,6 @@ def whole(tmp_path_factory, values):
 def cache(whole, tmp_path):
     """A whole cache to be spoilt."""
     return shutil.copytree(whole, tmp_path / "cache")
-
-
-def edit_meta(directory, **changes):
-    """Sets keys of meta.json; `...` takes one out."""
-    raw = json.loads((directory / "meta.json").read_text()) | changes
-    (directory / "meta.json").write_text(json.dumps({k: v for k, v in raw.items() if v is not ...}))
 
 
 def test_what_was_written_is_read(whole, values):

@@ -10,6 +10,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+from cache_meta import edit_meta
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -96,12 +97,6 @@ def whole(tmp_path_factory):
 def cache(whole, tmp_path):
     """A whole cache to be spoilt."""
     return shutil.copytree(whole, tmp_path / "cache")
-
-
-def edit_meta(directory, **changes):
-    """Sets keys of meta.json; `...` takes one out."""
-    raw = json.loads((directory / "meta.json").read_text()) | changes
-    (directory / "meta.json").write_text(json.dumps({k: v for k, v in raw.items() if v is not ...}))
 
 
 # ---- what is written is read
