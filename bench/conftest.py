@@ -17,12 +17,12 @@ from dflash.decoding.modes import BLOCK, GREEDY
 from dflash.decoding.sampling import Sampling
 from dflash.host.device import DeviceError, device_facts
 from dflash.host.hub import HubError
-from dflash.measuring.cases import Case, PromptSetting, cases, drafts, prompt_settings
+from dflash.measuring.cases import Case, ChosenDraft, PromptSetting, cases, chosen_drafts, prompt_settings
 from dflash.measuring.cost_model import StepTimes, sizes_to_time
 from dflash.measuring.steps import time_steps
 from dflash.measuring.sweep import PromptGroups
 from dflash.models import native
-from dflash.models.draft import Draft
+from dflash.models.draft import Draft, proposing
 from dflash.models.llama import Llama
 from dflash.models.mesh import open_mesh
 from dflash.text.lengths import exact_length_prompts
@@ -71,8 +71,8 @@ def target(device: jax.Device, pytestconfig: pytest.Config) -> Llama:
 
 
 @pytest.fixture(scope="session")
-def draft_of(target: Llama, pytestconfig: pytest.Config) -> Callable[[str], Draft]:
-    """The draft with this name in `drafts`, loaded once."""
+def draft_of(target: Llama, pytestconfig: pytest.Config) -> Callable[[ChosenDraft], Draft]:
+    """One of `chosen_drafts`; each draft is loaded once, whatever it proposes."""
     options = pytestconfig.option
 
     @functools.cache
@@ -82,13 +82,13 @@ def draft_of(target: Llama, pytestconfig: pytest.Config) -> Callable[[str], Draf
         largest = max(options.block_sizes)
         return _or_usage_error(lambda: init_draft(target, num_layers=options.draft_layers, block_size=largest))
 
-    return load
+    return functools.cache(lambda chosen: _or_usage_error(lambda: proposing(load(chosen.name), chosen.vocab)))
 
 
 @pytest.fixture(scope="session")
-def draft(draft_of: Callable[[str], Draft], pytestconfig: pytest.Config) -> Draft:
+def draft(draft_of: Callable[[ChosenDraft], Draft], pytestconfig: pytest.Config) -> Draft:
     """The first of `drafts`: benchmarks without cases take the first of every list."""
-    return draft_of(drafts(pytestconfig.option)[0])
+    return draft_of(chosen_drafts(pytestconfig.option)[0])
 
 
 def _answers(target: Llama, tokenizer: Tokenizer, budget: int, prompts: Sequence[Prompt]) -> list[str]:
@@ -134,14 +134,14 @@ def _make_workload(target: Llama, setting: PromptSetting, options: Any) -> Promp
 
 @pytest.fixture(scope="session")
 def workload_of(
-    target: Llama, draft_of: Callable[[str], Draft], sampling: Sampling, pytestconfig: pytest.Config
+    target: Llama, draft_of: Callable[[ChosenDraft], Draft], sampling: Sampling, pytestconfig: pytest.Config
 ) -> Callable[[PromptSetting], PromptGroups]:
     """The prompts of a setting. All prompts of all cases are made and checked before anything is measured."""
     options = pytestconfig.option
     made = {setting: _make_workload(target, setting, options) for setting in prompt_settings(options)}
     # Greedy decoding goes one block further, for the scripts.
     block, budget = max(options.block_sizes), max(options.max_new_tokens)
-    proposers = [draft_of(name) for name in drafts(options)]
+    proposers = [draft_of(chosen) for chosen in chosen_drafts(options)]
     plans = [(None, GREEDY.name, budget + block), *((d, BLOCK.name, budget) for d in proposers)]
     for workload, (proposer, mode, tokens) in itertools.product(made.values(), plans):
         _or_usage_error(
@@ -167,10 +167,11 @@ def workload(workload_of: Callable[[PromptSetting], PromptGroups], pytestconfig:
 @pytest.fixture(scope="session")
 def facts_of(
     device: jax.Device,
+    draft_of: Callable[[ChosenDraft], Draft],
     workload_of: Callable[[PromptSetting], PromptGroups],
     sampling: Sampling,
     pytestconfig: pytest.Config,
-) -> Callable[[str, PromptSetting], dict[str, Any]]:
+) -> Callable[[ChosenDraft, PromptSetting], dict[str, Any]]:
     """What identifies a draft and a setting in the results: device, versions, hashes."""
     options = pytestconfig.option
     common = {
@@ -184,13 +185,14 @@ def facts_of(
     }
     hash_of = functools.cache(draft_hash)
 
-    def facts(draft: str, setting: PromptSetting) -> dict[str, Any]:
-        trained = draft != UNTRAINED
+    def facts(draft: ChosenDraft, setting: PromptSetting) -> dict[str, Any]:
+        trained = draft.name != UNTRAINED
         return {
             **common,
             "seeds": {"prompts": 0, "bootstrap": 0} | ({} if trained else {"draft": 0}),
-            "draft": draft if trained else f"{UNTRAINED}, {options.draft_layers} layers, seed 0",
-            "draft_sha256": hash_of(draft) if trained else None,
+            "draft": draft.name if trained else f"{UNTRAINED}, {options.draft_layers} layers, seed 0",
+            "draft_sha256": hash_of(draft.name) if trained else None,
+            "draft_vocab_size": draft_of(draft).config.num_tokens,
             **workload_of(setting).facts,
         }
 
@@ -198,22 +200,24 @@ def facts_of(
 
 
 @pytest.fixture(scope="session")
-def facts(facts_of: Callable[[str, PromptSetting], dict[str, Any]], pytestconfig: pytest.Config) -> dict[str, Any]:
+def facts(
+    facts_of: Callable[[ChosenDraft, PromptSetting], dict[str, Any]], pytestconfig: pytest.Config
+) -> dict[str, Any]:
     options = pytestconfig.option
-    return facts_of(drafts(options)[0], prompt_settings(options)[0])
+    return facts_of(chosen_drafts(options)[0], prompt_settings(options)[0])
 
 
 @pytest.fixture(scope="session")
 def steps_of(
     target: Llama,
-    draft_of: Callable[[str], Draft],
+    draft_of: Callable[[ChosenDraft], Draft],
     workload_of: Callable[[PromptSetting], PromptGroups],
     sampling: Sampling,
 ) -> Callable[[Case], StepTimes]:
     """The cost model's terms up to a case's block size, halfway through its decode; timed once each."""
 
     @functools.cache
-    def steps(draft: str, block_size: int, setting: PromptSetting, max_new_tokens: int) -> StepTimes:
+    def steps(draft: ChosenDraft, block_size: int, setting: PromptSetting, max_new_tokens: int) -> StepTimes:
         context = workload_of(setting).mean_len + max_new_tokens // 2
         sizes = sizes_to_time(block_size)
         terms = {"batch": setting.batch_size, "context": context, "sampling": sampling}

@@ -18,7 +18,7 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from dflash.decoding.sampling import Sampling
-from dflash.measuring.cases import Case, PromptSetting, cases
+from dflash.measuring.cases import Case, ChosenDraft, PromptSetting, cases
 from dflash.measuring.cost_model import StepTimes
 from dflash.measuring.gate import Floors, failures
 from dflash.measuring.journal import Journal, JournalError, journal_path
@@ -43,9 +43,9 @@ def _floors(options: Any, case: Case) -> Floors:
 def sweep(
     request: pytest.FixtureRequest,
     target: Llama,
-    draft_of: Callable[[str], Draft],
+    draft_of: Callable[[ChosenDraft], Draft],
     workload_of: Callable[[PromptSetting], PromptGroups],
-    facts_of: Callable[[str, PromptSetting], dict[str, Any]],
+    facts_of: Callable[[ChosenDraft, PromptSetting], dict[str, Any]],
     steps_of: Callable[[Case], StepTimes],
     sampling: Sampling,
     pytestconfig: pytest.Config,

@@ -67,6 +67,8 @@ Share = Annotated[float, Range(0, 1)]
 Mass = Annotated[float, Range(0, 1, above=True)]
 Fraction = Annotated[float, Range(0, 1, below=True)]
 Computed = Literal["float32", "bfloat16"]
+# How many tokens a draft proposes.
+DraftVocab = Count | Literal["all"]
 
 
 class Checked:

@@ -11,7 +11,7 @@ import tyro
 from dflash import metrics
 from dflash.cli.target import TargetOptions
 from dflash.cli.template import TemplateOptions
-from dflash.config import BlockSize, Count, Index, Mass, Seed, Share, Size
+from dflash.config import BlockSize, Count, DraftVocab, Index, Mass, Seed, Share, Size
 from dflash.decoding.decode import DecodeResult, RequestError, check_request, read_state, states
 from dflash.decoding.modes import BLOCK, GREEDY, MODES
 from dflash.decoding.sampling import Sampling
@@ -39,6 +39,8 @@ class Generate(TargetOptions):
     """How to decode; by default greedy without a draft and cached_block_verify with one."""
     block_size: BlockSize | None = None
     """Block size, the anchor included; by default the draft's own."""
+    draft_vocab_size: DraftVocab | None = None
+    """Tokens of the vocabulary that the draft proposes, a number or all; by default those that it was trained with."""
     max_new_tokens: Count = 128
     """Token budget."""
     temperature: Size = 0.0
@@ -120,6 +122,7 @@ def generate(args: Annotated[Generate, tyro.conf.arg(name="")]) -> None:
         max_new_tokens=args.max_new_tokens,
         stop_token_ids=tokenizer.stop_token_ids,
         sampling=sampling,
+        draft_vocab=args.draft_vocab_size,
     )
     printed = ""
     for seen in states(target, request):

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import pytest
 
 from dflash.cli.template import TemplateOptions
-from dflash.config import Fraction, Index, Mass, Positive, Range, Seed, Share, Size
+from dflash.config import Count, Fraction, Index, Mass, Positive, Range, Seed, Share, Size
 from dflash.host.device import KINDS
 from dflash.measuring import baselines
 from dflash.serving.options import SERVERS
@@ -81,6 +81,13 @@ def one_of(*choices: str) -> Type:
     return read
 
 
+def draft_vocab(text: str) -> int | str:
+    """How many tokens a draft proposes: an integer of at least 1, or all."""
+    if text == "all":
+        return text
+    return within(Count, "an integer of at least 1, or all")(text)
+
+
 FLOOR = within(Positive, "a number above 0")
 FRACTION = within(Fraction, "a number from 0 to below 1")
 SECONDS = within(Size, "seconds, 0 or more")
@@ -121,6 +128,10 @@ def all_options(root: Path) -> list[Option]:
             "teacher cache whose held-out prompts a draft is evaluated on, offline",
         ),
         Option("--draft-layers", "DFLASH_DRAFT_LAYERS", "2", integer(1), "N", "layers of the untrained draft"),
+        Option(
+            "--draft-vocab-size", "DFLASH_DRAFT_VOCAB_SIZE", None, listed(draft_vocab), "N,all",
+            "tokens that a draft proposes, or all; by default those that it was trained with",
+        ),
         Option(
             "--dtype", "DFLASH_DTYPE", None, one_of("float32", "bfloat16"), "float32|bfloat16",
             "dtype of computation; by default bfloat16 on an accelerator and float32 on a CPU",

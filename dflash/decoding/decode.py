@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from dflash import metrics
-from dflash.config import check_draft, field_faults
+from dflash.config import DraftVocab, check_draft, field_faults
 from dflash.decoding.logprobs import log_probabilities
 from dflash.decoding.loop import MAX_STOPS, Decoder, State
 from dflash.decoding.modes import BLOCK, MODES, RECOMPUTE
@@ -23,7 +23,7 @@ from dflash.decoding.recompute import recompute_row
 from dflash.decoding.sampling import GREEDILY, Sampling
 from dflash.decoding.script import ScriptedDraft
 from dflash.metrics import round_up
-from dflash.models.draft import Draft
+from dflash.models.draft import Draft, proposing
 from dflash.models.llama import Llama
 
 
@@ -208,6 +208,7 @@ def check_request(
     stop_token_ids: Sequence[int] | Sequence[Sequence[int]],
     sampling: Sampling = GREEDILY,
     allow_larger_block: bool = False,
+    draft_vocab: DraftVocab | None = None,
 ) -> Request:
     """The request with defaults filled in, per row. Raises RequestError with the rule, what came, and what to do."""
     if mode not in MODES:
@@ -224,8 +225,13 @@ def check_request(
     ids = _check_prompts(prompts, config.vocab_size)
     network = draft.draft if isinstance(draft, ScriptedDraft) else draft
     size = 1
+    if network is None and draft_vocab is not None:
+        raise RequestError(
+            f"draft_vocab says what a draft proposes, and there is none; got {draft_vocab!r}: leave it out"
+        )
     if network is not None:
         check_draft(network.config, config)
+        network = proposing(network, draft_vocab)
         size = _check_block_size(network, block_size, allow_larger_block)
     budgets = _check_budgets(max_new_tokens, len(ids))
     if min(budgets) < 1:
@@ -369,6 +375,7 @@ def decode(
     seed: int = 0,
     first_row: int = 0,
     allow_larger_block: bool = False,
+    draft_vocab: DraftVocab | None = None,
 ) -> DecodeResult:
     """Decodes prompts, with a draft or without; the tokens are the target's own in every mode.
 
@@ -380,7 +387,8 @@ def decode(
     cache; with a draft or None). `block_size` defaults to the draft's. `max_new_tokens` and `stop_token_ids` are for
     all rows, or one per row. With a temperature above 0 tokens are drawn, in every mode the same ones
     (`dflash.decoding.sampling.Sampling` explains these settings): row b's depend on its prompt, `seed` and
-    `first_row` + b. Raises RequestError for a request that can't be run.
+    `first_row` + b. `draft_vocab` is how many tokens the draft proposes, or "all" (`models.draft.proposing`);
+    by default those that it was trained with. Raises RequestError for a request that can't be run.
     """
     request = _request(
         target,
@@ -398,6 +406,7 @@ def decode(
         seed=seed,
         first_row=first_row,
         allow_larger_block=allow_larger_block,
+        draft_vocab=draft_vocab,
     )
     result = _decode(target, request) if MODES[mode].cached else _decode_by_recompute(target, request)
     if tokenizer is not None:
@@ -419,6 +428,7 @@ def _request(
     max_new_tokens: int | Sequence[int],
     stop_token_ids: Sequence[int] | Sequence[Sequence[int]] | None,
     allow_larger_block: bool,
+    draft_vocab: DraftVocab | None,
     **sampling: Any,
 ) -> Request:
     """The request that `decode` and `stream` are asked for."""
@@ -434,6 +444,7 @@ def _request(
         stop_token_ids=stop_token_ids,
         sampling=Sampling(**sampling),
         allow_larger_block=allow_larger_block,
+        draft_vocab=draft_vocab,
     )
 
 

@@ -1,4 +1,4 @@
-"""The cases of a sweep: mode x block size x token budget x batch size x prompt length x prompt set x draft.
+"""The cases of a sweep: every combination of mode, block size, token budget, batch size, prompts, draft, vocabulary.
 
 A case's id names its mode, block size, budget and proposer, and from the other lists only values that are not the
 first:
@@ -6,6 +6,7 @@ first:
     block-b8-n64-draft               the first of every list
     block-b8-n64-k4-p512-qa-draft    batches of 4, prompts of 512 tokens (p0: as they are), from qa.jsonl
     block-b8-n64-draft2              the second trained draft; a7 is scripted: 7 tokens of every block are right
+    block-b8-n64-draft-v4096         the draft proposing 4096 tokens (vnone: those that it was trained with)
 
 So one value in each list gives the shortest ids, and a value added at the end of a list changes none.
 """
@@ -15,8 +16,9 @@ import itertools
 import re
 from collections.abc import Sequence
 from pathlib import PurePath
-from typing import Any
+from typing import Any, NamedTuple
 
+from dflash.config import DraftVocab
 from dflash.decoding.modes import VERIFYING, Mode
 from dflash.weights.load import UNTRAINED, default_draft
 
@@ -28,6 +30,13 @@ class PromptSetting:
     prompts: str
     prompt_len: int
     batch_size: int
+
+
+class ChosenDraft(NamedTuple):
+    """A draft by name, and how many tokens it proposes: a number, all, or None for those it was trained with."""
+
+    name: str
+    vocab: DraftVocab | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,7 +53,7 @@ class Case:
     max_new_tokens: int
     proposer: str
     scripted: int | None
-    draft: str
+    draft: ChosenDraft
     setting: PromptSetting
     brief: bool = False
 
@@ -57,6 +66,11 @@ class Case:
 def drafts(options: Any) -> list[str]:
     """The named drafts; without any, the one that comes with the target, or else an untrained one."""
     return options.draft or [default_draft(options.target) or UNTRAINED]
+
+
+def chosen_drafts(options: Any) -> list[ChosenDraft]:
+    """Every named draft with every size of vocabulary; the size changes first."""
+    return [ChosenDraft(*pair) for pair in itertools.product(drafts(options), options.draft_vocab_size or [None])]
 
 
 def prompt_settings(options: Any) -> list[PromptSetting]:
@@ -77,20 +91,24 @@ def _named(setting: PromptSetting, first: PromptSetting) -> str:
     return "".join(f"-{text}" for name, text in parts.items() if getattr(setting, name) != getattr(first, name))
 
 
-def _proposers(mode: Mode, drafts: Sequence[str], block_size: int) -> list[tuple[str, str, int | None]]:
+def _proposers(mode: Mode, drafts: Sequence[ChosenDraft], block_size: int) -> list[tuple[str, ChosenDraft, int | None]]:
     """Name, draft and script: each draft itself, and scripted acceptances, which show the machine's ceiling.
 
     A scripted case costs what the first draft costs.
     """
-    trained = [d for d in drafts if d != UNTRAINED]
+    trained = list(dict.fromkeys(d.name for d in drafts if d.name != UNTRAINED))
     names = {d: "draft" if i == 0 else f"draft{i + 1}" for i, d in enumerate(trained)} | {UNTRAINED: UNTRAINED}
-    own: list[tuple[str, str, int | None]] = [(names[d], d, None) for d in drafts]
+
+    def named(draft: ChosenDraft) -> str:
+        return names[draft.name] + ("" if draft.vocab == drafts[0].vocab else f"-v{draft.vocab}".lower())
+
+    own: list[tuple[str, ChosenDraft, int | None]] = [(named(d), d, None) for d in drafts]
     lengths = (block_size - 1) // 2, block_size - 1
-    scripts: list[tuple[str, str, int | None]] = [(f"a{a}", drafts[0], a) for a in lengths]
+    scripts: list[tuple[str, ChosenDraft, int | None]] = [(f"a{a}", drafts[0], a) for a in lengths]
     if mode.whole:
         return [*own, *scripts]
     # Token by token is for correctness: a trained draft shows it, of an untrained one nothing would ever be accepted.
-    return own if drafts[0] != UNTRAINED else [*own, scripts[-1]]
+    return own if drafts[0].name != UNTRAINED else [*own, scripts[-1]]
 
 
 def cases(options: Any) -> list[Case]:
@@ -110,5 +128,5 @@ def cases(options: Any) -> list[Case]:
         )
         for setting, budget, block in itertools.product(every, options.max_new_tokens, options.block_sizes)
         for mode in VERIFYING
-        for name, draft, scripted in _proposers(mode, drafts(options), block)
+        for name, draft, scripted in _proposers(mode, chosen_drafts(options), block)
     ]

@@ -58,6 +58,7 @@ class Origin:
     target_sha256: Sha256 | None = None
     draft: str | None = None
     draft_sha256: Sha256 | None = None
+    draft_vocab_size: AtLeastOne | None = None
     prompts: str | None = None
     prompts_sha256: Sha256 | None = None
     chat_template_args: dict[str, Any] | None = None

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from dflash.decoding.sampling import GREEDILY, Sampling
 from dflash.host.provenance import flags, sources_sha256, versions
-from dflash.measuring.cases import Case, PromptSetting
+from dflash.measuring.cases import Case, ChosenDraft, PromptSetting
 from dflash.measuring.cost_model import StepTimes
 from dflash.measuring.greedy import Greedy, Rows
 from dflash.measuring.journal import Journal, Record, identity
@@ -62,9 +62,9 @@ class Sweep:
 
     cases: Sequence[Case]
     target: Llama
-    draft_of: Callable[[str], Draft]
+    draft_of: Callable[[ChosenDraft], Draft]
     workload_of: Callable[[PromptSetting], PromptGroups]
-    facts_of: Callable[[str, PromptSetting], dict[str, Any]]
+    facts_of: Callable[[ChosenDraft, PromptSetting], dict[str, Any]]
     steps_of: Callable[[Case], StepTimes]
     journal: Journal
     effort: Effort

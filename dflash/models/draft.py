@@ -7,6 +7,7 @@ Canonical form: PyPI `dflash==0.1.0` (q/k norm with weights before RoPE, no bias
 over a block's slots and a choice among each slot's candidates.
 """
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 
@@ -16,7 +17,7 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh
 
-from dflash.config import DraftConfig
+from dflash.config import ConfigError, DraftConfig, DraftVocab
 from dflash.models.conv import DynamicConv
 from dflash.models.kv_cache import KVCache, attention_mask, empty_cache
 from dflash.models.layers import Linear, RMSNorm, SwiGLU, attend, most_likely, rope_tables, rotate
@@ -38,6 +39,30 @@ def proposed_tokens(config: DraftConfig) -> np.ndarray | None:
     if config.vocabulary is None:
         return None
     return np.flatnonzero(np.unpackbits(np.frombuffer(config.vocabulary, np.uint8), bitorder="little")).astype(np.int32)
+
+
+def proposing(draft: "Draft", count: DraftVocab | None) -> "Draft":
+    """A draft with the same weights that proposes `count` tokens of the vocabulary, or all; None leaves it as it is.
+
+    Those that it was trained with come first, then the rest, both by id: in a vocabulary made by merging pairs of
+    bytes, low ids were merged first and are usually the frequent ones. Raises ConfigError.
+    """
+    if count is None:
+        return draft
+    config, trained = draft.config, proposed_tokens(draft.config)
+    size = config.vocab_size
+    least = 1 if config.selector is None else config.selector.top_k
+    if count != "all" and not (type(count) is int and least <= count <= size):
+        raise ConfigError(f"a draft proposes {least} to {size} tokens, or all; got draft_vocab {count!r}")
+    vocabulary = None
+    if count not in ("all", size):
+        first = np.arange(0) if trained is None else trained
+        order = np.concatenate([first, np.setdiff1d(np.arange(size), first)])
+        vocabulary = pack_tokens(order[:count], size)
+    # Another module over the same arrays.
+    view: Draft = nnx.merge(*nnx.split(draft))
+    view.config = dataclasses.replace(config, vocabulary=vocabulary)
+    return view
 
 
 class DraftAttention(nnx.Module):

@@ -257,7 +257,7 @@ def speedup_section(run: Results) -> Section:
             for c in served
         ]
         section.tables.append(Table(header=header, rows=rows))
-    drafts = {c.proposer: c.draft for c in run.decodes if c.is_own and c.proposer and c.draft}
+    drafts = {c.proposer: _draft(c, run) for c in run.decodes if c.is_own and c.proposer and c.draft}
     if len(drafts) > 1:
         section.sentences.append("; ".join(f"{name} is {draft}" for name, draft in drafts.items()) + ".")
     remarks = [[c.case, text] for c in run.decodes for text in _remarks(c)]
@@ -270,13 +270,13 @@ def sets_section(run: Results) -> Section:
     """Prompt sets by drafts, as papers have them: both means of the acceptance length, and the speed-up."""
     section = Section(key="sets", title="By prompt set")
     own = [c for c in run.decodes if c.is_own and c.proposer and c.acceptance_length_by_prompt is not None]
-    if len({(c.prompts, c.draft) for c in own}) < 2 and not any(c.protocol == "zlab" for c in own):
+    if len({(c.prompts, c.draft, c.draft_vocab_size) for c in own}) < 2 and not any(c.protocol == "zlab" for c in own):
         return section
     header = ["prompts", "draft", "case", "acceptance_length over blocks", "95% interval", "by prompt", "95% interval"]
     rows = [
         [
             str(c.prompts),
-            str(c.draft),
+            _draft(c, run),
             c.case,
             number(c.acceptance_length),
             _interval(c.acceptance_length_ci95),
@@ -291,6 +291,12 @@ def sets_section(run: Results) -> Section:
     if any(c.protocol == "zlab" for c in own):
         section.sentences = ["z-lab's protocol: its published acceptance lengths are those by prompt."]
     return section
+
+
+def _draft(case: Decode, run: Results) -> str:
+    """A case's draft by name, with what it proposes where cases of a run differ in that."""
+    sizes = {c.draft_vocab_size for c in run.decodes if c.is_own}
+    return f"{case.draft}" + (f", {case.draft_vocab_size} tokens proposed" if len(sizes) > 1 else "")
 
 
 def _speedup_row(case: Decode) -> list[str]:

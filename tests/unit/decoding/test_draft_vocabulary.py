@@ -2,7 +2,9 @@
 
 import base64
 import dataclasses
+import functools
 import json
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from networks import block_hidden, predict_blocks
 
-from dflash import decode, load_target
+from dflash import decode, load_target, stream
 from dflash.config import ConfigError, ConvConfig, SelectorConfig
+from dflash.decoding.decode import RequestError
 from dflash.decoding.loop import draft_head
-from dflash.models.draft import pack_tokens, proposed_tokens
+from dflash.models.draft import pack_tokens, proposed_tokens, proposing
 from dflash.models.layers import most_likely
 from dflash.models.native import takes
 from dflash.training.batches import TrainingBatches
@@ -95,6 +98,56 @@ def test_it_proposes_the_likeliest_of_its_tokens(architecture, target, draw_draf
     assert set(got.ravel()) <= set(SOME.tolist())
     np.testing.assert_array_equal(got, whole.choose(x, jnp.asarray(logits), anchors))
     assert (np.asarray(most_likely(target.logits(x))) != got.ravel()).any(), "it would have proposed the same with all"
+
+
+REST = np.setdiff1d(np.arange(V), SOME)
+
+
+SIZES = {
+    None: SOME,
+    40: SOME[:40],
+    100: SOME,
+    130: np.sort(np.r_[SOME, REST[:30]]),
+    V: np.arange(V),
+    "all": np.arange(V),
+}
+
+
+@pytest.mark.parametrize("count", SIZES)
+def test_its_trained_tokens_come_first_and_then_those_of_the_lowest_ids(count, draw_draft):
+    draft = draw_draft(0, **SECOND, vocabulary=VOCABULARY)
+    tokens = proposed_tokens(proposing(draft, count).config)
+    np.testing.assert_array_equal(np.arange(V) if tokens is None else tokens, SIZES[count])
+    assert draft.config.vocabulary == VOCABULARY, "the draft itself was changed"
+
+
+@ARCHITECTURES
+def test_whoever_decodes_says_how_many_it_proposes(architecture, target, draw_draft):
+    """A draft that was drawn with the whole vocabulary decodes the same."""
+    draft, whole = (draw_draft(0, **architecture, vocabulary=tokens) for tokens in (VOCABULARY, None))
+    expected = decode(target, whole, PROMPTS, max_new_tokens=24)
+    found = decode(target, draft, PROMPTS, max_new_tokens=24, draft_vocab="all")
+    assert (found.tokens, found.accept_lens) == (expected.tokens, expected.accept_lens)
+    streamed = list(stream(target, draft, PROMPTS, max_new_tokens=24, draft_vocab="all"))
+    assert [functools.reduce(operator.iadd, rows, []) for rows in zip(*streamed, strict=True)] == expected.tokens
+
+
+def test_another_vocabulary_copies_no_weight(draw_draft):
+    draft = draw_draft(0, vocabulary=VOCABULARY)
+    pairs = zip(jax.tree.leaves(nnx.state(draft)), jax.tree.leaves(nnx.state(proposing(draft, "all"))), strict=True)
+    assert all(a is b for a, b in pairs)
+
+
+@pytest.mark.parametrize("count", [0, 4, V + 1, -1, 2.5, True, "some", float("nan")])
+def test_a_vocabulary_that_can_not_be_is_refused(count, target, draw_draft):
+    draft = draw_draft(0, **SECOND, vocabulary=VOCABULARY)
+    with pytest.raises(ConfigError, match=f"5 to {V} .* got draft_vocab {count!r}"):
+        decode(target, draft, PROMPTS, draft_vocab=count)
+
+
+def test_a_vocabulary_without_a_draft_is_refused(target):
+    with pytest.raises(RequestError, match="draft_vocab .* got 50"):
+        decode(target, None, PROMPTS, mode="greedy", draft_vocab=50)
 
 
 # ---- training and evaluation

@@ -5,11 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from dflash.measuring.cases import cases, drafts
+from dflash.measuring.cases import cases, chosen_drafts, drafts
 
 FIRST = {
     "target": "smollm2-135m",
     "draft": ["untrained"],
+    "draft_vocab_size": None,
     "prompts": ["builtin"],
     "prompt_len": [0],
     "batch_size": [1],
@@ -47,7 +48,7 @@ def test_one_value_in_each_list():
 )
 def test_the_draft_that_comes_with_a_target_decodes_it_unless_another_is_named(target, named, decodes):
     assert drafts(SimpleNamespace(target=target, draft=named)) == decodes
-    assert {case.draft for case in sweep(target=target, draft=named)} == set(decodes)
+    assert {case.draft.name for case in sweep(target=target, draft=named)} == set(decodes)
 
 
 def test_the_draft_that_comes_with_a_target_is_a_trained_one():
@@ -74,6 +75,21 @@ def test_a_value_that_is_added_changes_no_id(lists, named):
         assert set(ids(**{name: values[:1] for name, values in lists.items()})) <= set(ids(**longer))
 
 
+def test_a_draft_with_several_vocabularies():
+    """Sizes are named but the first; what is scripted costs what the first costs."""
+    found = sweep(draft=["runs/x", "runs/y"], draft_vocab_size=[4096, "all"])
+    own = {c.proposer: c.draft for c in found if c.scripted is None}
+    assert own == {
+        "draft": ("runs/x", 4096),
+        "draft-vall": ("runs/x", "all"),
+        "draft2": ("runs/y", 4096),
+        "draft2-vall": ("runs/y", "all"),
+    }
+    assert {c.draft for c in found if c.scripted is not None} == {("runs/x", 4096)}
+    assert len({c.id for c in found}) == len(found)
+    assert chosen_drafts(SimpleNamespace(**FIRST)) == [("untrained", None)]
+
+
 def test_every_combination_once():
     lists = {"batch_size": [1, 4], "prompt_len": [0, 512], "prompts": ["builtin", "random"]}
     found = sweep(**lists, block_sizes=[4, 8], max_new_tokens=[64, 256])
@@ -88,7 +104,7 @@ def test_every_combination_once():
 def test_drafts_share_their_baseline_and_the_first_is_scripted():
     found = sweep(draft=["runs/x", "untrained", "runs/y"])
     assert len({case.workload for case in found}) == 1
-    proposers = {(c.mode.short, c.proposer): (c.draft, c.scripted) for c in found}
+    proposers = {(c.mode.short, c.proposer): (c.draft.name, c.scripted) for c in found}
     assert proposers == {
         ("block", "draft"): ("runs/x", None),
         ("block", "untrained"): ("untrained", None),
