@@ -96,3 +96,8 @@ def export(args: Annotated[Export, tyro.conf.arg(name="")]) -> None:
         record=None if run is None else finite(training_record(run)),
     )
     print(f"draft: {args.out_dir}")
+    if draft.config.vocabulary is not None:
+        print(
+            f"it learned {draft.config.num_tokens} of {draft.config.vocab_size} tokens, and other programs let it "
+            "propose all of them: compare them with --draft-vocab-size all here"
+        )

@@ -8,12 +8,22 @@ from typing import Annotated, Any, Literal
 import jax.numpy as jnp
 import tyro
 
-from dflash.config import BlockSize, Checked, ConfigError, ConvConfig, Count, Index, SelectorConfig, TargetConfig
+from dflash.config import (
+    BlockSize,
+    Checked,
+    ConfigError,
+    ConvConfig,
+    Count,
+    DraftVocab,
+    Index,
+    SelectorConfig,
+    TargetConfig,
+)
 from dflash.easydel import load
 from dflash.easydel import trainer as easydel_trainer
 from dflash.host.device import device_facts, open_default_device
 from dflash.host.provenance import compile_cache, of_command
-from dflash.models.draft import Draft, pack_tokens
+from dflash.models.draft import Draft, pack_tokens, plain, proposing
 from dflash.training.batches import TrainingBatches
 from dflash.training.cache import open_cache, recorded_target
 from dflash.training.cache.sequences import SequenceCache
@@ -54,8 +64,9 @@ class Train(Checked):
     """Layers of a new draft."""
     init_layers: tuple[Index, ...] = ()
     """Layers of the target to copy as a new draft's layers, one for each; by default random weights."""
-    architecture: Literal["dflash", "dflash2"] = "dflash"
-    """dflash2: a new draft has convolutions over a block's slots and chooses among each slot's likeliest tokens."""
+    architecture: Literal["dflash", "dflash2"] | None = None
+    """dflash2: a new draft has convolutions over a block's slots and chooses among each slot's likeliest tokens. By
+    default dflash, or what init-from's draft is; with dflash a DFlash 2 draft starts without these parts."""
     conv_kernel_size: Count = 3
     """dflash2: slots that a convolution reads."""
     conv_group_size: Count = 64
@@ -64,9 +75,9 @@ class Train(Checked):
     """dflash2: rank of the product that scores how well one token follows another."""
     selector_top_k: Count = 8
     """dflash2: candidates per slot."""
-    draft_vocab_size: Count | None = None
-    """Number of tokens that a new draft proposes, the most frequent of the cache; by default the whole vocabulary. Only
-    their rows of the head are multiplied."""
+    draft_vocab_size: DraftVocab | None = None
+    """Number of tokens that the draft proposes, or all: of a new one the most frequent of the cache, by default all; of
+    init-from's draft by default those that it proposes. Only their rows of the head are multiplied."""
     block_size: BlockSize | None = None
     """Block size, the anchor included; by default that of init-from's draft, or 8."""
     mask_token_id: Index | None = None
@@ -78,7 +89,7 @@ class Train(Checked):
 
 def _second(args: Train, target: TargetConfig) -> dict[str, Any]:
     """The parts of a DFlash 2 draft, checked; empty for a DFlash draft."""
-    if args.architecture == "dflash":
+    if args.architecture != "dflash2":
         return {}
     faults = []
     if target.hidden_size % args.conv_group_size:
@@ -96,7 +107,7 @@ def _second(args: Train, target: TargetConfig) -> dict[str, Any]:
 def _vocabulary(args: Train, cache: SequenceCache | WindowCache, target: TargetConfig) -> bytes | None:
     """The tokens that a new draft proposes; None for all."""
     count = args.draft_vocab_size
-    if count is None:
+    if count in (None, "all"):
         return None
     least = args.selector_top_k if args.architecture == "dflash2" else 1
     if not least <= count <= target.vocab_size:
@@ -108,6 +119,10 @@ def _start(args: Train, borrowed: Borrowed, cache: SequenceCache | WindowCache) 
     """The draft before the first step."""
     if args.init_from:
         draft = read_any_draft(args.init_from, target=borrowed.config)
+        if args.architecture == "dflash2" and draft.config.conv is None:
+            raise ConfigError(f"architecture dflash2 is for new drafts, and {args.init_from} is a DFlash draft")
+        draft = plain(draft) if args.architecture == "dflash" else draft
+        draft = proposing(draft, args.draft_vocab_size)
         if args.block_size is not None:
             draft.config = dataclasses.replace(draft.config, block_size=args.block_size)
         return draft

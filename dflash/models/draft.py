@@ -65,6 +65,16 @@ def proposing(draft: "Draft", count: DraftVocab | None) -> "Draft":
     return view
 
 
+def plain(draft: "Draft") -> "Draft":
+    """A draft with the same layers, without a DFlash 2 draft's convolutions and selector."""
+    view: Draft = nnx.merge(*nnx.split(draft))
+    view.config = dataclasses.replace(draft.config, conv=None, selector=None)
+    view.selector = None
+    for layer in view.layers:
+        layer.attention_conv = layer.mlp_conv = None
+    return view
+
+
 class DraftAttention(nnx.Module):
     """Queries from the block; keys and values from context and block, through the same weights."""
 

@@ -42,11 +42,6 @@ def served_draft(directory: Path, target: Path, block_size: int | None = None) -
         raise ServingError(f"no server gets this draft, {directory}: {error}") from None
     if config.conv is not None:
         raise ServingError(f"no server knows DFlash 2 drafts, and {directory} is one: they would drop parts of it")
-    if config.vocabulary is not None:
-        raise ServingError(
-            f"servers propose every token of the vocabulary, and {directory} learned {config.num_tokens} of them: give "
-            "one that was trained without --draft-vocab-size"
-        )
     size = config.block_size if block_size is None else block_size
     if not 2 <= size <= config.block_size:
         raise ServingError(

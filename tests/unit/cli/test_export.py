@@ -3,10 +3,12 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 
 from dflash.cli import main as cli
-from dflash.weights.huggingface import read_draft, read_tensors
+from dflash.models.draft import pack_tokens
+from dflash.weights.huggingface import read_draft, read_tensors, write_draft
 from dflash.weights.runs.checkpoint import write_run
 from dflash.weights.tiny import write_tiny_target
 
@@ -73,6 +75,16 @@ def test_every_option_reaches_the_directory(export, work):
     assert export("runs", "spec", "--format", "speculators", "--target", "target", "--verifier", "a/b")[0] == 0
     config = json.loads((work / "spec" / "config.json").read_text())
     assert config["speculators_config"]["verifier"]["name_or_path"] == "a/b"
+
+
+def test_what_a_reduced_vocabulary_means_for_others_is_said(export, work, draw_draft):
+    config = draw_draft(**FULL).config
+    learned = pack_tokens(np.arange(50), config.vocab_size)
+    write_draft(draw_draft(**FULL, vocabulary=learned), work / "few")
+    for form in ("z-lab", "sglang-jax"):
+        code, out, _ = export("few", f"few-{form}", "--format", form)
+        assert (code, "50 of 199" in out, "--draft-vocab-size all" in out) == (0, True, True)
+    assert "--draft-vocab-size" not in export("runs", "learned-all")[1]
 
 
 def test_an_exported_directory_is_exported_again(export, work):

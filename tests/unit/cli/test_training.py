@@ -1,5 +1,6 @@
 """From a target to a draft that decodes, by the command line alone; and what it says to mistakes."""
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -164,6 +165,12 @@ def test_a_dflash2_draft_is_trained_exported_and_decoded_with(run, made):
     assert figures[0] == figures[1] != ""
     greedy = run("generate", "Why?", "--mode", "greedy", "--max-new-tokens", 8)[1].splitlines()[0]
     assert run("generate", "Why?", "--draft", "second", "--max-new-tokens", 8)[1].splitlines()[0] == greedy
+    plain = ("--init-from", "second", "--architecture", "dflash")
+    assert run("train", "cache", "plain", *SHORT, *plain)[0] == 0
+    drafts = [read_any_draft(made / name).config for name in ("second", "plain")]
+    assert drafts[1] == dataclasses.replace(drafts[0], conv=None, selector=None)
+    code, _, err = run("train", "cache", "x", *SHORT, "--init-from", "plain", "--architecture", "dflash2")
+    assert (code, "plain is a DFlash draft" in err) == (2, True)
 
 
 def test_a_draft_of_few_tokens_is_trained_exported_and_decoded_with(run, made):
@@ -176,8 +183,16 @@ def test_a_draft_of_few_tokens_is_trained_exported_and_decoded_with(run, made):
     assert figures[0] == figures[1] != ""
     greedy = run("generate", "Why?", "--mode", "greedy", "--max-new-tokens", 8)[1].splitlines()[0]
     assert run("generate", "Why?", "--draft", "few", "--max-new-tokens", 8)[1].splitlines()[0] == greedy
-    assert run("train", "cache", "more", *SHORT, "--init-from", "few")[0] == 0
-    assert read_any_draft(made / "more").config == drafts[0]
+    proposed = ("--draft-vocab-size", "all", "--json")
+    answer = json.loads(run("generate", "Why?", "--draft", "few", "--max-new-tokens", 8, *proposed)[1])
+    assert answer["text"] == greedy
+    for name, size, tokens in (
+        ("more", [], 40),
+        ("fewer", ["--draft-vocab-size", 20], 20),
+        ("most", proposed[:2], 260),
+    ):
+        assert run("train", "cache", name, *SHORT, "--init-from", "few", *size)[0] == 0
+        assert read_any_draft(made / name).config.num_tokens == tokens
 
 
 def test_windows_train_from_a_draft_and_evaluate(run, made):

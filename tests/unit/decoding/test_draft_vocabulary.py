@@ -146,7 +146,7 @@ def test_a_vocabulary_that_can_not_be_is_refused(count, target, draw_draft):
 
 
 def test_a_vocabulary_without_a_draft_is_refused(target):
-    with pytest.raises(RequestError, match="draft_vocab .* got 50"):
+    with pytest.raises(RequestError, match=r"draft_vocab .* got 50"):
         decode(target, None, PROMPTS, mode="greedy", draft_vocab=50)
 
 
@@ -352,10 +352,7 @@ def test_a_selector_chooses_among_what_is_proposed(draw_draft):
         read_draft_config(raw)
 
 
-@pytest.mark.parametrize("consumer", ["sglang-jax", "speculators"])
-def test_programs_that_would_propose_every_token_are_refused(consumer, draw_draft):
+@pytest.mark.parametrize("consumer", ["z-lab", "sglang-jax", "speculators"])
+def test_no_program_is_refused_for_what_a_draft_learned_to_propose(consumer, draw_draft):
     config = draw_draft(0, vocabulary=VOCABULARY, windows=(None, None), causal=(False, False)).config
-    config = dataclasses.replace(config, num_target_layers=4)
-    check_export(dataclasses.replace(config, vocabulary=None), consumer)
-    with pytest.raises(ConfigError, match=f"{consumer} would propose tokens that this draft never learned"):
-        check_export(config, consumer)
+    check_export(dataclasses.replace(config, num_target_layers=4), consumer)

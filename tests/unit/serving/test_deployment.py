@@ -1,11 +1,9 @@
 """What options of servers come to: what makes no sense is refused before one is started, and a draft is named."""
 
-import numpy as np
 import pytest
 
 from dflash import load_target, write_draft
-from dflash.config import ConfigError
-from dflash.models.draft import pack_tokens
+from dflash.config import ConfigError, ConvConfig, SelectorConfig
 from dflash.serving.connection import ServingError
 from dflash.serving.deployment import deployment
 from dflash.serving.options import ServerOptions
@@ -67,13 +65,14 @@ def test_a_key_in_the_wrong_place_or_form_is_refused_unseen(held, target, monkey
 def test_a_server_gets_no_draft_that_is_not_named(target, monkeypatch, tmp_path):
     """The target of that name comes with a draft, which no server could read; named, it is refused by what it is."""
     config = load_target(target).config
-    few = new_draft(config, num_layers=1, block_size=4, vocabulary=pack_tokens(np.arange(50), config.vocab_size))
-    write_draft(few, tmp_path / "draft")
+    parts = {"conv": ConvConfig(kernel_size=3, group_size=16), "selector": SelectorConfig(rank=8, top_k=5)}
+    second = new_draft(config, num_layers=1, block_size=4, **parts)
+    write_draft(second, tmp_path / "draft")
     monkeypatch.setattr(load, "SHIPPED_DRAFT", tmp_path / "draft")
     monkeypatch.setattr(smollm2, "snapshot_dir", lambda: target)
     named = {"target": "smollm2-135m", "base_url": URL, "draft_base_url": "http://127.0.0.1:2"}
     assert deployment(ServerOptions(**named)).draft is None
-    with pytest.raises(ServingError, match="servers propose every token of the vocabulary"):
+    with pytest.raises(ServingError, match="no server knows DFlash 2 drafts"):
         deployment(ServerOptions(draft="smollm2-135m", **named))
 
 

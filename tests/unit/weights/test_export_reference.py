@@ -91,6 +91,28 @@ def test_the_reference_decodes_with_it_block_by_block_as_we_do(reference, target
         assert sum(a > 0 for a in accepted) >= 3, f"accept lengths {accepted} prove little"
 
 
+@pytest.mark.model
+def test_the_reference_decodes_with_the_shipped_draft_as_we_do_with_the_whole_vocabulary(
+    reference, target, prompts, greedy, tmp_path
+):
+    """Ten prompts of every kind: the same tokens, and block by block the same lengths. It is a DFlash 2 draft."""
+    shipped, stops = load_draft(TARGET, target), load_tokenizer(TARGET).stop_token_ids
+    export_draft(shipped, tmp_path / "draft", dtype="float32", target_dir=target_directory(TARGET))
+    requests = [{"prompt": p, "max_new_tokens": BUDGET, "stops": list(stops)} for p in prompts]
+    case = {"name": "all", "draft": "draft", "target": str(target_directory(TARGET)), "requests": requests}
+    (tmp_path / "job.json").write_text(json.dumps({"blocks": [], "decodes": [case], "layer_ids": []}))
+    ask("reference_draft.py", tmp_path)
+    theirs = json.loads((tmp_path / "answer.json").read_text())["decodes"]["all"]
+    ours, reduced = (
+        decode(target, shipped, prompts, max_new_tokens=BUDGET, stop_token_ids=stops, draft_vocab=size)
+        for size in ("all", None)
+    )
+    assert ours.tokens == reduced.tokens == greedy == [a["tokens"] for a in theirs]
+    assert ours.produced == [a["produced"] for a in theirs]
+    assert ours.metrics["acceptance_length"] > 2
+    assert ours.produced != reduced.produced, "the whole vocabulary changed nothing, so this proves little"
+
+
 @pytest.mark.parametrize("form", ["full", "sliding-yarn"])
 def test_speculators_reads_the_config_and_every_weight(draw_draft, tmp_path, form):
     if importlib.util.find_spec("speculators") is None:
