@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dflash import Tokenizer, decode, init_draft, load_draft, load_target
-from dflash.cli.pytest_options import open_tokenizer, take_prompts
+from dflash.cli.pytest_options import open_tokenizer, protocol_name, take_prompts
 from dflash.config import ConfigError
 from dflash.decoding.decode import RequestError, check_request
 from dflash.decoding.modes import BLOCK, GREEDY
@@ -106,7 +106,7 @@ def _make_workload(target: Llama, setting: PromptSetting, options: Any) -> Promp
     if count % batch and options.protocol != "zlab":
         pytest.exit(f"--num-prompts {count} must be a multiple of --batch-size {batch}", pytest.ExitCode.USAGE_ERROR)
     stops: tuple[int, ...] = ()
-    facts: dict[str, Any] = {"prompts": source, "protocol": options.protocol}
+    facts: dict[str, Any] = {"prompts": source, "protocol": protocol_name(options)}
     if source == "random":
         rng = np.random.default_rng(0)
         prompts = rng.integers(0, target.config.vocab_size, (count, length or 64)).tolist()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from dflash.cli.pytest_options import open_tokenizer, take_prompts
+from dflash.cli.pytest_options import open_tokenizer, protocol_name, take_prompts
 from dflash.config import ConfigError
 from dflash.host.hub import HubError
 from dflash.measuring.gate import Floors
@@ -68,6 +68,7 @@ def test_served(
     except ServingError as error:
         pytest.fail(str(error), pytrace=False)
     names = {"prompts": options.prompts[0], "prompts_sha256": ids_sha256(prompts), "run_name": options.run_name}
+    names |= {"protocol": protocol_name(options)}
     result = run.result(names | tokenizer.facts)
     benchmark.extra_info.update(to_json(result))
     results.measured.append(result)

@@ -270,7 +270,8 @@ def sets_section(run: Results) -> Section:
     """Prompt sets by drafts, as papers have them: both means of the acceptance length, and the speed-up."""
     section = Section(key="sets", title="By prompt set")
     own = [c for c in run.decodes if c.is_own and c.proposer and c.acceptance_length_by_prompt is not None]
-    if len({(c.prompts, c.draft) for c in own}) < 2 and not any(c.protocol == "zlab" for c in own):
+    theirs = sorted({c.protocol for c in own if c.protocol and c.protocol.startswith("zlab")})
+    if len({(c.prompts, c.draft) for c in own}) < 2 and not theirs:
         return section
     header = ["prompts", "draft", "case", "acceptance_length over blocks", "95% interval", "by prompt", "95% interval"]
     rows = [
@@ -288,8 +289,12 @@ def sets_section(run: Results) -> Section:
         for c in own
     ]
     section.tables = [Table(header=[*header, "speed-up", "95% interval"], rows=rows)]
-    if any(c.protocol == "zlab" for c in own):
-        section.sentences = ["z-lab's protocol: its published acceptance lengths are those by prompt."]
+    section.sentences = [
+        "z-lab's protocol: its published acceptance lengths are those by prompt."
+        if protocol == "zlab"
+        else f"The protocol is {protocol}: beside z-lab's published figures this is another measurement."
+        for protocol in theirs
+    ]
     return section
 
 

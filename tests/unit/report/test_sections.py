@@ -99,6 +99,9 @@ def test_sets_by_drafts_show_both_means_and_say_which():
     assert len(found) == 4
     said = "\n".join(lines(sets_section, replace(own, protocol="zlab")))
     assert "z-lab's protocol" in said
+    assert "another measurement" not in said
+    said = "\n".join(lines(sets_section, replace(own, protocol="zlab with num_prompts 4")))
+    assert "zlab with num_prompts 4: beside z-lab's published figures this is another measurement" in said
 
 
 def test_near_ties_are_counted():
