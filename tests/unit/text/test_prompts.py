@@ -332,6 +332,18 @@ def test_raw_prompts_have_no_template(tokenizer, jsonl):
     assert [prompt.words for prompt in load_prompts("builtin", raw=True).prompts] == asked(load_prompts("builtin"))
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"id": "x", "turns": ["Why?", "And then?"]},
+        {"id": "x", "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]},
+    ],
+)
+def test_of_several_messages_none_is_dropped_to_make_plain_text(jsonl, row):
+    with pytest.raises(PromptError, match=r"is one message, since .*; x has more: leave --raw out"):
+        load_prompts(jsonl({"prompt": "How?"}, row), raw=True)
+
+
 def test_turns_are_asked_after_the_answers_to_those_before(tokenizer, jsonl):
     talks = load_prompts(jsonl({"turns": ["One?", "Two?", "Three?"], "id": "a"}, {"prompt": "Alone?", "id": "b"}))
     said = []
