@@ -88,6 +88,8 @@ def _hugging_face(source: str, rest: str, template: str) -> PromptSet:
         if missing := sorted(wanted - set(row)):
             raise PromptError(f"{source} has the fields {', '.join(row)}; got {', '.join(map(repr, missing))}")
         if template:
+            if null := sorted(name for name in wanted if row[name] is None):
+                raise PromptError(f"a prompt template needs every field that it names; {', '.join(null)} is null")
             return {"prompt": template.format(**row)}
         value = row[field or "prompt"]
         return {"messages" if isinstance(value, list) else "prompt": value}
