@@ -48,7 +48,7 @@ class ConversationConfig(PromptSource):
 
     source: Annotated[str, tyro.conf.arg(name="prompts")] = "self"
     """self (the target writes the user's turn too), builtin[:category], a set by name (gsm8k, alpaca ...), FILE.jsonl,
-    .json or .parquet of prompts or conversations, or hf:NAME."""
+    .json or .parquet of prompts or conversations, or hf:NAME; of several turns the first is asked."""
     openings: str = "builtin"
     """How the turns that the target writes begin: builtin (as usual requests do), none, or a JSONL file of strings.
     Without any, a target drifts into the small talk it was tuned on."""
