@@ -3,14 +3,14 @@
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
 import pytest
 
 from dflash import Tokenizer, decode, init_draft, load_draft, load_target
-from dflash.cli.pytest_options import open_tokenizer, take_prompts
+from dflash.cli.pytest_options import open_tokenizer, protocol_name, take_prompts
 from dflash.config import ConfigError
 from dflash.decoding.decode import RequestError, check_request
 from dflash.decoding.modes import BLOCK, GREEDY
@@ -31,6 +31,9 @@ from dflash.text.tokenizer import TokenizerError
 from dflash.weights.load import UNTRAINED, draft_hash, target_directory
 from dflash.weights.smollm2 import SnapshotError
 from dflash.weights.snapshot import WeightsError, snapshot_hash
+
+# What is said to each of some prompts.
+Answers: TypeAlias = Callable[[Tokenizer, Sequence[Prompt]], list[str]]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -91,22 +94,28 @@ def draft(draft_of: Callable[[ChosenDraft], Draft], pytestconfig: pytest.Config)
     return draft_of(chosen_drafts(pytestconfig.option)[0])
 
 
-def _answers(target: Llama, tokenizer: Tokenizer, budget: int, prompts: Sequence[Prompt]) -> list[str]:
+@pytest.fixture(scope="session")
+def answers(target: Llama, pytestconfig: pytest.Config) -> Answers:
     """The target's own answers: what a draft does not change is decoded once, before anything is measured."""
-    answers = []
-    for prompt in prompts:
-        row, stops = prompt.encode(tokenizer), tokenizer.stop_token_ids
-        made = decode(target, None, [row], mode=GREEDY.name, max_new_tokens=budget, stop_token_ids=stops)
-        answers.append(tokenizer.decode(made.tokens[0]))
+    budget = max(pytestconfig.option.max_new_tokens)
+
+    def answers(tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> list[str]:
+        spoken = []
+        for prompt in prompts:
+            row, stops = prompt.encode(tokenizer), tokenizer.stop_token_ids
+            made = decode(target, None, [row], mode=GREEDY.name, max_new_tokens=budget, stop_token_ids=stops)
+            spoken.append(tokenizer.decode(made.tokens[0]))
+        return spoken
+
     return answers
 
 
-def _make_workload(target: Llama, setting: PromptSetting, options: Any) -> PromptGroups:
+def _make_workload(target: Llama, answers: Answers, setting: PromptSetting, options: Any) -> PromptGroups:
     count, source, length, batch = options.num_prompts, setting.prompts, setting.prompt_len, setting.batch_size
     if count % batch and options.protocol != "zlab":
         pytest.exit(f"--num-prompts {count} must be a multiple of --batch-size {batch}", pytest.ExitCode.USAGE_ERROR)
     stops: tuple[int, ...] = ()
-    facts: dict[str, Any] = {"prompts": source, "protocol": options.protocol}
+    facts: dict[str, Any] = {"prompts": source, "protocol": protocol_name(options)}
     if source == "random":
         rng = np.random.default_rng(0)
         prompts = rng.integers(0, target.config.vocab_size, (count, length or 64)).tolist()
@@ -120,8 +129,7 @@ def _make_workload(target: Llama, setting: PromptSetting, options: Any) -> Promp
             if length:
                 prompts = exact_length_prompts(tokenizer, length, count, 0)
             else:
-                spoken = functools.partial(_answers, target, tokenizer, max(options.max_new_tokens))
-                prompts = prompt_set.turn_by_turn(spoken).encode(tokenizer)
+                prompts = prompt_set.turn_by_turn(functools.partial(answers, tokenizer)).encode(tokenizer)
         except (PromptError, TokenizerError) as error:
             pytest.exit(str(error), pytest.ExitCode.USAGE_ERROR)
     if len(prompts) % batch:
@@ -134,11 +142,15 @@ def _make_workload(target: Llama, setting: PromptSetting, options: Any) -> Promp
 
 @pytest.fixture(scope="session")
 def workload_of(
-    target: Llama, draft_of: Callable[[ChosenDraft], Draft], sampling: Sampling, pytestconfig: pytest.Config
+    target: Llama,
+    draft_of: Callable[[ChosenDraft], Draft],
+    answers: Answers,
+    sampling: Sampling,
+    pytestconfig: pytest.Config,
 ) -> Callable[[PromptSetting], PromptGroups]:
     """The prompts of a setting. All prompts of all cases are made and checked before anything is measured."""
     options = pytestconfig.option
-    made = {setting: _make_workload(target, setting, options) for setting in prompt_settings(options)}
+    made = {setting: _make_workload(target, answers, setting, options) for setting in prompt_settings(options)}
     # Greedy decoding goes one block further, for the scripts.
     block, budget = max(options.block_sizes), max(options.max_new_tokens)
     proposers = [draft_of(chosen) for chosen in chosen_drafts(options)]

@@ -4,6 +4,9 @@
 all prompts says little of a user's own.
 """
 
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -20,7 +23,8 @@ from dflash.measuring.interval import acceptance_over_prompts
 from dflash.measuring.result import Acceptance, Category, Results, to_json
 from dflash.models.draft import Draft
 from dflash.models.llama import Llama
-from dflash.text.prompts import ids_sha256
+from dflash.text.prompts import Prompt, ids_sha256
+from dflash.text.tokenizer import Tokenizer
 from dflash.weights.load import UNTRAINED
 
 
@@ -29,6 +33,7 @@ def test_acceptance_by_category(
     benchmark: BenchmarkFixture,
     target: Llama,
     draft: Draft,
+    answers: Callable[[Tokenizer, Sequence[Prompt]], list[str]],
     facts: dict[str, Any],
     sampling: Sampling,
     results: Results,
@@ -40,8 +45,10 @@ def test_acceptance_by_category(
     if options.prompts[0] == "random":
         pytest.skip("random prompts have no category: --prompts SOURCE names others")
     tokenizer = open_tokenizer(options)
-    categories = open_prompts(options, options.prompts[0]).by_category()
-    prompts = [prompt for some in categories.values() for prompt in some[: options.category_prompts]]
+    found = open_prompts(options, options.prompts[0])
+    some = [prompt for every in found.by_category().values() for prompt in every[: options.category_prompts]]
+    talks = dataclasses.replace(found, prompts=tuple(some))
+    prompts = talks.turn_by_turn(functools.partial(answers, tokenizer)).prompts
     ids = [p.encode(tokenizer) for p in prompts]
     block_size, budget = max(options.block_sizes), max(options.max_new_tokens)
     stops = tokenizer.stop_token_ids
@@ -72,7 +79,7 @@ def test_acceptance_by_category(
         for name, row in of_category.items()
     }
     result = Acceptance(
-        **facts | {"prompts_sha256": ids_sha256(ids)},
+        **facts | {"prompts_sha256": ids_sha256(ids), "protocol": "dflash"},  # z-lab's knows no categories
         **overall,
         **acceptance_over_prompts(accepted),
         case="acceptance",

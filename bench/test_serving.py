@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from dflash.cli.pytest_options import open_tokenizer, take_prompts
+from dflash.cli.pytest_options import open_tokenizer, protocol_name, take_prompts
 from dflash.config import ConfigError
 from dflash.host.hub import HubError
 from dflash.measuring.gate import Floors
@@ -20,7 +20,7 @@ from dflash.serving.connection import ServingError
 from dflash.serving.deployment import Deployment, deployment
 from dflash.serving.options import ServerOptions
 from dflash.serving.run import served_run
-from dflash.text.prompts import PromptError, ids_sha256
+from dflash.text.prompts import PromptError
 from dflash.text.tokenizer import TokenizerError
 from dflash.weights.load import UNTRAINED
 from dflash.weights.smollm2 import SnapshotError
@@ -53,21 +53,20 @@ def test_served(
     servers: Deployment, benchmark: BenchmarkFixture, results: Results, pytestconfig: pytest.Config
 ) -> None:
     options = pytestconfig.option
-    try:
-        tokenizer = open_tokenizer(options)
-        prompts = take_prompts(options, options.prompts[0]).encode(tokenizer)
-    except (PromptError, TokenizerError) as error:
-        pytest.exit(str(error), pytest.ExitCode.USAGE_ERROR)
     sizes = {"max_new_tokens": max(options.max_new_tokens), "concurrency": options.batch_size[0]}
     try:
+        tokenizer = open_tokenizer(options)
+        prompts = take_prompts(options, options.prompts[0])
         with (
             served_run(servers, tokenizer, prompts, **sizes, rounds=options.rounds) as run,
             run.keeping(run.draft or run.target),
         ):
             benchmark.pedantic(run.round, setup=run.baseline_round, rounds=options.rounds)
+    except (PromptError, TokenizerError) as error:
+        pytest.exit(str(error), pytest.ExitCode.USAGE_ERROR)
     except ServingError as error:
         pytest.fail(str(error), pytrace=False)
-    names = {"prompts": options.prompts[0], "prompts_sha256": ids_sha256(prompts), "run_name": options.run_name}
+    names = {"prompts": options.prompts[0], "run_name": options.run_name, "protocol": protocol_name(options)}
     result = run.result(names | tokenizer.facts)
     benchmark.extra_info.update(to_json(result))
     results.measured.append(result)

@@ -9,6 +9,7 @@ import tyro
 
 from dflash import metrics
 from dflash.cli.target import TargetOptions
+from dflash.cli.template import TemplateOptions
 from dflash.config import BlockSize, Computed, Count
 from dflash.decoding.audit import Audit
 from dflash.decoding.audit import audit as run_audit
@@ -16,8 +17,7 @@ from dflash.host.device import device_facts
 from dflash.host.provenance import compile_cache, of_command
 from dflash.measuring.result import AuditResult, from_json
 from dflash.report.sections import audit_details, render
-from dflash.text.prompts import ids_sha256, load_prompts
-from dflash.text.tokenizer import load_tokenizer
+from dflash.text.prompts import PromptSource, ids_sha256
 from dflash.weights.load import UNTRAINED, init_draft, load_draft, model_facts
 
 
@@ -30,12 +30,10 @@ class AuditArguments(TargetOptions):
     replace."""
     block_size: BlockSize | None = None
     """Block size, the anchor included; by default the draft's own."""
-    prompts: str = "builtin"
-    """Prompts: builtin[:category], a set by name (gsm8k, mt-bench ...), FILE.jsonl or hf:NAME."""
-    raw: bool = False
-    """Prompts are plain text to be continued, without a chat template, as for a base model."""
+    prompts: tyro.conf.OmitArgPrefixes[PromptSource] = dataclasses.field(default_factory=PromptSource)
+    template: tyro.conf.OmitArgPrefixes[TemplateOptions] = dataclasses.field(default_factory=TemplateOptions)
     num_prompts: Count = 2
-    """Number of prompts, decoded together."""
+    """Number of prompts, decoded together; of several turns the first."""
     max_new_tokens: Count = 64
     """Token budget of each."""
     dtype: Computed | None = "bfloat16"
@@ -49,14 +47,14 @@ def audit(args: Annotated[AuditArguments, tyro.conf.arg(name="")]) -> None:
     compiled = compile_cache()
     device, target = args.open()
     draft = load_draft(args.draft, target) if args.draft else init_draft(target)
-    tokenizer = load_tokenizer(args.target)
-    prompts = load_prompts(args.prompts, raw=args.raw).take(args.num_prompts).encode(tokenizer)
+    tokenizer = args.template.open(args.target)
+    prompts = args.prompts.load().take(args.num_prompts).encode(tokenizer)
     result: Audit = run_audit(target, draft, prompts, block_size=args.block_size, max_new_tokens=args.max_new_tokens)
     where = device_facts(device, dp=args.dp, tp=args.tp)
     figures = where | {"case": args.target, "target": args.target, "draft": args.draft} | result.figures()
     if args.json:
         facts = where | model_facts(args.target, args.draft or UNTRAINED)
-        facts |= {"prompts": args.prompts, "prompts_sha256": ids_sha256(prompts)} | tokenizer.facts
+        facts |= {"prompts": args.prompts.source, "prompts_sha256": ids_sha256(prompts)} | tokenizer.facts
         print(json.dumps(metrics.finite(figures | {"dflash": of_command(facts, compiled)}), allow_nan=False))
     else:
         print("\n".join(render(audit_details(from_json(figures, AuditResult)))))

@@ -23,8 +23,13 @@ from dflash.text.prompts import PromptSet, load_prompts
 from dflash.text.tokenizer import FIXED_DAY, Tokenizer
 
 Type = Callable[[str], Any]
-# Of a larger set the first of a shuffle.
-ZLAB_PROMPTS, ZLAB_SEED = 128, 42
+# Options that are as the protocol has them, unless they are given.
+PROTOCOLS: dict[str, dict[str, Any]] = {
+    "dflash": {"num_prompts": 8, "max_new_tokens": [64]},
+    "zlab": {"num_prompts": 128, "max_new_tokens": [2048]},
+}
+# Of a larger set z-lab takes the first of a shuffle.
+ZLAB_SEED = 42
 
 
 def _refuse(expected: str, text: str) -> argparse.ArgumentTypeError:
@@ -161,10 +166,11 @@ def all_options(root: Path) -> list[Option]:
             "day that a chat template takes for today",
         ),
         Option(
-            "--protocol", "DFLASH_PROTOCOL", "dflash", one_of("dflash", "zlab"), "dflash|zlab",
-            "zlab measures as z-lab's tables do: 128 prompts, up to 2048 new tokens, mean by prompt",
+            "--protocol", "DFLASH_PROTOCOL", "dflash", one_of(*PROTOCOLS), "|".join(PROTOCOLS),
+            "zlab measures as z-lab's tables do: 128 prompts, up to 2048 new tokens, mean by prompt; others, if given, "
+            "are measured, and named in the results",
         ),
-        Option("--num-prompts", "DFLASH_NUM_PROMPTS", "8", integer(1), "N", "prompts of a round"),
+        Option("--num-prompts", "DFLASH_NUM_PROMPTS", None, integer(1), "N", "prompts of a round; by default 8"),
         Option(
             "--category-prompts", "DFLASH_CATEGORY_PROMPTS", "2", integer(1), "N",
             "prompts of each category whose acceptance is measured, if it has so many",
@@ -175,7 +181,9 @@ def all_options(root: Path) -> list[Option]:
         ),
         Option("--batch-size", "DFLASH_BATCH_SIZE", "1", listed(integer(1)), "N,N", "prompts decoded together"),
         Option("--block-sizes", "BLOCK_SIZES", "8", listed(integer(2)), "N,N", "block sizes, the anchor included"),
-        Option("--max-new-tokens", "MAX_NEW_TOKENS_LIST", "64", listed(integer(1)), "N,N", "token budgets"),
+        Option(
+            "--max-new-tokens", "MAX_NEW_TOKENS_LIST", None, listed(integer(1)), "N,N", "token budgets; by default 64"
+        ),
         Option(
             "--temperature", "DFLASH_TEMPERATURE", "0", within(Size), "T",
             "above 0: tokens are drawn, by both decoders the same ones; 0 is greedy",
@@ -260,16 +268,23 @@ def open_prompts(options: Any, source: str) -> PromptSet:
 
 
 def apply_protocol(options: Any) -> None:
-    """What a protocol fixes goes before the options of the same meaning."""
-    if options.protocol == "zlab":
-        options.num_prompts, options.max_new_tokens = ZLAB_PROMPTS, [2048]
+    """What is not asked for is as the protocol has it."""
+    for name, value in PROTOCOLS[options.protocol].items():
+        setattr(options, name, getattr(options, name) or value)
+
+
+def protocol_name(options: Any) -> str:
+    """The protocol, with what was asked for instead of z-lab's own: no such figure passes for one of z-lab's."""
+    theirs = PROTOCOLS["zlab"] if options.protocol == "zlab" else {}
+    others = [f"{name} {getattr(options, name)}" for name, value in theirs.items() if getattr(options, name) != value]
+    return f"{options.protocol} with {', '.join(others)}" if others else str(options.protocol)
 
 
 def take_prompts(options: Any, source: str) -> PromptSet:
     """As many prompts of a source as are measured. Raises PromptError."""
     found = open_prompts(options, source)
     if options.protocol == "zlab":
-        return found if len(found.prompts) <= ZLAB_PROMPTS else found.take(ZLAB_PROMPTS, seed=ZLAB_SEED)
+        return found if len(found.prompts) <= options.num_prompts else found.take(options.num_prompts, seed=ZLAB_SEED)
     return found.take(options.num_prompts)
 
 

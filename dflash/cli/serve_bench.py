@@ -18,24 +18,17 @@ from dflash.serving.deployment import deployment
 from dflash.serving.options import ServerOptions
 from dflash.serving.results import results_of, write_results
 from dflash.serving.run import served_run
-from dflash.text.prompts import ids_sha256, load_prompts
+from dflash.text.prompts import PromptSource
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ServeBench(ServerOptions):
     """What `serve-bench` takes."""
 
-    prompts: str = "builtin"
-    """builtin[:category], a set by name (gsm8k, mt-bench ...), FILE.jsonl or hf:NAME."""
-    data_dir: str = ""
-    """Directory of named sets: gsm8k.jsonl, .json or .parquet, as they are published."""
-    prompt_template: str = ""
-    """What is asked of a row of hf:NAME: "{question} Explain."."""
-    raw: bool = False
-    """Prompts are plain text to be continued, without a chat template, as for a base model."""
+    prompts: tyro.conf.OmitArgPrefixes[PromptSource] = dataclasses.field(default_factory=PromptSource)
     template: tyro.conf.OmitArgPrefixes[TemplateOptions] = dataclasses.field(default_factory=TemplateOptions)
     num_prompts: Count = 8
-    """Prompts of a round."""
+    """Prompts of a round, each with all of its turns."""
     max_new_tokens: Count = 128
     """Token budget."""
     concurrency: Count = 1
@@ -55,8 +48,7 @@ def serve_bench(args: Annotated[ServeBench, tyro.conf.arg(name="")]) -> None:
     _check(args)
     servers = deployment(args)
     tokenizer = args.template.open(args.target)
-    found = load_prompts(args.prompts, data_dir=args.data_dir, prompt_template=args.prompt_template, raw=args.raw)
-    prompts = found.take(args.num_prompts).encode(tokenizer)
+    prompts = args.prompts.load().take(args.num_prompts)
     with served_run(
         servers,
         tokenizer,
@@ -66,7 +58,7 @@ def serve_bench(args: Annotated[ServeBench, tyro.conf.arg(name="")]) -> None:
         rounds=args.rounds,
     ) as run:
         run.measure(args.rounds)
-    case = run.result({"prompts": args.prompts, "prompts_sha256": ids_sha256(prompts)} | tokenizer.facts)
+    case = run.result({"prompts": args.prompts.source} | tokenizer.facts)
     print("\n".join(render(speedup_section(Results(measured=[case])))))
     _write(args, results_of(case, run.seconds, ["dflash", *sys.argv[1:]]))
     if sentences := run.failures(case, Floors(speedup_x=args.min_speedup), args.rounds):

@@ -5,6 +5,7 @@ first:
 
     block-b8-n64-draft               the first of every list
     block-b8-n64-k4-p512-qa-draft    batches of 4, prompts of 512 tokens (p0: as they are), from qa.jsonl
+    block-b8-n64-b-qa.jsonl-draft    prompts from b/qa.jsonl, where an earlier set is called qa already
     block-b8-n64-draft2              the second trained draft; a7 is scripted: 7 tokens of every block are right
     block-b8-n64-draft-v4096         the draft proposing 4096 tokens (vnone: those that it was trained with)
 
@@ -81,12 +82,21 @@ def prompt_settings(options: Any) -> list[PromptSetting]:
     ]
 
 
-def _named(setting: PromptSetting, first: PromptSetting) -> str:
+def _source_names(sources: Sequence[str]) -> dict[str, str]:
+    """Each but the first by its file's name, or by the whole of it where an earlier one has that name."""
+    names: dict[str, str] = {}
+    for source in sources[1:]:
+        short, whole = (re.sub(r"[^\w.]+", "-", text) for text in (PurePath(source).stem, source))
+        names[source] = whole.strip("-") if short in names.values() else short
+    return names
+
+
+def _named(setting: PromptSetting, first: PromptSetting, names: dict[str, str]) -> str:
     """The part of an id for values that are not the first of their list."""
     parts = {
         "batch_size": f"k{setting.batch_size}",
         "prompt_len": f"p{setting.prompt_len}",
-        "prompts": re.sub(r"[^\w.]+", "-", PurePath(setting.prompts).stem),
+        "prompts": names.get(setting.prompts),
     }
     return "".join(f"-{text}" for name, text in parts.items() if getattr(setting, name) != getattr(first, name))
 
@@ -113,10 +123,10 @@ def _proposers(mode: Mode, drafts: Sequence[ChosenDraft], block_size: int) -> li
 
 def cases(options: Any) -> list[Case]:
     """Every case that the options ask for, with those of one workload side by side."""
-    every = prompt_settings(options)
+    every, names = prompt_settings(options), _source_names(options.prompts)
     return [
         Case(
-            id=f"{mode.short}-b{block}-n{budget}{_named(setting, every[0])}-{name}",
+            id=f"{mode.short}-b{block}-n{budget}{_named(setting, every[0], names)}-{name}",
             mode=mode,
             block_size=block,
             max_new_tokens=budget,

@@ -63,7 +63,7 @@ class Origin:
     prompts_sha256: Sha256 | None = None
     chat_template_args: dict[str, Any] | None = None
     template_date: str | None = None
-    protocol: Literal["dflash", "zlab"] | None = None
+    protocol: str | None = None
     cache_sha256: Sha256 | None = None
     seeds: dict[str, int] | None = None
     run_name: str | None = None

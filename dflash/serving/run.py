@@ -26,6 +26,7 @@ from dflash.serving.connection import ServingError, patiently
 from dflash.serving.deployment import Deployment
 from dflash.serving.results import origin
 from dflash.serving.server import Server
+from dflash.text.prompts import Prompt, PromptSet, ids_sha256
 from dflash.text.tokenizer import Tokenizer
 
 # A process that dies closes its connections first.
@@ -76,7 +77,6 @@ class _Side:
         self.mark: Any = None
         with self._naming_death():
             client.learn(run.prompts[0], unnamed=str(run.deployment.target))
-        self.round()
 
     @contextlib.contextmanager
     def _naming_death(self) -> Iterator[None]:
@@ -88,15 +88,25 @@ class _Side:
             death = self.server.death()
             raise ServingError(f"{death}; at that, {error}" if death else str(error)) from None
 
-    def round(self) -> Round:
-        """Every prompt once. A round cut short by a busy server is taken again, so its seconds contain no waiting."""
-        with self._naming_death():
-            return patiently(lambda: asyncio.run(self._round()))
+    def answers(self, prompts: Sequence[Prompt]) -> list[str]:
+        """What the server says to each prompt, cut at the budget."""
+        tokenizer = self.client.tokenizer
+        asked = self._asked([prompt.encode(tokenizer) for prompt in prompts])
+        return [tokenizer.decode(completion.tokens) for completion in asked.completions]
 
-    async def _round(self) -> Round:
+    def round(self) -> Round:
+        """Every prompt once."""
+        return self._asked(self._run.prompts)
+
+    def _asked(self, prompts: Sequence[list[int]]) -> Round:
+        """A round cut short by a busy server is taken again, so its seconds contain no waiting."""
+        with self._naming_death():
+            return patiently(lambda: asyncio.run(self._round(prompts)))
+
+    async def _round(self, prompts: Sequence[list[int]]) -> Round:
         run = self._run
         begun = time.perf_counter()
-        completions = await _at_once(lambda p: self.client.ask(p, run.max_new_tokens), run.prompts, run.concurrency)
+        completions = await _at_once(lambda p: self.client.ask(p, run.max_new_tokens), prompts, run.concurrency)
         return Round(completions=completions, seconds=time.perf_counter() - begun)
 
     def take(self) -> None:
@@ -112,10 +122,13 @@ class _Side:
 
 
 class ServedRun:
-    """The rounds of a case, of `served_run`. `cut_short` says what ended them early; those before it are kept."""
+    """The rounds of a case, of `served_run`. `cut_short` says what ended them early; those before it are kept.
 
-    def __init__(self, deployment: Deployment, prompts: Sequence[Sequence[int]], max_new_tokens: int, concurrency: int):
-        self.deployment, self.prompts = deployment, [list(p) for p in prompts]
+    `prompts` are token ids, every turn a prompt of its own.
+    """
+
+    def __init__(self, deployment: Deployment, prompts: list[list[int]], max_new_tokens: int, concurrency: int):
+        self.deployment, self.prompts = deployment, prompts
         self.max_new_tokens, self.concurrency = max_new_tokens, concurrency
         self.target: _Side
         self.draft: _Side | None = None
@@ -178,7 +191,7 @@ class ServedRun:
             return acceptance.unknown(str(error))
 
     def result(self, prompts: Mapping[str, Any]) -> Served:
-        """The case's figures; None for those that a server does not report. `prompts` names the set and its hash."""
+        """The case's figures; None for those that a server does not report. `prompts` says where those are from."""
         deployment, rounds = self.deployment, (self.draft or self.target).rounds
         lengths = [len(p) for p in self.prompts]
         drafted = self.draft.rounds if self.draft else []
@@ -187,6 +200,7 @@ class ServedRun:
         case = Served(
             **origin(deployment, block_size, self.concurrency, self.max_new_tokens),
             **prompts,
+            prompts_sha256=ids_sha256(self.prompts),
             mode="served",
             block_size=block_size,
             batch_size=self.concurrency,
@@ -280,7 +294,7 @@ def _median_ms(rounds: Sequence[Round], of: Callable[[Completion], float | None]
 def served_run(
     deployment: Deployment,
     tokenizer: Tokenizer,
-    prompts: Sequence[Sequence[int]],
+    prompts: PromptSet,
     *,
     max_new_tokens: int,
     concurrency: int,
@@ -288,27 +302,34 @@ def served_run(
 ) -> Iterator[ServedRun]:
     """A run with warm servers, for `rounds` rounds; starts what is not yet running.
 
-    Where both are started here, the target's own rounds are taken, and its server is ended, before this returns. Raises
-    ServingError.
-    """
-    run = ServedRun(deployment, prompts, max_new_tokens, concurrency)
+    A later turn follows the answer that the server without a draft gave to the one before when it was warmed up. So
+    both servers are asked the same, and a turn can be compared although an earlier one differs.
 
-    def warmed(server: Server) -> _Side:
-        return _Side(server, deployment.client(server.url, tokenizer), run)
+    Where both are started here, the target's own rounds are taken, and its server is ended, before this returns. Raises
+    ServingError, PromptError and TokenizerError.
+    """
+    run = ServedRun(deployment, prompts.encode(tokenizer), max_new_tokens, concurrency)
+
+    def warmed(server: Server, drafting: bool = False) -> _Side:
+        side = _Side(server, deployment.client(server.url, tokenizer), run)
+        if not drafting:
+            run.prompts = prompts.turn_by_turn(side.answers).encode(tokenizer)
+        side.round()
+        return side
 
     with contextlib.ExitStack() as stack:
         if deployment.no_draft is not None:
             run.target = warmed(stack.enter_context(deployment.open(drafting=False)))
         elif deployment.in_turn:
             run.target = warmed(stack.enter_context(deployment.open(drafting=False)))
-            run.draft = warmed(stack.enter_context(deployment.open(drafting=True)))
+            run.draft = warmed(stack.enter_context(deployment.open(drafting=True)), drafting=True)
         else:
             with deployment.open(drafting=False) as server:
                 run.target = warmed(server)
                 with run.keeping(run.target):
                     for _ in range(rounds):
                         run.target.take()
-            run.draft = warmed(stack.enter_context(deployment.open(drafting=True)))
+            run.draft = warmed(stack.enter_context(deployment.open(drafting=True)), drafting=True)
         if run.draft is not None:
             run.draft.set_mark()
         yield run

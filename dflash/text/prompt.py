@@ -50,7 +50,8 @@ class Prompt:
                 raise PromptError(f"a message is an object of role and content, nothing else; got {message!r:.60}")
             if message["role"] not in ROLES:
                 raise PromptError(f"a role is one of {', '.join(ROLES)}; got {message['role']!r:.60}")
-        contents = [message["content"] for message in self.messages]
+        # A model's own answer may have no words.
+        contents = [m["content"] for m in self.messages if m["content"] != "" or m["role"] != "assistant"]
         for words in (*contents, *self.later, *(() if self.messages else (self.text,))):
             if not isinstance(words, str) or not words.strip():
                 raise PromptError(f"a message or prompt is text that isn't blank; got {words!r:.60}")
@@ -69,7 +70,12 @@ class Prompt:
         return tokenizer.encode_chat(self.messages) if self.messages else tokenizer.encode_raw(self.text)
 
     def raw(self) -> "Prompt":
-        """The same words without a chat template."""
+        """The same words without a chat template. PromptError for several messages, which only a template joins."""
+        if len(self.messages) > 1 or self.later:
+            raise PromptError(
+                f"plain text to be continued is one message, since only a chat template joins several; {self.id} has "
+                "more: leave --raw out, or choose prompts of one message"
+            )
         return dataclasses.replace(self, messages=(), later=(), answer="", text=self.words)
 
     def answered(self, answer: str) -> "Prompt":

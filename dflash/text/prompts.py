@@ -4,14 +4,17 @@ import dataclasses
 import importlib.resources
 import string
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import tyro
+
+from dflash.config import Checked
 from dflash.host.disk import expanded
 from dflash.text.prompt import ChatTokenizer, Prompt, PromptError, PromptSet, ids_sha256
 from dflash.text.rows import gather, json_of, lines, prompts_in
 from dflash.text.sets import SETS, load_set, rows_of
 
-__all__ = ["ChatTokenizer", "Prompt", "PromptError", "PromptSet", "ids_sha256", "load_prompts"]
+__all__ = ["ChatTokenizer", "Prompt", "PromptError", "PromptSet", "PromptSource", "ids_sha256", "load_prompts"]
 
 
 def load_prompts(
@@ -44,6 +47,24 @@ def load_prompts(
     return found.raw() if raw else found
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class PromptSource(Checked):
+    """Where a command's prompts come from: the options that several commands share."""
+
+    source: Annotated[str, tyro.conf.arg(name="prompts")] = "builtin"
+    """builtin[:category], a set by name (gsm8k, mt-bench ...), FILE.jsonl, .json or .parquet, or hf:NAME."""
+    data_dir: str = ""
+    """Directory of named sets: gsm8k.jsonl, .json or .parquet, as they are published."""
+    prompt_template: str = ""
+    """What is asked of a row of hf:NAME: "{question} Explain."."""
+    raw: bool = False
+    """Prompts are plain text to be continued, without a chat template, as for a base model."""
+
+    def load(self) -> PromptSet:
+        """The prompts. Raises PromptError."""
+        return load_prompts(self.source, data_dir=self.data_dir, prompt_template=self.prompt_template, raw=self.raw)
+
+
 def _builtin(category: str) -> PromptSet:
     data = (importlib.resources.files("dflash.text") / "prompts.jsonl").read_bytes()
     every = gather("builtin", "line", lines(data), json_of, category="builtin")
@@ -67,6 +88,8 @@ def _hugging_face(source: str, rest: str, template: str) -> PromptSet:
         if missing := sorted(wanted - set(row)):
             raise PromptError(f"{source} has the fields {', '.join(row)}; got {', '.join(map(repr, missing))}")
         if template:
+            if null := sorted(name for name in wanted if row[name] is None):
+                raise PromptError(f"a prompt template needs every field that it names; {', '.join(null)} is null")
             return {"prompt": template.format(**row)}
         value = row[field or "prompt"]
         return {"messages" if isinstance(value, list) else "prompt": value}

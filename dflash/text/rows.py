@@ -11,6 +11,7 @@ from dflash.text.prompt import Prompt, PromptError, PromptSet
 # What a row may hold its words under; other keys are ignored. `text` counts where there is none of the others, since
 # some sets keep a rendering under it.
 _SHAPES = ("prompt", "messages", "conversations", "turns", "instruction")
+_BY_LINE = "a file with a row on each line is named .jsonl"
 # As in ShareGPT.
 _SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
 
@@ -38,9 +39,12 @@ def _table(path: Path) -> list[Any]:
         except (OSError, ValueError) as error:
             raise PromptError(f"{path} must be a Parquet file, got: {error}; fetch it again") from None
         return rows
-    rows = json_of(path.read_bytes())
+    try:
+        rows = json_of(path.read_bytes())
+    except PromptError as fault:
+        raise PromptError(f"{path} must hold a JSON list of prompts: {fault}; {_BY_LINE}") from None
     if not isinstance(rows, list):
-        raise PromptError(f"{path} must hold a JSON list of prompts, got {type(rows).__name__}; or name it .jsonl")
+        raise PromptError(f"{path} must hold a JSON list of prompts, got {type(rows).__name__}; {_BY_LINE}")
     return rows
 
 
@@ -89,11 +93,11 @@ def prompt_of(row: Any, own_id: str, category: str) -> Prompt:
     if len(shapes) != 1:
         raise PromptError(f"an object with one of {', '.join(_SHAPES)} or text is wanted; got {row!r:.60}")
     (shape,) = shapes
-    given = row.get("id", own_id)
-    whole: dict[str, Any] = {
-        "id": str(given) if type(given) is int else given,
-        "category": row.get("category", category),
-    }
+    # In a table what a row has not is null.
+    given, kind = (
+        row[key] if row.get(key) is not None else own for key, own in (("id", own_id), ("category", category))
+    )
+    whole: dict[str, Any] = {"id": str(given) if type(given) is int else given, "category": kind}
     words = row[shape]
     if shape == "text":
         return Prompt(**whole, text=words)

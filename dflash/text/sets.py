@@ -31,10 +31,18 @@ _PROGRAM = (
 )
 
 
+def _text(row: dict[str, Any], field: str) -> str:
+    """The words of a field, which a wording around them would hide if there were none."""
+    words = row[field]
+    if not isinstance(words, str) or not words.strip():
+        raise PromptError(f"{field} is text that isn't blank; got {words!r:.60}")
+    return words
+
+
 def _coding(row: dict[str, Any]) -> dict[str, Any]:
     code = row.get("starter_code")
     form = "Use the following code structure:" if code else "Write your code in the following format:"
-    return {"prompt": _PROGRAM.format(row["question_content"], form, code or "# YOUR CODE HERE")}
+    return {"prompt": _PROGRAM.format(_text(row, "question_content"), form, code or "# YOUR CODE HERE")}
 
 
 def _turns(row: dict[str, Any]) -> dict[str, Any]:
@@ -42,7 +50,7 @@ def _turns(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with(wording: str, field: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    return lambda row: {"prompt": wording.format(row[field])}
+    return lambda row: {"prompt": wording.format(_text(row, field))}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -82,7 +90,7 @@ def load_set(name: str, data_dir: str | Path | None) -> PromptSet:
 
     def read(row: Any) -> dict[str, Any]:
         try:
-            own = next(({"id": row[key]} for key in _IDS if key in row), {})
+            own = next(({"id": row[key]} for key in _IDS if row.get(key) is not None), {})
             return own | published.read(row)
         except (KeyError, TypeError, AttributeError) as error:
             raise PromptError(f"a row of {published.repository} has the field {error}; got {row!r:.60}") from None

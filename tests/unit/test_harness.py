@@ -477,7 +477,8 @@ def test_acceptance_of_each_category(run, tmp_path):
     """Of prompts with categories; a draft is named, since an untrained one is not worth the time."""
     folder = write_tiny_tokenizer(write_tiny_target(tmp_path / "target", num_hidden_layers=5, vocab_size=260))
     write_draft(init_draft(load_target(folder), num_layers=1, block_size=4), tmp_path / "draft")
-    rows = [{"prompt": f"What is {i}?", "category": ["sums", "words"][i % 2], "id": str(i)} for i in range(7)]
+    rows = [{"turns": [f"What is {i}?"], "category": ["sums", "words"][i % 2], "id": str(i)} for i in range(7)]
+    rows[1]["turns"].append("And then?")
     prompts = tmp_path / "asked.jsonl"
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     json_file = tmp_path / "x.json"
@@ -489,7 +490,7 @@ def test_acceptance_of_each_category(run, tmp_path):
     (benchmark,) = read(json_file).values()
     info = benchmark["extra_info"]
     assert (info["lossless"], info["block_size"], info["max_new_tokens"]) == (True, 4, 8)
-    assert {name: c["num_prompts"] for name, c in info["by_category"].items()} == {"sums": 2, "words": 2}
+    assert {name: c["num_prompts"] for name, c in info["by_category"].items()} == {"sums": 2, "words": 3}
     assert sum(c["num_drafts"] for c in info["by_category"].values()) == info["num_drafts"]
     result = run("bench/test_acceptance.py", *arguments, "--min-acceptance-length=4.5")
     assert result.status == 1

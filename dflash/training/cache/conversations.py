@@ -19,12 +19,12 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from dflash.config import Checked, Count, Fraction, Index, Mass, Seed, Share, Size
+from dflash.config import Count, Fraction, Index, Mass, Seed, Share, Size
 from dflash.decoding.sampling import Sampling
 from dflash.host.disk import expanded, open_file, parse_object
 from dflash.models.llama import Llama
 from dflash.text.lengths import template_around
-from dflash.text.prompts import Prompt, PromptError, PromptSet, load_prompts
+from dflash.text.prompts import Prompt, PromptError, PromptSource, load_prompts
 from dflash.text.tokenizer import Tokenizer
 from dflash.training.cache.arrays import CacheError
 from dflash.training.cache.sample import Sampler
@@ -43,18 +43,12 @@ class Conversation:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class ConversationConfig(Checked):
+class ConversationConfig(PromptSource):
     """How conversations are made; the text of a cache."""
 
     source: Annotated[str, tyro.conf.arg(name="prompts")] = "self"
-    """self (the target writes the user's turn too), builtin[:category], a set by name (gsm8k, alpaca ...), FILE.jsonl
-    of prompts or conversations, or hf:NAME."""
-    data_dir: str = ""
-    """Directory of named sets: gsm8k.jsonl, .json or .parquet, as they are published."""
-    prompt_template: str = ""
-    """What is asked of a row of hf:NAME: "{question} Explain."."""
-    raw: bool = False
-    """Prompts are plain text to be continued, without a chat template, as for a base model."""
+    """self (the target writes the user's turn too), builtin[:category], a set by name (gsm8k, alpaca ...), FILE.jsonl,
+    .json or .parquet of prompts or conversations, or hf:NAME; of several turns the first is asked."""
     openings: str = "builtin"
     """How the turns that the target writes begin: builtin (as usual requests do), none, or a JSONL file of strings.
     Without any, a target drifts into the small talk it was tuned on."""
@@ -91,9 +85,10 @@ class ConversationConfig(Checked):
         """How tokens are drawn at this temperature."""
         return Sampling(temperature=temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p, seed=seed)
 
-    def prompts(self) -> PromptSet:
-        """The prompts of a source that the target does not write. Raises PromptError."""
-        return load_prompts(self.source, data_dir=self.data_dir, prompt_template=self.prompt_template, raw=self.raw)
+    def excluded(self) -> Iterator[Prompt]:
+        """The evaluation prompts. Raises PromptError."""
+        for source in self.exclude:
+            yield from load_prompts(source, data_dir=self.data_dir).prompts
 
 
 def prompt_hash(prompt: Sequence[int]) -> str:
@@ -121,11 +116,9 @@ def split_record(conversations: Iterable[Conversation]) -> dict[str, Any]:
 class _Overlap:
     """The word sequences of evaluation prompts."""
 
-    def __init__(self, sources: Sequence[str]):
-        self._seen: set[tuple[str, ...]] = set()
-        for source in sources:
-            for prompt in load_prompts(source).prompts:
-                self._seen |= set(self._runs(prompt.words))
+    def __init__(self, prompts: Iterable[Prompt]):
+        turns = (words for prompt in prompts for words in (prompt.words, *prompt.later))
+        self._seen = {run for words in turns for run in self._runs(words)}
 
     @staticmethod
     def _runs(text: str) -> Iterator[tuple[str, ...]]:
@@ -165,10 +158,9 @@ def load_openings(source: str) -> tuple[str, ...]:
 def check_sources(config: ConversationConfig) -> None:
     """Raises PromptError for a source that can't be read, before anything is written."""
     load_openings(config.openings)
-    for source in config.exclude:
-        load_prompts(source)
+    list(config.excluded())
     if config.source != "self":
-        config.prompts()
+        config.load()
 
 
 class _Users:
@@ -218,7 +210,7 @@ class _Given:
     """Batches of the prompts of a source."""
 
     def __init__(self, config: ConversationConfig):
-        self.prompts, self.size = config.prompts().prompts, config.batch_size
+        self.prompts, self.size = config.load().prompts, config.batch_size
 
     def batch(self, number: int) -> list[Prompt]:
         return list(self.prompts[number * self.size : (number + 1) * self.size])
@@ -236,7 +228,7 @@ class Conversations:
         self.tokenizer, self.config = tokenizer, config
         own = config.source == "self"
         self._users: _Users | _Given = _Users(target, tokenizer, config) if own else _Given(config)
-        self._overlap = _Overlap(config.exclude)
+        self._overlap = _Overlap(config.excluded())
         self._sampler = Sampler(
             target,
             batch=config.batch_size,

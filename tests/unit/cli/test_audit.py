@@ -9,6 +9,8 @@ import pytest
 from dflash.cli import main as cli
 from dflash.decoding.audit import DEFECT, NEAR_TIE, Audit, Divergence
 from dflash.decoding.parity import Parity
+from dflash.text.prompts import ids_sha256, load_prompts
+from dflash.text.tokenizer import load_tokenizer
 from dflash.weights.snapshot import snapshot_hash
 from dflash.weights.tiny import write_tiny_target, write_tiny_tokenizer
 
@@ -93,6 +95,20 @@ def test_defects_fail(run, canned, folder, check_provenance):
     code, out, _ = run()
     assert code == 1
     assert "DEFECT: greedy, prompt 0: target cache: layer 0" in out.splitlines()
+
+
+def test_prompts_come_from_wherever_other_commands_take_them(run, canned, folder, tmp_path):
+    canned({}, [])
+    (tmp_path / "gsm8k.jsonl").write_text('{"question": "How many?", "answer": "#### 2"}')
+    words = ("--prompts", "gsm8k", "--data-dir", str(tmp_path), "--num-prompts", "1", "--template-date", "2026-02-03")
+    for more in ([], ["--raw"]):
+        found = json.loads(run(*words, *more, "--json")[1])["dflash"]["read"]
+        rows = load_prompts("gsm8k", data_dir=tmp_path, raw=bool(more)).encode(load_tokenizer(folder))
+        assert (found["prompts"], found["prompts_sha256"]) == ("gsm8k", ids_sha256(rows))
+        assert found["template_date"] == "2026-02-03"
+    code, _, error = run("--prompts", "gsm8k", "--data-dir", str(tmp_path), "--prompt-template", "{question}")
+    assert (code, len(error.splitlines())) == (2, 1)
+    assert "a prompt template makes text of the fields of hf:NAME; the source is 'gsm8k'" in error
 
 
 def test_flips_that_are_no_near_tie_fail(run, canned):

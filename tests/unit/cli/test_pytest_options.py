@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dflash.cli.pytest_options import add_options, all_options, apply_protocol, take_prompts
+from dflash.cli.pytest_options import add_options, all_options, apply_protocol, protocol_name, take_prompts
 from dflash.measuring.cases import cases, drafts
 
 
@@ -13,7 +13,7 @@ from dflash.measuring.cases import cases, drafts
 def parse(monkeypatch):
     """Parses a command line with pytest's own parser. `env` is the environment, of our names."""
     names = ("TEACHER_SNAPSHOT_DIR", "DRAFT_RUN_DIR", "BLOCK_SIZES", "MAX_NEW_TOKENS_LIST", "DFLASH_RUN_ON")
-    for name in (*names, "DFLASH_TIME_LIMIT"):
+    for name in (*names, "DFLASH_TIME_LIMIT", "DFLASH_NUM_PROMPTS", "DFLASH_PROTOCOL"):
         monkeypatch.delenv(name, raising=False)
 
     def parse(*arguments, **env):
@@ -21,7 +21,9 @@ def parse(monkeypatch):
             monkeypatch.setenv(name, value)
         parser = pytest.Parser(_ispytest=True)
         add_options(parser, Path("root"))
-        return parser.parse(arguments)
+        options = parser.parse(arguments)
+        apply_protocol(options)
+        return options
 
     return parse
 
@@ -48,12 +50,10 @@ def test_bad_options_are_usage_errors(parse, arguments, env, said):
     assert said in str(error.value)
 
 
-def test_the_protocol_of_z_lab_fixes_prompts_and_budget(parse, tmp_path):
-    ours, theirs = parse(), parse("--protocol=zlab", "--max-new-tokens=16")
-    for options in (ours, theirs):
-        apply_protocol(options)
-    assert (ours.num_prompts, ours.max_new_tokens) == (8, [64])
-    assert (theirs.num_prompts, theirs.max_new_tokens) == (128, [2048])
+def test_the_protocol_of_z_lab_has_its_own_prompts_and_budget(parse, tmp_path):
+    ours, theirs = parse(), parse("--protocol=zlab")
+    assert (ours.num_prompts, ours.max_new_tokens, protocol_name(ours)) == (8, [64], "dflash")
+    assert (theirs.num_prompts, theirs.max_new_tokens, protocol_name(theirs)) == (128, [2048], "zlab")
     for count in (100, 300):
         file = tmp_path / f"{count}.jsonl"
         file.write_text("".join(f'{{"prompt": "{i}?", "id": {i}}}\n' for i in range(count)))
@@ -64,6 +64,26 @@ def test_the_protocol_of_z_lab_fixes_prompts_and_budget(parse, tmp_path):
     taken = take_prompts(theirs, str(tmp_path / "300.jsonl")).prompts
     assert [p.id for p in taken] == [str(i) for i in order[:128]]
     assert len(take_prompts(ours, "builtin").prompts) == 8
+    few = take_prompts(parse("--protocol=zlab", "--num-prompts=3"), str(tmp_path / "300.jsonl")).prompts
+    assert [p.id for p in few] == [str(i) for i in order[:3]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "env", "measured", "recorded"),
+    [
+        (["--max-new-tokens=64"], {}, (128, [64]), "zlab with max_new_tokens [64]"),
+        (["--num-prompts=8"], {}, (8, [2048]), "zlab with num_prompts 8"),
+        (["--num-prompts=128", "--max-new-tokens=2048"], {}, (128, [2048]), "zlab"),
+        ([], {"MAX_NEW_TOKENS_LIST": "64,2048"}, (128, [64, 2048]), "zlab with max_new_tokens [64, 2048]"),
+        (["--max-new-tokens=2048"], {"DFLASH_NUM_PROMPTS": "9"}, (9, [2048]), "zlab with num_prompts 9"),
+    ],
+    ids=["budget", "prompts", "the-same", "budget-env", "prompts-env"],
+)
+def test_what_is_asked_for_beside_the_protocol_is_measured_and_recorded(parse, arguments, env, measured, recorded):
+    options = parse("--protocol=zlab", *arguments, **env)
+    assert (options.num_prompts, options.max_new_tokens) == measured
+    assert protocol_name(options) == recorded
+    assert protocol_name(parse(*arguments, "--protocol=dflash", **env)) == "dflash"
 
 
 NUMBERS = [option.name for option in all_options(Path("root")) if option.metavar in ("N", "N,N", "X", "S")]

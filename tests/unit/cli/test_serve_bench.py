@@ -59,6 +59,18 @@ def test_equal_servers_give_a_line_a_file_and_a_report(compare, tmp_path):
     assert "served-openai-c1-n5" in (tmp_path / "report" / "report.md").read_text()
 
 
+def test_all_turns_of_a_set_in_the_directory_of_sets_are_asked(compare, tmp_path):
+    row = {"category": "writing", "prompt": ["Compose a post.", "Rewrite it."], "prompt_id": 81}
+    (tmp_path / "mt-bench.jsonl").write_text(json.dumps(row))
+    words = ("--prompts", "mt-bench", "--data-dir", str(tmp_path), "--num-prompts", "1", "--json", "served.json")
+    assert compare(*words)[0] == 0
+    info = json.loads((tmp_path / "served.json").read_text())["benchmarks"][0]["extra_info"]
+    assert (info["prompts"], info["num_prompts"], info["prompts_equal"]) == ("mt-bench", 2, 2)
+    code, _, err = compare(*words, "--raw")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "81 has more" in err
+
+
 def test_other_texts_are_exit_code_1_and_still_written(compare, tmp_path):
     code, _, err = compare("--json", "served.json", wrong_at=2)
     assert code == 1

@@ -41,8 +41,8 @@ def tokenizer(smollm2):
 
 
 @pytest.fixture(scope="module")
-def prompts(tokenizer):
-    return load_prompts("builtin").take(2).encode(tokenizer)
+def prompts():
+    return load_prompts("builtin").take(2)
 
 
 @pytest.fixture(scope="module")
@@ -59,14 +59,14 @@ def measure(tokenizer, prompts, rounds=1, **options):
     servers = deployment(ServerOptions(**options))
     with served_run(servers, tokenizer, prompts, max_new_tokens=BUDGET, concurrency=2, rounds=rounds) as run:
         run.measure(rounds)
-    return run, run.result({"prompts": "builtin", "prompts_sha256": None})
+    return run, run.result({"prompts": "builtin"})
 
 
 def test_it_answers_as_greedy_decoding_does(url, smollm2, tokenizer, prompts):
     run, case = measure(tokenizer, prompts, target=str(smollm2), base_url=url, served_model=str(smollm2))
     stops = tokenizer.stop_token_ids
     greedy = {"mode": "greedy", "max_new_tokens": BUDGET, "stop_token_ids": stops}
-    expected = decode(load_target(smollm2), None, prompts, **greedy)
+    expected = decode(load_target(smollm2), None, prompts.encode(tokenizer), **greedy)
     answers = run.target.rounds[0].completions
     assert [list(a.tokens) for a in answers] == [[t for t in row if t not in stops] for row in expected.tokens]
     assert [a.counted for a in answers] == [len(row) for row in expected.tokens]

@@ -90,6 +90,14 @@ def test_a_draft_with_several_vocabularies():
     assert chosen_drafts(SimpleNamespace(**FIRST)) == [("untrained", None)]
 
 
+def test_sets_of_the_same_name_are_told_apart_and_the_earlier_one_keeps_its_id():
+    prompts = ["a/qa.jsonl", "gsm8k", "b/qa.jsonl", "../c/qa.jsonl", "hf:openai/gsm8k"]
+    found = [case.id for case in sweep(prompts=prompts) if case.proposer == "untrained" and case.mode.whole]
+    named = ["", "-gsm8k", "-qa", "-..-c-qa.jsonl", "-hf-openai-gsm8k"]
+    assert found == [f"block-b8-n64{name}-untrained" for name in named]
+    assert set(ids(prompts=prompts[:3])) <= set(ids(prompts=prompts))
+
+
 def test_every_combination_once():
     lists = {"batch_size": [1, 4], "prompt_len": [0, 512], "prompts": ["builtin", "random"]}
     found = sweep(**lists, block_sizes=[4, 8], max_new_tokens=[64, 256])

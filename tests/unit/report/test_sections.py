@@ -84,6 +84,7 @@ def test_sets_by_drafts_show_both_means_and_say_which():
         proposer="draft",
         scripted=None,
         prompts="gsm8k",
+        num_prompts=8,
         draft="d1",
         acceptance_length=5.2,
         acceptance_length_ci95=(5.0, 5.4),
@@ -92,13 +93,18 @@ def test_sets_by_drafts_show_both_means_and_say_which():
     )
     assert lines(sets_section, CASE, own) == []  # one set, one draft: nothing to compare
     found = lines(sets_section, own, replace(own, prompts="mt-bench"), CASE)
-    assert [word for word in found[0].split("  ") if word][3:6] == [
+    assert [word for word in found[0].split("  ") if word][4:7] == [
         "acceptance_length over blocks", "95% interval", "by prompt",
     ]  # fmt: skip
-    assert re.search(r"gsm8k +d1 .* 5\.20 +5\.00 to 5\.40 +5\.50 +5\.25 to 5\.75 +4\.12× +4\.00 to 4\.25", found[2])
+    assert re.search(r"gsm8k +8 +d1 .* 5\.20 +5\.00 to 5\.40 +5\.50 +5\.25 to 5\.75 +4\.12× +4\.00 to 4\.25", found[2])
     assert len(found) == 4
+    brief = replace(own, case="seq-b8-n64-draft", mode="cached_sequential_verify", num_prompts=1)
+    assert lines(sets_section, own, brief, replace(own, prompts="mt-bench"), CASE) == found
     said = "\n".join(lines(sets_section, replace(own, protocol="zlab")))
     assert "z-lab's protocol" in said
+    assert "another measurement" not in said
+    said = "\n".join(lines(sets_section, replace(own, protocol="zlab with num_prompts 4")))
+    assert "zlab with num_prompts 4: beside z-lab's published figures this is another measurement" in said
 
 
 def test_near_ties_are_counted():

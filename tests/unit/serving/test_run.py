@@ -23,6 +23,7 @@ from dflash.serving.draft import ServedDraft
 from dflash.serving.options import ServerOptions
 from dflash.serving.results import results_of, write_results
 from dflash.serving.run import _at_once, served_run
+from dflash.text.prompts import Prompt, PromptSet, ids_sha256
 from dflash.weights.tiny import write_tiny_target, write_tiny_tokenizer
 
 STUB = Path(__file__).parents[1] / "stub_server.py"
@@ -71,15 +72,25 @@ def deployment(target, draft, tmp_path):
     return deployment
 
 
+def talk(words):
+    """Plain text, or a conversation whose turns these are."""
+    if isinstance(words, str):
+        return Prompt(id=words, category="own", text=words)
+    first, *later = words
+    return Prompt(id=first, category="own", messages=({"role": "user", "content": first},), later=tuple(later))
+
+
 @pytest.fixture
 def measure(tokenizer):
     """The run of a case, and its result."""
 
     def measure(servers, prompts=("one", "the second"), rounds=3, concurrency=2):
-        ids = [tokenizer.encode(p) for p in prompts]
-        with served_run(servers, tokenizer, ids, max_new_tokens=BUDGET, concurrency=concurrency, rounds=rounds) as run:
+        asked = PromptSet(name="own", prompts=tuple(map(talk, prompts)))
+        with served_run(
+            servers, tokenizer, asked, max_new_tokens=BUDGET, concurrency=concurrency, rounds=rounds
+        ) as run:
             run.measure(rounds)
-        return run, run.result({"prompts": "file", "prompts_sha256": None})
+        return run, run.result({"prompts": "file"})
 
     return measure
 
@@ -109,6 +120,35 @@ def test_equal_answers_are_lossless_and_timed(compared):
     low, high = case.speedup_x_ci95
     assert low <= case.speedup_x <= high
     assert case.ttft_ms > 0
+
+
+def test_turns_follow_the_answers_of_the_server_without_a_draft(deployment, measure, letters, tokenizer):
+    with serving(letters=letters) as (a, first), serving(letters=letters, wrong_at=3) as (b, second):
+        run, case = measure(
+            deployment(base_url=a, draft_base_url=b), prompts=[("one", "two", "three"), "alone"], rounds=3
+        )
+    messages, turns = [{"role": "user", "content": "one"}], []
+    for turn in ("two", "three", None):
+        turns.append(tokenizer.encode_chat(messages))
+        answer = "".join(chr(97 + (len(turns[-1]) + i) % 26) for i in range(BUDGET))
+        messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": turn}]
+    rows = [*turns, talk("alone").encode(tokenizer)]
+    assert run.prompts == rows
+    assert (case.num_prompts, case.prompts_sha256) == (4, ids_sha256(rows))
+    # The draft's server is asked the same, whatever it has answered before: one to learn, then four rounds of them all.
+    assert sorted(request["prompt"] for request in second[1:]) == sorted(4 * rows)
+    assert {tuple(request["prompt"]) for request in first} == {tuple(row) for row in rows}
+    assert (case.prompts_equal, case.first_divergence) == (0, TokenPlace(prompt=0, token=3))
+    assert case.target_repeats_itself
+
+
+def test_the_next_turn_follows_an_answer_of_no_words_too(deployment, measure, tokenizer):
+    nothing = head() + event(choices=[{"text": "", "finish_reason": "stop"}])
+    with hostile(lambda number, _: [head(404) if number == 0 else nothing]) as server:
+        run, _ = measure(deployment(base_url=server.url, no_draft="why", with_draft=False), prompts=[("one", "two")])
+    assert [tokenizer.decode(row, skip_special_tokens=False) for row in run.prompts] == [
+        "<|user|>one</s><|assistant|>", "<|user|>one</s><|assistant|></s><|user|>two</s><|assistant|>",
+    ]  # fmt: skip
 
 
 def test_drawn_texts_are_measured_and_not_compared(compared):

@@ -123,7 +123,7 @@ def test_all_faults_of_a_file_are_in_one_error(jsonl):
         12: ({"messages": [{"role": "robot", "content": "x"}]}, "system, developer, user, assistant; got 'robot'"),
         13: ({"messages": [user, {"role": "system", "content": "y"}]}, "last message is the user's.*got system"),
         14: ({"prompt": "x", "id": ""}, "id is text"),
-        15: ({"prompt": "x", "category": None}, "category is text"),
+        15: ({"prompt": "x", "category": 5}, "category is text"),
         16: ({"prompt": "x", "id": True}, "id is text"),
         18: ({"prompt": "x", "id": "good"}, "good is already that of line 1"),
         19: (b"null", "got None"),
@@ -309,6 +309,9 @@ def test_a_prompt_template_makes_text_of_fields(hub):
     hub.answer = table(question=["What is 1+1?"], unit=["cm"])
     (prompt,) = load_prompts("hf:who/what", prompt_template="{question} In {unit}.").prompts
     assert prompt.words == "What is 1+1? In cm."
+    hub.answer = table(question=["What is 1+1?"], unit=[None])
+    with pytest.raises(ValueError, match="row 1: a prompt template needs every field that it names; unit is null"):
+        load_prompts("hf:who/what", prompt_template="{question} In {unit}.")
     with pytest.raises(ValueError, match="fields question, unit; got 'answer'"):
         load_prompts("hf:who/what", prompt_template="{answer}")
 
@@ -330,6 +333,18 @@ def test_raw_prompts_have_no_template(tokenizer, jsonl):
     assert tokenizer.decode(second).endswith("<|user|>Why?<|end|><|assistant|>")
     assert [tokenizer.decode(row) for row in own.raw().encode(tokenizer)] == ["Once upon", "Why?"]
     assert [prompt.words for prompt in load_prompts("builtin", raw=True).prompts] == asked(load_prompts("builtin"))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"id": "x", "turns": ["Why?", "And then?"]},
+        {"id": "x", "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]},
+    ],
+)
+def test_of_several_messages_none_is_dropped_to_make_plain_text(jsonl, row):
+    with pytest.raises(PromptError, match=r"is one message, since .*; x has more: leave --raw out"):
+        load_prompts(jsonl({"prompt": "How?"}, row), raw=True)
 
 
 def test_turns_are_asked_after_the_answers_to_those_before(tokenizer, jsonl):

@@ -35,6 +35,15 @@ def test_an_instruction_is_followed_by_its_input(tmp_path):
     assert prompt.words == "Add.\n\nInput:\n1 2"
 
 
+def test_what_is_null_in_a_table_is_not_there(tmp_path):
+    rows = [
+        {"prompt": "Why?", "turns": None, "id": None, "category": None},
+        {"prompt": "How?", "id": 7, "category": "x"},
+    ]
+    found = load_prompts(write(tmp_path / "a.json", rows)).prompts
+    assert [(prompt.id, prompt.category) for prompt in found] == [("row-1", "file"), ("7", "x")]
+
+
 def test_turns_of_the_user_follow_each_other(tmp_path):
     (prompt,) = load_prompts(write(tmp_path / "a.jsonl", [{"turns": ["One?", "Two?"]}])).prompts
     assert (prompt.words, prompt.later) == ("One?", ("Two?",))
@@ -55,7 +64,13 @@ def test_a_row_of_another_shape_is_refused(tmp_path, row, said):
         load_prompts(write(tmp_path / "a.json", [row]))
 
 
-@pytest.mark.parametrize(("text", "said"), [('{"a": 1}', "a JSON list of prompts, got dict"), ("[", "not JSON")])
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"a": 1}', "a JSON list of prompts, got dict"),
+        ('{"prompt": "a"}\n{"prompt": "b"}', r"own\.json must .*named \.jsonl"),
+    ],
+)
 def test_a_json_file_that_holds_no_list_is_refused(tmp_path, text, said):
     path = tmp_path / "own.json"
     path.write_text(text)

@@ -79,11 +79,43 @@ def test_a_set_is_asked_as_the_published_figures_ask(tmp_path, name, end):
     assert found.prompts[0].answer == ""
 
 
-def test_a_set_in_parquet(tmp_path):
+@pytest.mark.parametrize("name", ROWS)
+def test_a_set_in_parquet(tmp_path, name):
     parquet = pytest.importorskip("pyarrow.parquet")
     pyarrow = pytest.importorskip("pyarrow")
-    parquet.write_table(pyarrow.Table.from_pylist([ROWS["gsm8k"][0]]), tmp_path / "gsm8k.parquet")
-    assert load_prompts("gsm8k", data_dir=tmp_path).prompts[0].words == ROWS["gsm8k"][1]
+    row, words = ROWS[name]
+    # Of rows with different fields each has all in a table, null where it had none.
+    parquet.write_table(pyarrow.Table.from_pylist([row | {"id": None}]), tmp_path / f"{name.replace(':', '-')}.parquet")
+    (prompt,) = load_prompts(name, data_dir=tmp_path).prompts
+    assert (prompt.words, prompt.later) == (words, ("Rewrite it.",) if name == "mt-bench" else ())
+
+
+# Words as sets have them: a name's accents, a separator of lines that is none of JSONL's, braces, LaTeX, code.
+ODD = "Zoë’s café\u2028sold {x} 🍎 for €3\u00a0—\r\n\\frac{1}{2} $x_{1}$ [asy]\n    return '%s'\n"
+
+
+@pytest.mark.parametrize("escaped", [True, False])
+@pytest.mark.parametrize(("name", "field"), [("gsm8k", "question"), ("humaneval", "prompt"), ("mbpp", "prompt")])
+def test_words_are_asked_letter_by_letter(tmp_path, name, field, escaped):
+    row, words = ROWS[name]
+    line = json.dumps(row | {field: ODD}, ensure_ascii=escaped)
+    (tmp_path / f"{name}.jsonl").write_bytes(f"{line}\r\n".encode())
+    (prompt,) = load_prompts(name, data_dir=tmp_path).prompts
+    assert prompt.words == words.replace(row[field], ODD)
+
+
+@pytest.mark.parametrize("empty", [None, " ", 7])
+@pytest.mark.parametrize("name", ["gsm8k", "humaneval", "livecodebench"])
+def test_a_wording_is_not_put_around_nothing(tmp_path, name, empty):
+    field = {"gsm8k": "question", "humaneval": "prompt", "livecodebench": "question_content"}[name]
+    with pytest.raises(PromptError, match=f"line 1: {field} is text that isn't blank; got {empty!r}"):
+        load_prompts(name, data_dir=write(tmp_path, name, ROWS[name][0] | {field: empty}))
+
+
+def test_an_instruction_without_input_is_asked_as_it_is(tmp_path):
+    row = ROWS["alpaca"][0] | {"input": ""}
+    (prompt,) = load_prompts("alpaca", data_dir=write(tmp_path, "alpaca", row)).prompts
+    assert (prompt.words, prompt.answer) == ("Sort.", "")
 
 
 def test_mt_bench_has_two_turns_and_its_categories(tmp_path):

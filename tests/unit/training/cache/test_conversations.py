@@ -214,6 +214,24 @@ def test_evaluation_prompts_are_left_out(make, tmp_path):
     assert len(make(dataclasses.replace(config, count=3, exclude=()), "all.jsonl")) == 3
 
 
+def test_every_turn_of_an_evaluation_set_is_left_out_and_it_may_lie_in_the_directory_of_sets(make, tmp_path):
+    turns = ["Compose a post.", "Rewrite it so that every sentence begins with the letter A."]
+    (tmp_path / "mt-bench.jsonl").write_text(json.dumps({"category": "writing", "prompt": turns, "prompt_id": 81}))
+    config = asks(tmp_path, "Why?", f"Please: {turns[1]}")
+    config = dataclasses.replace(config, exclude=("mt-bench",), data_dir=str(tmp_path), max_prompt_len=600)
+    assert len(make(dataclasses.replace(config, count=1))) == 1
+    with pytest.raises(PromptError, match="gives 1 conversations"):
+        make(config, "other.jsonl")
+
+
+def test_the_record_of_how_a_text_was_made_keeps_its_keys():
+    """A cache that is half built, or checked against its settings, is known by them."""
+    record = dataclasses.asdict(ConversationConfig())
+    assert [(key, record[key]) for key in list(record)[:5]] == [
+        ("source", "self"), ("data_dir", ""), ("prompt_template", ""), ("raw", False), ("openings", "builtin"),
+    ]  # fmt: skip
+
+
 def test_long_and_repeated_prompts_are_left_out(make, tmp_path):
     config = asks(tmp_path, "Why?", "Why?", "x" * 100, "How?")
     assert len(make(dataclasses.replace(config, count=2))) == 2
