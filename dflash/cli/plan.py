@@ -15,7 +15,7 @@ from dflash.compiled.topology import Topology, describe
 from dflash.config import BlockSize, Checked, ConfigError, Count, DraftConfig, TargetConfig
 from dflash.host.disk import write_atomically
 from dflash.metrics import finite
-from dflash.weights.load import new_draft, read_any_draft
+from dflash.weights.load import draft_config, new_draft
 from dflash.weights.public import CONFIGS, public_config
 from dflash.weights.snapshot import target_config
 
@@ -75,7 +75,7 @@ def _target(name: str) -> TargetConfig:
 
 def _draft(args: PlanArguments, target: TargetConfig, block_size: int) -> DraftConfig:
     if args.draft:
-        config = read_any_draft(args.draft, target=target).config
+        config = draft_config(args.draft, target)
         if block_size > config.block_size:
             raise ConfigError(f"the draft {args.draft} proposes blocks of {config.block_size}, got {block_size}")
         return config
