@@ -31,7 +31,7 @@ from dflash.config import Checked, Computed, ConfigError, Count, DraftConfig, Ta
 from dflash.decoding.loop import DecodeShape
 from dflash.decoding.modes import BLOCK
 from dflash.host.device import default_dtype, looks_like_tpu_host
-from dflash.host.disk import default_cache_dir, size_text
+from dflash.host.disk import default_cache_dir, nearest, size_text
 from dflash.host.hub import HubError
 from dflash.host.provenance import compile_cache, flags
 from dflash.models.mesh import DP, TP
@@ -259,13 +259,8 @@ def space(caches: Path, results: Path) -> list[Finding]:
     return [_space(name, *place) for name, place in places.items()]
 
 
-def _nearest(path: Path) -> Path:
-    """The path, or the nearest folder above it that is there."""
-    return next(p for p in (path, *path.parents) if p.exists())
-
-
 def _space(name: str, path: Path, elsewhere: str) -> Finding:
-    there = _nearest(path)
+    there = nearest(path)
     free = shutil.disk_usage(there).free
     found = f"{path}: {free / 1e9:.1f} GB free"
     if not os.access(there, os.W_OK):
@@ -291,7 +286,7 @@ def programs() -> Finding:
         return Finding(name="compile cache", verdict="note", found="off", advice=advice)
     place = f"{directory}: {state}"
     local = "://" not in directory
-    if local and not os.access(_nearest(Path(directory)), os.W_OK):
+    if local and not os.access(nearest(Path(directory)), os.W_OK):
         advice = "JAX_COMPILATION_CACHE_DIR must be a folder that may be written"
         return Finding(name="compile cache", verdict="fix", found=f"{place}, and may not be written", advice=advice)
     return Finding(name="compile cache", verdict="ok", found=place)
