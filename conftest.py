@@ -16,6 +16,7 @@ import pytest
 
 from dflash.cli.pytest_options import add_options, apply_protocol
 from dflash.host.device import DeviceError, default_dtype, looks_like_tpu_host, open_device
+from dflash.host.disk import check_writable
 from dflash.host.provenance import compile_cache, provenance
 from dflash.measuring import baselines
 from dflash.measuring.gate import closing_line
@@ -56,6 +57,7 @@ def pytest_configure(config: pytest.Config) -> None:
     apply_protocol(config.option)
     _place_report(config)
     _check_results_file(config)
+    _check_baselines(config)
     _refuse_workers(config)
     if config.option.resume and getattr(config.option, "benchmark_json", None) is None:
         raise pytest.UsageError("--resume continues what --benchmark-json FILE or --report DIR began: name the same")
@@ -74,12 +76,24 @@ def _place_report(config: pytest.Config) -> None:
     if not config.option.report or config.option.collectonly or hasattr(config, "workerinput"):
         return
     directory = Path(config.option.report)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise pytest.UsageError(f"--report names a directory to write into; {directory}: {error.strerror}") from None
+    _check_directory("--report", directory)
     if getattr(config.option, "benchmark_json", None) is None:
         config.option.benchmark_json = directory / "latest.json"
+
+
+def _check_directory(option: str, directory: Path) -> None:
+    """Makes a directory into which an option writes. Raises UsageError where nothing can be written."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        check_writable(directory / "probe")
+    except OSError as error:
+        raise pytest.UsageError(f"{option} names a directory to write into; {directory}: {error.strerror}") from None
+
+
+def _check_baselines(config: pytest.Config) -> None:
+    """Before anything is measured, as for results."""
+    if config.option.update_baselines and not config.option.collectonly and not hasattr(config, "workerinput"):
+        _check_directory("--baselines", Path(config.option.baselines))
 
 
 def _check_results_file(config: pytest.Config) -> None:

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,16 +21,32 @@ from typing import Annotated, Any, Literal
 import huggingface_hub
 import jax
 import tyro
+from flax import nnx
+from jax.sharding import AbstractMesh
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from dflash.config import ConfigError
-from dflash.host.device import looks_like_tpu_host
-from dflash.host.disk import default_cache_dir
+from dflash.compiled.programs import abstract_draft, abstract_target, held_bytes
+from dflash.config import Checked, Computed, ConfigError, Count, DraftConfig, TargetConfig
+from dflash.decoding.loop import DecodeShape
+from dflash.decoding.modes import BLOCK
+from dflash.host.device import default_dtype, looks_like_tpu_host
+from dflash.host.disk import default_cache_dir, nearest, size_text
+from dflash.host.hub import HubError
 from dflash.host.provenance import compile_cache, flags
+from dflash.models.mesh import DP, TP
 from dflash.models.native.build import BuildError, library
-from dflash.weights.load import UNTRAINED, find_draft, target_directory
-from dflash.weights.smollm2 import SnapshotError, find_snapshot
+from dflash.weights.load import (
+    UNTRAINED,
+    default_draft,
+    draft_config,
+    find_draft,
+    held_experts,
+    new_draft,
+    target_directory,
+)
+from dflash.weights.public import public_config
+from dflash.weights.smollm2 import NAME, SnapshotError, find_snapshot
 from dflash.weights.snapshot import WeightsError, target_config
 
 PACKAGE = "dflash-bench"
@@ -37,6 +54,9 @@ PACKAGE = "dflash-bench"
 LEAST_MEMORY = 2e9
 LEAST_SPACE = 2e9
 OPEN_SECONDS = 120
+# The longest that a benchmark decodes without being asked for more, by z-lab's protocol.
+LONGEST_PROMPT, MOST_NEW_TOKENS = 512, 2048
+MOST_DEVICES = 256
 SHARED_MEMORY = Path("/dev/shm")
 
 _OPEN = """
@@ -64,12 +84,13 @@ def examine(device: str = "") -> list[Finding]:
 
     Takes seconds, or up to OPEN_SECONDS where a device does not answer.
     """
+    opened = open_devices()
     return [
         python_version(),
         *packages(),
         namesake(),
         libtpu(),
-        devices(device),
+        devices(opened, device),
         kernels(),
         memory(),
         *space(default_cache_dir(), Path.cwd()),
@@ -77,6 +98,7 @@ def examine(device: str = "") -> list[Finding]:
         environment(),
         target(),
         *named_models(),
+        fit(opened),
         token(),
     ]
 
@@ -143,17 +165,23 @@ def libtpu() -> Finding:
     return Finding(name="libtpu", verdict="ok", found=installed)
 
 
-def devices(required: str = "", seconds: float = OPEN_SECONDS) -> Finding:
-    """What jax opens here, asked of another process."""
+def open_devices(seconds: float = OPEN_SECONDS) -> list[dict[str, Any]] | str:
+    """What jax opens in another process: platform, kind and bytes (or None) of each device; or why it opens none."""
     try:
         process = subprocess.run([sys.executable, "-c", _OPEN], capture_output=True, encoding="utf-8", timeout=seconds)
     except subprocess.TimeoutExpired:
-        listing = f"jax opened none within {seconds:.0f} s"
-        return Finding(name="devices", verdict="fix", found=listing, advice=_who_holds())
+        return f"jax opened none within {seconds:.0f} s"
     if process.returncode:
         last = (process.stderr.strip().splitlines() or ["no word"])[-1][:200]
-        return Finding(name="devices", verdict="fix", found=f"jax can open none: {last}", advice=_who_holds())
-    opened = json.loads(process.stdout.splitlines()[-1])
+        return f"jax can open none: {last}"
+    opened: list[dict[str, Any]] = json.loads(process.stdout.splitlines()[-1])
+    return opened
+
+
+def devices(opened: list[dict[str, Any]] | str, required: str = "") -> Finding:
+    """What `open_devices` found, against the device that must be there."""
+    if isinstance(opened, str):
+        return Finding(name="devices", verdict="fix", found=opened, advice=_who_holds())
     kinds = [f"{d['platform']} {d['kind']}" + (f" ({d['bytes'] / 1e9:.0f} GB)" if d["bytes"] else "") for d in opened]
     listing = ", ".join(f"{kinds.count(k)} x {k}" for k in dict.fromkeys(kinds))
     wanted = required or ("tpu" if looks_like_tpu_host() else "")
@@ -215,19 +243,24 @@ def memory() -> Finding:
     return Finding(name="memory", verdict="fix", found=size, advice=advice)
 
 
+def available_memory() -> int:
+    """Bytes of memory that programs may still take; all of it where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    told = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    return told[0] if told else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def space(caches: Path, results: Path) -> list[Finding]:
     """Free space where models and compiled kernels go, and where results go."""
     places = {"cache folder": (caches, "name another in DFLASH_CACHE_DIR"), "this folder": (results, "work elsewhere")}
     return [_space(name, *place) for name, place in places.items()]
 
 
-def _nearest(path: Path) -> Path:
-    """The path, or the nearest folder above it that is there."""
-    return next(p for p in (path, *path.parents) if p.exists())
-
-
 def _space(name: str, path: Path, elsewhere: str) -> Finding:
-    there = _nearest(path)
+    there = nearest(path)
     free = shutil.disk_usage(there).free
     found = f"{path}: {free / 1e9:.1f} GB free"
     if not os.access(there, os.W_OK):
@@ -253,7 +286,7 @@ def programs() -> Finding:
         return Finding(name="compile cache", verdict="note", found="off", advice=advice)
     place = f"{directory}: {state}"
     local = "://" not in directory
-    if local and not os.access(_nearest(Path(directory)), os.W_OK):
+    if local and not os.access(nearest(Path(directory)), os.W_OK):
         advice = "JAX_COMPILATION_CACHE_DIR must be a folder that may be written"
         return Finding(name="compile cache", verdict="fix", found=f"{place}, and may not be written", advice=advice)
     return Finding(name="compile cache", verdict="ok", found=place)
@@ -281,23 +314,119 @@ def target() -> Finding:
 def named_models() -> list[Finding]:
     """What the variables that README sets for a TPU host name: a target, and drafts that are there."""
     directory, drafts = os.environ.get("TEACHER_SNAPSHOT_DIR"), os.environ.get("DRAFT_RUN_DIR")
-    findings = []
-    if directory:
-        findings.append(
-            _readable("TEACHER_SNAPSHOT_DIR", directory, lambda name: target_config(target_directory(name)))
-        )
+    findings = [_readable("TEACHER_SNAPSHOT_DIR", directory, _target_config)] if directory else []
     for name in (drafts or "").split(","):
         if name and name != UNTRAINED:
             findings.append(_readable("DRAFT_RUN_DIR", name, find_draft))
     return findings
 
 
+def _target_config(name: str) -> TargetConfig:
+    known = public_config(name) if name == NAME else None
+    return known or target_config(target_directory(name))
+
+
+# What a file or a name that is read here may raise; each says in one sentence what to do.
+UNREADABLE = (ConfigError, WeightsError, SnapshotError, HubError, OSError)
+
+
 def _readable(variable: str, name: str, read: Callable[[str], Any]) -> Finding:
     try:
         read(name)
-    except (ConfigError, WeightsError, SnapshotError) as error:
+    except UNREADABLE as error:
         return Finding(name=variable, verdict="fix", found=name, advice=str(error))
     return Finding(name=variable, verdict="ok", found=name)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class _Models(Checked):
+    """What a benchmark would load here: the variables of its options, and their defaults."""
+
+    target: str
+    drafts: tuple[str, ...]
+    dtype: Computed
+    tp: Count
+
+    @classmethod
+    def meant(cls, platform: str) -> "_Models":
+        """Raises ConfigError."""
+        target = os.environ.get("TEACHER_SNAPSHOT_DIR") or NAME
+        drafts = os.environ.get("DRAFT_RUN_DIR") or default_draft(target) or UNTRAINED
+        tp = os.environ.get("DFLASH_TP") or "1"
+        # What the types don't allow is refused by them.
+        dtype: Any = os.environ.get("DFLASH_DTYPE") or default_dtype(platform)
+        count: Any = int(tp) if tp.isdecimal() and len(tp) < 10 else tp
+        return cls(target=target, drafts=tuple(drafts.split(",")), dtype=dtype, tp=count)
+
+    def configs(self) -> tuple[TargetConfig, list[DraftConfig], str | None]:
+        """Of the target and of each draft, and the dtype of experts if that is another. Reads no weights."""
+        target = _target_config(self.target)
+        untrained = partial(new_draft, target, num_layers=2, block_size=8)
+        drafts = [
+            nnx.eval_shape(untrained).config if name == UNTRAINED else draft_config(name, target)
+            for name in self.drafts
+        ]
+        of_experts = target.experts is not None and held_experts(target_directory(self.target), self.dtype)
+        return target, drafts, of_experts or None
+
+
+def _held(configs: tuple[TargetConfig, list[DraftConfig], str | None], dtype: str, tp: int) -> dict[str, float]:
+    """Bytes on each of `tp` devices, all drafts and the largest caches. Raises ConfigError for a tp that can't be."""
+    target, drafts, experts = configs
+    mesh = AbstractMesh((1, tp), (DP, TP))
+    network = abstract_target(target, mesh, dtype=dtype, experts=experts)
+    each = [held_bytes(network, abstract_draft(draft, mesh, dtype=dtype), _shape(draft.block_size)) for draft in drafts]
+    draft, caches = sum(held["draft"] for held in each), max(held["caches"] for held in each)
+    return {"target": each[0]["weights"], "draft": draft, "caches": caches}
+
+
+def _shape(block_size: int) -> DecodeShape:
+    return DecodeShape(
+        mode=BLOCK.name,
+        block_size=block_size,
+        batch=1,
+        max_prompt_len=LONGEST_PROMPT,
+        max_new_tokens=MOST_NEW_TOKENS,
+    )
+
+
+def fit(opened: list[dict[str, Any]] | str) -> Finding:
+    """Whether the target, drafts and caches of a benchmark fit each device, by configs and headers alone."""
+    name = "models fit"
+    if isinstance(opened, str):
+        return Finding(name=name, verdict="note", found="not known", advice="no device could be asked for its memory")
+    platform = opened[0]["platform"]
+    room = available_memory() if platform == "cpu" else min((d["bytes"] or 0 for d in opened), default=0)
+    try:
+        models = _Models.meant(platform)
+        configs = models.configs()
+        held = _held(configs, models.dtype, models.tp)
+    except UNREADABLE as error:
+        return Finding(name=name, verdict="fix", found="not known", advice=str(error))
+    needed = sum(held.values())
+    parts = ", ".join(f"{what} {size_text(count)}" for what, count in held.items())
+    tokens = max(_shape(draft.block_size).capacity for draft in configs[1])
+    found = f"{parts} ({models.dtype}, tp {models.tp}, batch 1, {tokens} tokens), in all {size_text(needed)}"
+    if not room:
+        return Finding(name=name, verdict="note", found=found, advice="the device does not tell its memory")
+    found = f"{found} of {size_text(room)}"
+    if needed <= room:
+        return Finding(name=name, verdict="ok", found=found)
+    advice = f"does not fit: {_remedy(configs, models, platform, len(opened), room)}"
+    return Finding(name=name, verdict="fix", found=found, advice=advice)
+
+
+def _remedy(configs: Any, models: _Models, platform: str, here: int, room: float) -> str:
+    """What helps: the fewest devices that hold their parts, or another host."""
+    tp = models.tp
+    while platform != "cpu" and (tp := 2 * tp) <= MOST_DEVICES:
+        try:
+            held = _held(configs, models.dtype, tp)
+        except ConfigError:  # heads or widths that it does not divide
+            continue
+        if sum(held.values()) <= room:
+            return f"try --tp {tp}" + ("" if tp <= here else f" on a host with {tp} such devices, here are {here}")
+    return "use a host with more memory" + (", or try --dtype bfloat16" if models.dtype == "float32" else "")
 
 
 def token() -> Finding:

@@ -11,7 +11,7 @@ import tyro
 from dflash import metrics
 from dflash.config import Checked, Computed, ConfigError, Count, Seed
 from dflash.host.device import device_facts, open_default_device
-from dflash.host.disk import write_atomically
+from dflash.host.disk import check_writable, write_atomically
 from dflash.host.provenance import compile_cache, of_command
 from dflash.measuring.result import Offline, Results, from_json
 from dflash.models.mesh import open_mesh
@@ -53,6 +53,8 @@ class Evaluate(Checked):
 
 def evaluate(args: Annotated[Evaluate, tyro.conf.arg(name="")]) -> None:
     """Score a draft at the anchors of a teacher cache, on held-out prompts by default."""
+    if args.out_json is not None:
+        check_writable(args.out_json)
     device = open_default_device()
     mesh, facts = open_mesh(device, dp=args.dp, tp=args.tp), device_facts(device, dp=args.dp, tp=args.tp)
     compiled = compile_cache()

@@ -13,9 +13,9 @@ from dflash.compiled.plan import ACCEPT_RATES, Plan, best_block_sizes, gains, hl
 from dflash.compiled.programs import Networks, abstract_networks
 from dflash.compiled.topology import Topology, describe
 from dflash.config import BlockSize, Checked, ConfigError, Count, DraftConfig, TargetConfig
-from dflash.host.disk import write_atomically
+from dflash.host.disk import check_writable, write_atomically
 from dflash.metrics import finite
-from dflash.weights.load import new_draft, read_any_draft
+from dflash.weights.load import draft_config, new_draft
 from dflash.weights.public import CONFIGS, public_config
 from dflash.weights.snapshot import target_config
 
@@ -75,7 +75,7 @@ def _target(name: str) -> TargetConfig:
 
 def _draft(args: PlanArguments, target: TargetConfig, block_size: int) -> DraftConfig:
     if args.draft:
-        config = read_any_draft(args.draft, target=target).config
+        config = draft_config(args.draft, target)
         if block_size > config.block_size:
             raise ConfigError(f"the draft {args.draft} proposes blocks of {config.block_size}, got {block_size}")
         return config
@@ -89,6 +89,8 @@ def plan(args: Annotated[PlanArguments, tyro.conf.arg(name="")]) -> None:
     target = _target(args.target)
     draft = _draft(args, target, max(c.block_size for c in cases))
     topology = describe(args.topology)
+    if args.json is not None:
+        check_writable(args.json)
 
     def networks(tp: int) -> Networks:
         return abstract_networks(

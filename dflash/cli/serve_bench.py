@@ -10,6 +10,7 @@ import tyro
 
 from dflash.cli.template import TemplateOptions
 from dflash.config import Count, Positive
+from dflash.host.disk import check_writable, nearest
 from dflash.measuring.gate import Floors
 from dflash.measuring.result import Results
 from dflash.report.sections import render, speedup_section
@@ -70,20 +71,22 @@ def _check(args: ServeBench) -> None:
     """Before anything is measured: a result that can't be written would be lost."""
     if args.json is not None and args.json.is_dir():
         raise ServingError(f"--json names a file to write; {args.json} is a directory")
-    for directory in filter(None, (args.json and args.json.parent, args.report)):
+    for file in filter(None, (args.json, args.report and args.report / "report.html")):
         try:
-            directory.mkdir(parents=True, exist_ok=True)
+            check_writable(nearest(file.parent) / file.name)
         except OSError as error:
-            raise ServingError(f"results are written into a directory; {directory}: {error.strerror}") from None
+            raise ServingError(f"results are written into a directory; {file.parent}: {error.strerror}") from None
 
 
 def _write(args: ServeBench, results: dict[str, Any]) -> None:
     if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
         write_results(args.json, results)
         print(f"every figure: {args.json}")
     if args.report is not None:
         from dflash.report.page import report_folder  # matplotlib takes a second that other commands need not wait
 
+        args.report.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
             kept = Path(folder) / "latest.json"
             write_results(kept, results)

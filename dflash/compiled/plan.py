@@ -8,12 +8,8 @@ block: proposing, committing, taking in the context.
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
-
-import jax
-from flax import nnx
 
 from dflash.compiled.estimate import Part
 from dflash.compiled.floor import Floor, draft_floor, target_floor
@@ -23,7 +19,7 @@ from dflash.compiled.programs import (
     TooLarge,
     compile_program,
     decode_shape,
-    device_bytes,
+    held_bytes,
     lower_decode,
 )
 from dflash.compiled.topology import Chip
@@ -109,16 +105,7 @@ class Plan:
     def _bytes(self, setting: Setting) -> dict[str, float]:
         n = self.networks
         assert n.draft is not None
-        shape = decode_shape("cached_block_verify", **dataclasses.asdict(setting))
-        sizes = {"batch": setting.batch, "capacity": shape.capacity, "block": max(shape.chunk, shape.block_size)}
-        caches = [jax.eval_shape(partial(network.make_cache, **sizes)) for network in (n.target, n.draft)]
-        # Rows over dp, key heads over tp.
-        whole = sum(device_bytes((cache.keys, cache.values)) for cache in caches)
-        return {
-            "weights": device_bytes(nnx.state(n.target)),
-            "draft": device_bytes(nnx.state(n.draft)),
-            "caches": whole / (n.dp * n.tp),
-        }
+        return held_bytes(n.target, n.draft, decode_shape("cached_block_verify", **dataclasses.asdict(setting)))
 
     def _of_greedy(self, greedy: Compiled, setting: Setting) -> dict[str, Any]:
         n, chip = self.networks, self.networks.topology.chip

@@ -3,8 +3,8 @@
 import dataclasses
 import functools
 import re
-from collections.abc import Callable
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +17,12 @@ from dflash.compiled.hlo import Module, parse
 from dflash.compiled.movement import Move, moves
 from dflash.compiled.topology import CHIPS, Topology
 from dflash.config import ConfigError, DraftConfig, TargetConfig, check_draft
-from dflash.decoding.loop import DecodeShape, Programs
+from dflash.decoding.loop import DecodeShape, Programs, draft_head
 from dflash.models.draft import Draft
 from dflash.models.families import build
 from dflash.models.llama import Llama
-from dflash.models.mesh import make_mesh, place
+from dflash.models.mesh import TP, make_mesh, place, ways
 
-_Network = TypeVar("_Network", Llama, Draft)
 # Tokens that a decode may write; what is left of a context is the prompt.
 NEW_TOKENS = 256
 
@@ -54,20 +53,26 @@ def abstract_networks(
     Raises ConfigError for a mesh that can't be, and for a draft that is another target's.
     """
     mesh = make_mesh(topology.devices, dp=dp, tp=tp)
-    held = None if experts is None else jnp.dtype(experts)
-
-    def placed(network: Callable[[], _Network]) -> _Network:
-        return place(nnx.eval_shape(network), mesh)
-
     if draft is not None:
         check_draft(draft, target)
     return Networks(
         topology=topology,
-        target=placed(lambda: build(target, dtype=jnp.dtype(dtype), held=held, rngs=nnx.Rngs(0))),
-        draft=None if draft is None else placed(lambda: Draft(draft, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))),
+        target=abstract_target(target, mesh, dtype=dtype, experts=experts),
+        draft=None if draft is None else abstract_draft(draft, mesh, dtype=dtype),
         dp=dp,
         tp=tp,
     )
+
+
+def abstract_target(config: TargetConfig, mesh: Any, *, dtype: str, experts: str | None = None) -> Llama:
+    """Shapes and shardings of a target on a mesh, which may be an AbstractMesh. Raises ConfigError."""
+    held = None if experts is None else jnp.dtype(experts)
+    return place(nnx.eval_shape(lambda: build(config, dtype=jnp.dtype(dtype), held=held, rngs=nnx.Rngs(0))), mesh)
+
+
+def abstract_draft(config: DraftConfig, mesh: Any, *, dtype: str) -> Draft:
+    """The same of a draft."""
+    return place(nnx.eval_shape(lambda: Draft(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))), mesh)
 
 
 def decode_shape(mode: str, *, batch: int, context: int, block_size: int) -> DecodeShape:
@@ -162,6 +167,22 @@ def device_bytes(tree: Any) -> float:
         return float(np.prod(shape)) * jnp.dtype(array.dtype).itemsize
 
     return sum(of(a) for a in jax.tree.leaves(tree))
+
+
+def held_bytes(target: Llama, draft: Draft, shape: DecodeShape) -> dict[str, float]:
+    """Bytes that a decode holds on each device: `weights` of the target, `draft`, `caches` of both.
+
+    The networks may be abstract, on a mesh of devices that are not here (`abstract_target`, `abstract_draft`).
+    """
+    state = jax.eval_shape(partial(shape.empty, target, draft))
+    caches = device_bytes([(cache.keys, cache.values) for cache in (state.cache, state.draft_cache)])
+    head = device_bytes(draft_head(target, draft))
+    return {
+        "weights": device_bytes(nnx.state(target)),
+        "draft": device_bytes(nnx.state(draft)) + head / ways(target.mesh, TP),
+        # Rows over dp, key heads over tp.
+        "caches": caches / (1 if target.mesh is None else target.mesh.size),
+    }
 
 
 def needed_bytes(said: TooLarge) -> float | None:

@@ -1,5 +1,6 @@
 """Files of this host: written whole or not at all, JSON read from outside, and the folder for what is fetched."""
 
+import contextlib
 import errno
 import json
 import math
@@ -28,17 +29,46 @@ def expanded(path: str | Path) -> Path:
     return Path(os.path.expanduser(path))  # noqa: PTH111
 
 
+def nearest(path: Path) -> Path:
+    """The path, or the nearest folder above it that is there."""
+    return next(p for p in (path, *path.parents) if p.exists())
+
+
+def _beside(path: Path) -> Path:
+    """A name in the folder of `path` that no other process has."""
+    return path.with_name(f".{path.name[:100]}.{secrets.token_hex(6)}.tmp")
+
+
+def check_writable(path: Path) -> None:
+    """Raises OSError if no file can be written at `path`: to be asked before work whose result goes there."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    probe = _beside(path)
+    try:
+        probe.touch(exist_ok=False)
+    except OSError as error:
+        error.filename = str(path)
+        raise
+    probe.unlink()
+
+
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Writes beside `path`, under a name that no other process has, flushes to the disk, then renames."""
-    temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(6)}.tmp")
+    """Writes beside `path`, under a name that no other process has, flushes to the disk, then renames.
+
+    An OSError names `path`.
+    """
+    temporary = _beside(path)
     try:
         with temporary.open("xb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        if isinstance(error, OSError):
+            error.filename, error.filename2 = str(path), None
+        with contextlib.suppress(OSError):  # one that was never made, on a disk that may not be written
+            temporary.unlink()
         raise
 
 

@@ -145,7 +145,8 @@ class Place:
         orders = tuple(None if parts is None or shards == 1 else _order(parts, shards) for parts in axes)
         placed = tuple(n if order is None else order.size for n, order in zip(shape, orders, strict=True))
         sharding = NamedSharding(mesh, spec(axes))
-        turned = table and platform_of(mesh) != "cpu"
+        # On a mesh of no devices there are shapes, and no layouts.
+        turned = table and isinstance(mesh, Mesh) and platform_of(mesh) != "cpu"
         return cls(placed, Format(Layout(tuple(range(len(shape)))), sharding) if turned else sharding, orders)
 
     def entries(self, index: tuple[slice, ...]) -> tuple[slice | np.ndarray, ...]:

@@ -5,7 +5,7 @@ import hashlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from dflash.config import TargetConfig
+from dflash.config import DraftConfig, TargetConfig
 from dflash.models.draft import Draft
 
 
@@ -14,14 +14,15 @@ class Dialect:
     """One form of drafts.
 
     `find(path)` is the place of the draft of this form that a path means (the path itself, or the latest run of a
-    root); None if it means none. `read(place, dtype, target)` reads it in float32 or bfloat16; a form that takes
-    settings from its target needs one. `digest(place)` is a SHA-256 of its config and weights. All raise ConfigError or
-    WeightsError with every fault of the files.
+    root); None if it means none. `config(place, target)` reads no weights; a form that takes settings from its target
+    needs one. `read(place, dtype, config)` reads the draft of this config in float32 or bfloat16. `digest(place)` is a
+    SHA-256 of its config and weights. All raise ConfigError or WeightsError with every fault of the files.
     """
 
     name: str
     find: Callable[[Path], Path | None]
-    read: Callable[[Path, str, TargetConfig | None], Draft]
+    config: Callable[[Path, TargetConfig | None], DraftConfig]
+    read: Callable[[Path, str, DraftConfig], Draft]
     digest: Callable[[Path], str]
 
 

@@ -59,6 +59,11 @@ def read_tensors(directory: Path) -> dict[str, np.ndarray]:
     return {name: read(name) for name in headers}
 
 
+def is_packed(headers: Mapping[str, Header]) -> bool:
+    """Whether a target's experts are stored in MXFP4."""
+    return any(name.endswith("_blocks") for name in headers)
+
+
 def open_target(directory: Path, wanted: tuple[str, ...] = ("",)) -> Opened:
     """The weights of a snapshot's target whose paths start so; only all of them are held against the whole file.
 
@@ -67,7 +72,7 @@ def open_target(directory: Path, wanted: tuple[str, ...] = ("",)) -> Opened:
     directory, whole = Path(directory), wanted == ("",)
     config = target_config(directory)
     headers = read_headers(weight_files(directory))
-    packed = whole and any(name.endswith("_blocks") for name in headers)
+    packed = whole and is_packed(headers)
     plan = {path: source for path, source in target_plan(config, packed) if path.startswith(wanted)}
     names = {name for source in plan.values() for name in source.tensors}
 
@@ -83,19 +88,22 @@ def open_target(directory: Path, wanted: tuple[str, ...] = ("",)) -> Opened:
     return Opened(config, plan, read)
 
 
-def read_draft(directory: Path, dtype: str = "float32", mesh: Mesh | None = None) -> Draft:
-    """The draft in a `DFlashDraftModel` directory. Raises ConfigError or WeightsError, each with every fault."""
-    directory = Path(directory)
+def _draft_config(directory: Path, _: TargetConfig | None = None) -> DraftConfig:
     if (directory / "tensorstore_index.json").is_file():
         raise ConfigError(
             f"{directory} is an EasyDeL run directory, not a DFlashDraftModel directory (config.json and "
             "model.safetensors): read it with dflash.load_draft"
         )
-    config = read_draft_config(read_json(directory, "config.json"), str(directory / "config.json"))
-    return read_draft_weights(directory, config, dtype, mesh)
+    return read_draft_config(read_json(directory, "config.json"), str(directory / "config.json"))
 
 
-def read_draft_weights(directory: Path, config: DraftConfig, dtype: str = "float32", mesh: Mesh | None = None) -> Draft:
+def read_draft(directory: Path, dtype: str = "float32", mesh: Mesh | None = None) -> Draft:
+    """The draft in a `DFlashDraftModel` directory. Raises ConfigError or WeightsError, each with every fault."""
+    directory = Path(directory)
+    return read_draft_weights(directory, dtype, _draft_config(directory), mesh)
+
+
+def read_draft_weights(directory: Path, dtype: str, config: DraftConfig, mesh: Mesh | None = None) -> Draft:
     """The draft of this config, from safetensors by z-lab's names. Raises WeightsError with every fault."""
     check_dtype(dtype)
     headers = read_headers(weight_files(directory))
@@ -136,8 +144,10 @@ def _find(path: Path) -> Path | None:
     return path if holds_weights(path) else None
 
 
-def _read(directory: Path, dtype: str, _: TargetConfig | None) -> Draft:
-    return read_draft(directory, dtype)
-
-
-DIALECT = Dialect(name="a DFlashDraftModel directory", find=_find, read=_read, digest=snapshot_hash)
+DIALECT = Dialect(
+    name="a DFlashDraftModel directory",
+    find=_find,
+    config=_draft_config,
+    read=read_draft_weights,
+    digest=snapshot_hash,
+)

@@ -89,6 +89,18 @@ def load_target(name_or_dir: str | Path, dtype: str = "float32", mesh: Mesh | No
     return target
 
 
+def held_experts(directory: Path, dtype: str) -> str | None:
+    """The dtype in which `load_target` holds routed experts, where that is not `dtype`, by the names of the tensors.
+
+    Where MXFP4's scales lie too far apart for 8 bits it is `dtype` after all, which only reading them shows. Raises
+    WeightsError.
+    """
+    if dtype != "bfloat16" or (directory / INDEX).is_file():
+        return None
+    packed = huggingface.is_packed(snapshot.read_headers(snapshot.weight_files(directory)))
+    return "float8_e5m2" if packed else None
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Borrowed:
     """What a draft borrows of its target: embedding [V, H] and head [V, H] (one array when tied), final norm [H]."""
@@ -174,11 +186,22 @@ def read_any_draft(name_or_dir: str | Path, dtype: str = "float32", target: Targ
     `target`, or WeightsError.
     """
     dialect, place = find_draft(name_or_dir)
-    draft = dialect.read(place, dtype, target)
+    config = _config_at(dialect, place, target)
+    draft = dialect.read(place, dtype, config)
     check_values(named_weights(draft), place)
-    if target is not None:
-        check_draft(draft.config, target)
     return draft
+
+
+def _config_at(dialect: Dialect, place: Path, target: TargetConfig | None) -> DraftConfig:
+    config = dialect.config(place, target)
+    if target is not None:
+        check_draft(config, target)
+    return config
+
+
+def draft_config(name_or_dir: str | Path, target: TargetConfig | None = None) -> DraftConfig:
+    """The config of a draft of any form; its weights are not read. Raises as `read_any_draft` does."""
+    return _config_at(*find_draft(name_or_dir), target)
 
 
 def own_run(name_or_dir: str | Path) -> Path | None:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from dflash.config import ConfigError, DraftConfig, TargetConfig
-from dflash.models.draft import Draft
 from dflash.weights.config_json import HARMLESS, Reader, read_draft_config, write_draft_config
 from dflash.weights.dialect import Dialect
 from dflash.weights.huggingface import read_draft_weights
@@ -79,15 +78,16 @@ def _find(path: Path) -> Path | None:
     return path if holds_weights(path) and "speculators_config" in read_json(path, "config.json") else None
 
 
-def _read(directory: Path, dtype: str, target: TargetConfig | None) -> Draft:
+def _config(directory: Path, target: TargetConfig | None) -> DraftConfig:
     source = str(directory / "config.json")
     if target is None:
         raise ConfigError(
             f"{source} is written for speculators, and does not say how many layers its verifier has: name the "
             "target's snapshot directory (--target)"
         )
-    config = read_speculators_config(read_json(directory, "config.json"), target, source)
-    return read_draft_weights(directory, config, dtype)
+    return read_speculators_config(read_json(directory, "config.json"), target, source)
 
 
-DIALECT = Dialect(name="a draft for speculators", find=_find, read=_read, digest=snapshot_hash)
+DIALECT = Dialect(
+    name="a draft for speculators", find=_find, config=_config, read=read_draft_weights, digest=snapshot_hash
+)

@@ -1,4 +1,4 @@
-"""A disk that is full, at once or half-way, and one that may not be written: one sentence, and nothing half written.
+"""A disk that is full or read-only, at once or half-way: one sentence, and nothing half written.
 
 Where we may mount one the disk is a small tmpfs, else a limit to the size of files (RLIMIT_FSIZE) stands for it.
 """
@@ -9,6 +9,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -37,17 +38,26 @@ def whole(tmp_path_factory):
     return folder
 
 
-def run(*words, limit=None):
-    """A command in a process of its own, whose files have at most so many bytes."""
-    process = subprocess.Popen(
+def start(*words):
+    """A command in a process of its own."""
+    return subprocess.Popen(
         [sys.executable, "-m", "dflash", *map(str, words)],
         env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def run(*words, limit=None):
+    """A command whose files have at most so many bytes."""
+    process = start(*words)
     if limit is not None:  # it imports for longer than this takes
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, limit))
+    return ended(process)
+
+
+def ended(process):
     out, told = process.communicate(timeout=600)
     return subprocess.CompletedProcess(process.args, process.returncode, out, told)
 
@@ -86,7 +96,7 @@ SMALL = ("export-results", "evaluate", "report")
 
 
 def words_of(command, whole, out):
-    return [word.format(whole=whole, o=out) if isinstance(word, str) else word for word in COMMANDS[command]]
+    return [word.format(whole=whole, o=out) if isinstance(word, str) else word for word in command]
 
 
 def one_sentence(done):
@@ -102,7 +112,7 @@ def test_a_disk_that_fills_is_one_sentence(whole, small, command):
     disk, limit = small
     if command in SMALL and not (limit is None and shutil.disk_usage(disk).total < 10_000):
         return
-    said = one_sentence(run(*words_of(command, whole, disk), limit=limit))
+    said = one_sentence(run(*words_of(COMMANDS[command], whole, disk), limit=limit))
     assert any(word in said.lower() for word in ("no space", "full", "free", "too large")), said
     left = sorted(path.name for path in disk.iterdir())
     # What can be gone on with stays; nothing looks finished.
@@ -111,10 +121,107 @@ def test_a_disk_that_fills_is_one_sentence(whole, small, command):
         assert not any((disk / "out" / name).exists() for name in ("report.html", "config.json", "meta.json"))
 
 
+def mount(*words):
+    """Mounts; skips where we may not."""
+    done = subprocess.run(["mount", *map(str, words)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"nothing can be mounted here: {done.stderr.strip()}")
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A small disk. What a test mounts over it is taken away too."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount("-t", "tmpfs", "-o", "size=64m", "tmpfs", disk)
+    yield disk
+    while os.path.ismount(disk):
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+# Written by commands that read no file of the full disk.
+READ_ONLY = COMMANDS | {
+    "resumed": ("train", "{whole}/cache", "{o}/runs", "--target", "{whole}/target", *STEPS),
+    "resumed build": ("build-cache", "{o}/begun", "--target", "{whole}/target", *TEXT),
+    "served, results": ("serve-bench", "--target", "{whole}/target", "--base-url", "http://127.0.0.1:9", "--json",
+                        "{o}/out.json"),
+    "served, report": ("serve-bench", "--target", "{whole}/target", "--base-url", "http://127.0.0.1:9", "--report",
+                       "{o}/out"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", READ_ONLY)
+def test_a_disk_that_was_mounted_read_only_is_one_sentence(whole, disk, command):
+    (disk / "runs").mkdir()
+    (disk / "begun.building").mkdir()
+    mount("-o", "remount,ro", disk)
+    said = one_sentence(run(*words_of(READ_ONLY[command], whole, disk)))
+    assert "Read-only file system" in said
+    assert str(disk) in said
+    assert ".tmp" not in said  # a name of ours, which nobody gave
+    assert sorted(path.name for path in disk.iterdir()) == ["begun.building", "runs"]
+
+
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        (("--benchmark-json", "{o}/out.json"), "--benchmark-json"),
+        (("--report", "{o}/out"), "--report"),
+        (("--report", "{o}/runs", "--benchmark-json", "/dev/null"), "--report"),
+        (("--update-baselines", "--baselines", "{o}/runs"), "--baselines"),
+    ],
+)
+def test_a_benchmark_is_refused_before_it_measures_what_cannot_be_written(disk, words, option):
+    (disk / "runs").mkdir()
+    mount("-o", "remount,ro", disk)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "bench", "--run-on", "cpu", "-n", "0", *(w.format(o=disk) for w in words)],
+        cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 4, done.stdout + done.stderr
+    (said,) = [line for line in done.stderr.splitlines() if line.strip()]
+    assert said.startswith(f"ERROR: {option} names a ")
+    assert str(disk) in said
+
+
+HALF_WAY = {
+    "build-cache": ("out.building/settings.json", COMMANDS["build-cache"]),
+    "windows": ("out.building/settings.json", (*COMMANDS["windows"], "--num-blocks", 12)),
+    "train": ("out/run-1/metadata.json", (*COMMANDS["train"], "--steps", 40)),
+}
+
+
+@pytest.mark.parametrize("command", HALF_WAY)
+def test_a_disk_that_becomes_read_only_is_one_sentence_and_what_was_done_stays(whole, disk, command):
+    """What the command has open keeps its disk from a remount: one that may not be written is laid over it."""
+    file, words = HALF_WAY[command]
+    words = words_of(words, whole, disk)
+    view = disk.with_name("view")
+    view.mkdir()
+    mount("--bind", disk, view)
+    mount("-o", "remount,bind,ro", view)
+    with start(*words) as process:
+        try:
+            while not (disk / file).exists():
+                assert process.poll() is None, process.communicate()
+                time.sleep(0.002)
+            mount("--bind", view, disk)
+            said = one_sentence(ended(process))
+        finally:
+            process.kill()
+            subprocess.run(["umount", str(view)], check=True)
+    assert "Read-only file system" in said
+    assert not any((disk / "out" / name).exists() for name in ("meta.json", "run-40"))
+    subprocess.run(["umount", str(disk)], check=True)
+    done = run(*words)
+    assert done.returncode == 0, done.stderr
+    assert any((disk / "out" / name).exists() for name in ("meta.json", "run-40"))
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_place_that_may_not_be_written_is_one_sentence(whole, tmp_path, command):
     """A file where a folder is due: root may write into every folder."""
     (tmp_path / "file").write_text("")
-    said = one_sentence(run(*words_of(command, whole, tmp_path / "file")))
+    said = one_sentence(run(*words_of(COMMANDS[command], whole, tmp_path / "file")))
     assert "file" in said
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from dflash.config import ConfigError, TargetConfig
+from dflash.config import ConfigError, DraftConfig, TargetConfig
 from dflash.models.draft import Draft
 from dflash.weights.dialect import Dialect
 from dflash.weights.easydel_fork.conventions import PLUS_ONE, ForkDraft, canonical_draft, fork_config, output_ids
@@ -44,9 +44,24 @@ def _exported_ids(raw: Mapping[str, Any], source: str) -> list[int]:
     )
 
 
-def _read(directory: Path, dtype: str, target: TargetConfig | None) -> Draft:
+def _config(directory: Path, target: TargetConfig | None) -> DraftConfig:
     source = str(directory / "config.json")
     raw = read_json(directory, "config.json")
+    ids = _exported_ids(raw, source)
+    settings = {key: raw.get(key) for key in ("vocab_size", "max_position_embeddings", "rope_theta", "rope_scaling")}
+    # An export says nothing of its target's layers.
+    settings["num_target_layers"] = max(ids) + 1 if target is None else target.num_layers
+    return fork_config(
+        raw | {"layer_types": None},
+        ids,
+        settings,
+        fc_bias=True,
+        qk_norm=bool(raw["dflash_config"].get("use_qk_norm")),
+        source=source,
+    )
+
+
+def _read(directory: Path, dtype: str, config: DraftConfig) -> Draft:
     tensors = read_tensors(directory)
     if not any(name.startswith("model.") for name in tensors):
         raise ConfigError(
@@ -70,20 +85,7 @@ def _read(directory: Path, dtype: str, target: TargetConfig | None) -> Draft:
     arrays = {
         run_path(name.removeprefix("model.")): value.T if value.ndim == 2 else value for name, value in tensors.items()
     }
-    nested = raw["dflash_config"]
-    ids = _exported_ids(raw, source)
-    settings = {key: raw.get(key) for key in ("vocab_size", "max_position_embeddings", "rope_theta", "rope_scaling")}
-    # An export says nothing of its target's layers.
-    settings["num_target_layers"] = max(ids) + 1 if target is None else target.num_layers
-    config = fork_config(
-        raw | {"layer_types": None},
-        ids,
-        settings,
-        fc_bias=True,
-        qk_norm=bool(nested.get("use_qk_norm")),
-        source=source,
-    )
     return canonical_draft(ForkDraft(config=config, arrays=arrays, source=str(directory)), dtype)
 
 
-DIALECT = Dialect(name="an export of the EasyDeL fork's", find=_find, read=_read, digest=snapshot_hash)
+DIALECT = Dialect(name="an export of the EasyDeL fork's", find=_find, config=_config, read=_read, digest=snapshot_hash)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from flax.serialization import msgpack_restore
 
-from dflash.config import ConfigError, TargetConfig
+from dflash.config import ConfigError, DraftConfig, TargetConfig
 from dflash.host.disk import open_file
 from dflash.models.draft import Draft
 from dflash.weights.dialect import Dialect, digest_of
@@ -68,7 +68,7 @@ def _run_path(path: str) -> str:
     return f"model/{'final_norm/scale' if path == 'norm/scale' else path}/value"
 
 
-def _read(file: Path, dtype: str, target: TargetConfig | None) -> Draft:
+def _config(file: Path, target: TargetConfig | None) -> DraftConfig:
     root = file.parent.parent
     source = str(root / "meta.json")
     raw = read_json(root, "meta.json")
@@ -88,7 +88,10 @@ def _read(file: Path, dtype: str, target: TargetConfig | None) -> Draft:
     }
     if sizes["block_size"] is None:
         raise ConfigError(f"{source} has no block_size, nor is its teacher cache here: add block_size")
-    config = fork_config(sizes, ids, target_settings(target), fc_bias=False, qk_norm=False, source=source)
+    return fork_config(sizes, ids, target_settings(target), fc_bias=False, qk_norm=False, source=source)
+
+
+def _read(file: Path, dtype: str, config: DraftConfig) -> Draft:
     return canonical_draft(ForkDraft(config=config, arrays=_arrays(file), source=str(file)), dtype)
 
 
@@ -96,4 +99,6 @@ def _digest(file: Path) -> str:
     return digest_of([file.parent.parent / "meta.json", file])
 
 
-DIALECT = Dialect(name="msgpack of the EasyDeL fork's Linen trainer", find=_find, read=_read, digest=_digest)
+DIALECT = Dialect(
+    name="msgpack of the EasyDeL fork's Linen trainer", find=_find, config=_config, read=_read, digest=_digest
+)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from dflash.config import TargetConfig
+from dflash.config import DraftConfig, TargetConfig
 from dflash.models.draft import Draft
 from dflash.weights.dialect import Dialect, digest_of
 from dflash.weights.easydel_fork.conventions import (
@@ -26,7 +26,7 @@ def _find(path: Path) -> Path | None:
     return None if run is None or "dflash" in read_run_object(run, "config.json") else run
 
 
-def _read(run: Path, dtype: str, target: TargetConfig | None) -> Draft:
+def _config(run: Path, target: TargetConfig | None) -> DraftConfig:
     source = str(run / "config.json")
     raw = read_run_object(run, "config.json")
     settings: dict[str, Any] = {}
@@ -36,7 +36,7 @@ def _read(run: Path, dtype: str, target: TargetConfig | None) -> Draft:
     ids = trained_layer_ids(raw, recorded_cache(cache), source, cache)
     snapshot = settings.get("teacher_snapshot_dir") or settings.get("model_snapshot_dir")
     target = target or recorded_target(snapshot, source)
-    config = fork_config(
+    return fork_config(
         raw | {"num_hidden_layers": raw.get("num_layers"), "intermediate_size": mlp_width(raw)},
         ids,
         target_settings(target),
@@ -44,6 +44,9 @@ def _read(run: Path, dtype: str, target: TargetConfig | None) -> Draft:
         qk_norm=raw.get("qk_norm") is not False,
         source=source,
     )
+
+
+def _read(run: Path, dtype: str, config: DraftConfig) -> Draft:
     entries = read_index(run).get("model", {})
     found = ForkDraft(config=config, arrays=read_arrays(run, entries.values()), source=str(run))
     return canonical_draft(found, dtype)
@@ -55,4 +58,4 @@ def _digest(run: Path) -> str:
     return digest_of([run / "config.json", run / INDEX, *chunks])
 
 
-DIALECT = Dialect(name="a run of the EasyDeL fork", find=_find, read=_read, digest=_digest)
+DIALECT = Dialect(name="a run of the EasyDeL fork", find=_find, config=_config, read=_read, digest=_digest)

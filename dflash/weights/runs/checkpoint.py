@@ -21,9 +21,9 @@ from jax import Array
 from dflash.config import ConfigError, DraftConfig, TargetConfig, fault_list
 from dflash.models.draft import Draft
 from dflash.models.mesh import gather
+from dflash.weights.build import DTYPES, check_dtype
 from dflash.weights.config_json import read_draft_config, write_draft_config
 from dflash.weights.dialect import Dialect, digest_of
-from dflash.weights.huggingface import DTYPES
 from dflash.weights.names import draft_plan
 from dflash.weights.runs.arrays import (
     INDEX,
@@ -213,12 +213,18 @@ def read_run(directory: Path, dtype: str = "float32") -> Draft:
 
     Raises ConfigError, or WeightsError when the run is incomplete or damaged; each with every fault.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {sorted(DTYPES)}, got {dtype!r}")
     directory = Path(directory)
-    check_run(directory)
+    return _read(directory, dtype, _config(directory))
+
+
+def _config(run: Path, _: TargetConfig | None = None) -> DraftConfig:
+    check_run(run)
+    return _read_config(run)
+
+
+def _read(directory: Path, dtype: str, config: DraftConfig) -> Draft:
+    check_dtype(dtype)
     entries = read_index(directory).get("model", {})
-    config = _read_config(directory)
     wanted = {path: (shape, _FLOATS) for _, parts in plan(config) for path, shape in parts.items()}
     check_tensors(entries, wanted, directory)
     return join_draft(config, read_arrays(directory, entries.values()), dtype)
@@ -248,13 +254,9 @@ def read_optimizer_state(directory: Path, like: Any) -> Any:
     return jax.tree.unflatten(jax.tree.structure(like), [restore(leaf, values[path]) for path, leaf in leaves.items()])
 
 
-def _read(run: Path, dtype: str, _: TargetConfig | None) -> Draft:
-    return read_run(run, dtype)
-
-
 def _digest(run: Path) -> str:
     """The index holds the hash of every array."""
     return digest_of([run / "config.json", run / INDEX])
 
 
-DIALECT = Dialect(name="a run of this project", find=run_at, read=_read, digest=_digest)
+DIALECT = Dialect(name="a run of this project", find=run_at, config=_config, read=_read, digest=_digest)

@@ -9,6 +9,7 @@ from importlib import metadata
 
 import pytest
 
+from dflash import init_draft, load_target, write_draft
 from dflash.cli import doctor
 from dflash.cli.main import main
 from dflash.weights.tiny import write_tiny_target
@@ -98,9 +99,95 @@ def test_the_models_that_variables_name_are_looked_at(monkeypatch, tmp_path):
     assert doctor.named_models()[0].verdict == "fix"
 
 
+VARIABLES = ("TEACHER_SNAPSHOT_DIR", "DRAFT_RUN_DIR", "DFLASH_TP", "DFLASH_DTYPE")
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    """A tiny target that the variables name, without a draft; gives the folder."""
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    write_tiny_target(tmp_path / "target", "llama", num_hidden_layers=6, num_key_value_heads=4)
+    monkeypatch.setenv("TEACHER_SNAPSHOT_DIR", str(tmp_path / "target"))
+    return tmp_path
+
+
+def opened(platform, room, count=1):
+    return [{"platform": platform, "kind": "x", "bytes": room}] * count
+
+
+def test_the_built_in_models_are_counted_without_being_there(monkeypatch):
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(doctor, "target_directory", lambda name: pytest.fail("it would be fetched"))
+    found = doctor.fit(opened("tpu", 16e9))
+    assert found.verdict == "ok"
+    assert "target 269 MB" in found.found
+    assert "(bfloat16, tp 1, batch 1, 2624 tokens)" in found.found
+    assert found.found.endswith("of 16 GB")
+
+
+def test_what_does_not_fit_is_split_over_as_few_devices_as_hold_it(tiny, monkeypatch):
+    whole = sum(doctor._held(doctor._Models.meant("tpu").configs(), "bfloat16", 1).values())
+    assert doctor.fit(opened("tpu", whole)).verdict == "ok"
+    found = doctor.fit(opened("tpu", whole - 1, 2))
+    assert (found.verdict, found.advice) == ("fix", "does not fit: try --tp 2")
+    # Its 4 query heads leave nothing for 8.
+    found = doctor.fit(opened("tpu", whole * 0.4, 1))
+    assert found.advice == "does not fit: try --tp 4 on a host with 4 such devices, here are 1"
+    assert doctor.fit(opened("tpu", 10)).advice == "does not fit: use a host with more memory"
+    monkeypatch.setenv("DFLASH_TP", "2")
+    assert doctor.fit(opened("tpu", whole - 1, 2)).verdict == "ok"
+    monkeypatch.setenv("DFLASH_TP", "3")
+    assert "tp must divide" in doctor.fit(opened("tpu", whole)).advice
+    for wrong in ("x", "0", "9" * 5000):
+        monkeypatch.setenv("DFLASH_TP", wrong)
+        assert doctor.fit(opened("tpu", whole)).advice.startswith("tp must be")
+
+
+def test_a_cpu_has_what_is_available_and_no_parts(tiny, monkeypatch):
+    monkeypatch.setattr(doctor, "available_memory", lambda: 1000)
+    found = doctor.fit(opened("cpu", None))
+    assert found.verdict == "fix"
+    assert "float32" in found.found
+    assert found.advice == "does not fit: use a host with more memory, or try --dtype bfloat16"
+    monkeypatch.undo()
+    assert 0 < doctor.available_memory() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def test_drafts_are_counted_together_and_caches_one_by_one(tiny, monkeypatch):
+    target = load_target(tiny / "target", "bfloat16")
+    for layers in (1, 2):
+        write_draft(init_draft(target, num_layers=layers), tiny / f"draft{layers}")
+
+    def held(*names):
+        monkeypatch.setenv("DRAFT_RUN_DIR", ",".join(names))
+        return doctor._held(doctor._Models.meant("tpu").configs(), "bfloat16", 1)
+
+    one, two, both = held(f"{tiny}/draft1"), held(f"{tiny}/draft2"), held(f"{tiny}/draft1", f"{tiny}/draft2")
+    assert both == two | {"draft": one["draft"] + two["draft"]}
+    assert held("untrained") == two
+
+
+def test_what_cannot_be_read_is_a_finding(tiny, monkeypatch):
+    write_draft(init_draft(load_target(tiny / "target")), tiny / "draft")
+    monkeypatch.setenv("DRAFT_RUN_DIR", str(tiny / "draft"))
+    for file in (tiny / "draft" / "config.json", tiny / "target" / "config.json"):
+        file.write_text("[" * 100_000)
+        found = doctor.fit(opened("cpu", None))
+        assert (found.verdict, found.found) == ("fix", "not known")
+        assert str(file) in found.advice
+    monkeypatch.setenv("TEACHER_SNAPSHOT_DIR", str(tiny / "nowhere"))
+    assert "nowhere" in doctor.fit(opened("cpu", None)).advice
+    assert doctor.fit("jax opened none").verdict == "note"
+    monkeypatch.setenv("TEACHER_SNAPSHOT_DIR", "smollm2-135m")
+    monkeypatch.setenv("DRAFT_RUN_DIR", "untrained")
+    assert doctor.fit(opened("gpu", None)).advice == "the device does not tell its memory"
+
+
 def test_devices_are_counted_by_kind(monkeypatch):
     jax_opens(monkeypatch, *[CHIP] * 4)
-    found = doctor.devices("tpu")
+    found = doctor.devices(doctor.open_devices(), "tpu")
     assert (found.verdict, found.found) == ("ok", "4 x tpu TPU v5 lite (16 GB)")
 
 
@@ -109,7 +196,7 @@ def test_a_tpu_that_somebody_holds_is_said_with_who(monkeypatch):
     jax_opens(monkeypatch, ("cpu", "cpu", None))
     monkeypatch.setattr(doctor, "looks_like_tpu_host", lambda: True)
     monkeypatch.setattr(doctor, "holders", lambda: [(176028, "python"), (9, "sglang")])
-    found = doctor.devices()
+    found = doctor.devices(doctor.open_devices())
     assert found.verdict == "fix"
     assert "no tpu" in found.found
     assert "end process 176028 (python), 9 (sglang)" in found.advice
@@ -117,19 +204,19 @@ def test_a_tpu_that_somebody_holds_is_said_with_who(monkeypatch):
 
 def test_a_device_that_fails_or_hangs_is_said(monkeypatch):
     jax_opens(monkeypatch, code=1, stderr="Traceback\nRuntimeError: no backend 'x'\n")
-    found = doctor.devices()
+    found = doctor.devices(doctor.open_devices())
     assert (found.verdict, found.found) == ("fix", "jax can open none: RuntimeError: no backend 'x'")
 
     def hang(command, timeout, **_):
         raise subprocess.TimeoutExpired(command, timeout)
 
     monkeypatch.setattr(doctor.subprocess, "run", hang)
-    assert doctor.devices(seconds=7).found == "jax opened none within 7 s"
+    assert doctor.devices(doctor.open_devices(seconds=7)).found == "jax opened none within 7 s"
 
 
 def test_a_missing_gpu_is_not_laid_on_a_tpu(monkeypatch):
     jax_opens(monkeypatch, ("cpu", "cpu", None))
-    found = doctor.devices("gpu")
+    found = doctor.devices(doctor.open_devices(), "gpu")
     assert found.found.endswith("and no gpu")
     assert found.advice.startswith("install jax for gpu")
 

@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from dflash.host import disk
-from dflash.host.disk import parse_object, read_object, write_atomically
+from dflash.host.disk import check_writable, nearest, parse_object, read_object, write_atomically
 
 
 class BadFileError(ValueError):
@@ -114,3 +114,26 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
         write_atomically(path, "new")
     assert path.read_bytes() == b"\xff"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_place_is_asked_whether_it_may_be_written_and_left_as_it_was(tmp_path):
+    check_writable(tmp_path / "x")
+    write_atomically(tmp_path / "x", "kept")
+    check_writable(tmp_path / "x")
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+    assert (tmp_path / "x").read_text() == "kept"
+    for path, kind in ((tmp_path, IsADirectoryError), (tmp_path / "x" / "y", NotADirectoryError),
+                       (tmp_path / "none" / "y", FileNotFoundError)):  # fmt: skip
+        with pytest.raises(kind) as caught:
+            check_writable(path)
+        assert caught.value.filename == str(path)
+
+
+def test_an_error_names_the_file_that_was_asked_for(tmp_path):
+    with pytest.raises(FileNotFoundError) as caught:
+        write_atomically(tmp_path / "none" / "x", "new")
+    assert (caught.value.filename, caught.value.filename2) == (str(tmp_path / "none" / "x"), None)
+
+
+def test_the_nearest_folder_that_is_there(tmp_path):
+    assert nearest(tmp_path / "a" / "b") == nearest(tmp_path) == tmp_path
