@@ -14,7 +14,7 @@ from flax import nnx
 from jax import Array
 
 from dflash.config import RopeConfig
-from dflash.models import mesh, native
+from dflash.models import bfloat16, mesh, native
 from dflash.models.mesh import Part
 
 
@@ -24,6 +24,8 @@ def precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
 
 
 def _multiply_xla(weight: Array, x: Array) -> Array:
+    if weight.dtype == x.dtype == jnp.bfloat16:
+        return bfloat16.product(weight, x)
     return jnp.matmul(weight, x, precision=precision(x.dtype))
 
 
