@@ -111,7 +111,7 @@ def test_an_opening_is_a_json_string(text, line, tmp_path):
 
 
 def test_openings_that_are_not_there_are_named(tmp_path):
-    with pytest.raises(PromptError, match=r"builtin, none or a JSONL file of strings; there is no file at lost"):
+    with pytest.raises(PromptError, match=r"builtin, none .*JSONL.* lost"):
         load_openings("lost")
     (tmp_path / "empty").touch()
     with pytest.raises(PromptError, match="holds no opening"):
@@ -133,7 +133,7 @@ def test_given_answers_are_kept_and_asked_for(make, tokenizer, tmp_path):
     config = dataclasses.replace(asks(tmp_path, "Why?", answer="So."), answers="given")
     (conversation,) = make(config)
     assert list(conversation.answer) == [*tokenizer.encode("So."), 1]
-    with pytest.raises(PromptError, match="answers=given needs conversations that end with the assistant's turn"):
+    with pytest.raises(PromptError, match=r"answers=given .*assistant's turn"):
         make(dataclasses.replace(asks(tmp_path, "Why?"), answers="given"), "other.jsonl")
 
 
