@@ -32,7 +32,7 @@ class Generate(TargetOptions):
     """What to ask, as a user's message."""
     draft: str = ""
     """DFlashDraftModel or run directory, smollm2-135m (the draft that comes with the project, and the default for the
-    target of that name), or `untrained` to see the machinery; another target is decoded greedily without one."""
+    target of that name), or `untrained` to see the machinery; other targets are decoded greedily without one."""
     mode: Annotated[
         str | None, tyro.conf.arg(metavar=f"{{{','.join(m for m, mode in MODES.items() if mode.cached)}}}")
     ] = None
@@ -42,15 +42,15 @@ class Generate(TargetOptions):
     max_new_tokens: Count = 128
     """Token budget."""
     temperature: Size = 0.0
-    """Above 0: tokens are drawn, in every mode the same ones; 0 is greedy."""
+    """Above 0, tokens are drawn, the same in every mode; 0 is greedy."""
     top_k: Index = 0
-    """Draw from the likeliest so many tokens; 0 from all."""
+    """Draw from this many of the likeliest tokens; 0 from all."""
     top_p: Mass = 1.0
     """Draw from the likeliest tokens that reach this probability together."""
     min_p: Share = 0.0
-    """Draw from tokens at least this times as likely as the likeliest."""
+    """Draw from tokens at least this fraction as likely as the likeliest."""
     seed: Seed = 0
-    """Seed of what is drawn."""
+    """Seed of the draws."""
     template: tyro.conf.OmitArgPrefixes[TemplateOptions] = dataclasses.field(
         default_factory=partial(TemplateOptions, template_date="today")
     )

@@ -30,7 +30,7 @@ class ServeBench(ServerOptions):
     data_dir: str = ""
     """Directory of named sets: gsm8k.jsonl, .json or .parquet, as they are published."""
     prompt_template: str = ""
-    """What is asked of a row of hf:NAME: "{question} Explain."."""
+    """What to ask about a row of hf:NAME: "{question} Explain."."""
     raw: bool = False
     """Prompts are plain text to be continued, without a chat template, as for a base model."""
     template: tyro.conf.OmitArgPrefixes[TemplateOptions] = dataclasses.field(default_factory=TemplateOptions)

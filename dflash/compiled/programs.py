@@ -121,10 +121,10 @@ class Compiled:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TooLarge:
-    """A program that the compiler refuses: it needs more than the device has, by what the compiler says."""
+    """A program that the compiler refuses, because it needs more than the device has."""
 
     name: str
-    said: str
+    message: str
 
 
 def compile_program(name: str, lowered: Lowered) -> Compiled | TooLarge:
@@ -134,7 +134,7 @@ def compile_program(name: str, lowered: Lowered) -> Compiled | TooLarge:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return TooLarge(name=name, said=" ".join(str(error).split())[:300])
+        return TooLarge(name=name, message=" ".join(str(error).split())[:300])
     memory, text = compiled.memory_analysis(), compiled.as_text()
     return Compiled(
         name=name,
@@ -164,9 +164,9 @@ def device_bytes(tree: Any) -> float:
     return sum(of(a) for a in jax.tree.leaves(tree))
 
 
-def needed_bytes(said: TooLarge) -> float | None:
+def needed_bytes(refused: TooLarge) -> float | None:
     """How much a refused program needs, where the compiler says so."""
-    found = re.search(r"Used ([\d.]+)([GM])|requir\w+.*?\(([\d.]+)([GM])", said.said)
+    found = re.search(r"Used ([\d.]+)([GM])|requir\w+.*?\(([\d.]+)([GM])", refused.message)
     if not found:
         return None
     number, unit = (found[1], found[2]) if found[1] else (found[3], found[4])
@@ -174,7 +174,7 @@ def needed_bytes(said: TooLarge) -> float | None:
 
 
 def estimated_seconds(program: jax.stages.Compiled, device: jax.Device) -> float | None:
-    """What the compiler's own figures make of a program that runs here; None on what is no TPU that is known.
+    """What the compiler's own figures make of a program that runs here; None on anything but a known TPU.
 
     Cycles by the chip's clock, without collectives.
     """

@@ -101,9 +101,9 @@ def audit_divergence(
     place = next((k for k in range(shorter) if expected[k] != got[k]), shorter)
     found = list(faults)
     for name, tokens in (("greedy", expected), ("DFlash", got)):
-        said = dishonest_token(Reference(target, [*prompt, *tokens]), prompt, tokens, sampling)
-        if said:
-            found.append(f"{name}, {said}")
+        fault = dishonest_token(Reference(target, [*prompt, *tokens]), prompt, tokens, sampling)
+        if fault:
+            found.append(f"{name}, {fault}")
     if target.dtype == jnp.float32:
         found.insert(0, "float32 tokens must be equal")
     pair = [int(tokens[place]) if place < len(tokens) else None for tokens in (expected, got)]
@@ -167,11 +167,11 @@ def _state_faults(reference: Reference, state: State, row: int, committed: int) 
         caches.append(("draft", state.draft_cache, reference.draft_keys_values, reference.draft_moves))
     for name, cache, layers, moves in caches:
         if int(cache.lengths[row]) != committed:
-            said = f"holds {int(cache.lengths[row])} tokens, and {committed} were committed"
+            fault = f"holds {int(cache.lengths[row])} tokens, and {committed} were committed"
         else:
-            said = _cache_fault(cache, row, layers, moves)
-        if said:
-            faults.append(f"{name} cache: {said}")
+            fault = _cache_fault(cache, row, layers, moves)
+        if fault:
+            faults.append(f"{name} cache: {fault}")
     return faults
 
 
@@ -195,12 +195,12 @@ class Decoded:
         for i, (prompt, tokens) in enumerate(zip(self.request.prompts, self.rows, strict=True)):
             committed = [*prompt, *tokens[:-1]]
             reference = Reference(target, committed, self.request.draft)
-            said = [
+            descriptions = [
                 dishonest_token(reference, prompt, tokens, self.request.sampling.row(i)),
                 _ends_wrong(tokens, self.request.budgets[i], self.request.stops[i]),
                 *_state_faults(reference, self.state, i, len(committed)),
             ]
-            found.append([s for s in said if s])
+            found.append([text for text in descriptions if text])
         return found
 
 
@@ -330,12 +330,12 @@ def audit(
             both = [[*a, *b] for a, b in zip(sound, found, strict=True)]
             rows = audit_rows(target, longer.request.prompts, greedy, decoded.rows, both, sampling)
             divergences |= {case: rows} if rows else {}
-            faults += [f"{case}, prompt {i}: {s}" for i, said in enumerate(found) for s in said]
+            faults += [f"{case}, prompt {i}: {text}" for i, texts in enumerate(found) for text in texts]
             judged += sum(map(len, decoded.rows))
     return Audit(
         dtype=str(target.dtype),
         parity=compare_steps(target, prompts, greedy, size),
         tokens=judged,
         divergences=divergences,
-        faults=[f"greedy, prompt {i}: {s}" for i, said in enumerate(sound) for s in said] + faults,
+        faults=[f"greedy, prompt {i}: {text}" for i, texts in enumerate(sound) for text in texts] + faults,
     )

@@ -56,9 +56,9 @@ class Sampling:
     @property
     def facts(self) -> dict[str, float] | None:
         """The settings for a result; None for greedy decoding."""
-        told = dataclasses.asdict(self)
-        del told["first_row"]
-        return told if self.temperature else None
+        settings = dataclasses.asdict(self)
+        del settings["first_row"]
+        return settings if self.temperature else None
 
     @property
     def rule(self) -> "Sampling":
@@ -71,11 +71,11 @@ class Sampling:
         return np.stack([np.full(batch, self.seed, np.uint32), numbers], axis=1).view(np.int32)
 
     def draws(self, batch: int) -> "Draws | None":
-        """What a program needs to draw for so many rows; None where it is greedy."""
+        """What a program needs to draw for this many rows; None where it is greedy."""
         return Draws(rule=self.rule, rows=jnp.asarray(self.rows(batch))) if self.temperature else None
 
     def row(self, number: int) -> "Sampling":
-        """That of one row of a request alone."""
+        """The sampling of one row of a request."""
         return dataclasses.replace(self, first_row=self.first_row + number)
 
 
@@ -108,7 +108,7 @@ def gumbel(bits: Array) -> Array:
 
 
 def _least(scores: Array, weights: Array, limit: Array | int, top: Array, total: Callable[[Array], Array]) -> Array:
-    """The least score [N] of [M, N] above which less than `limit` weighs; `top` [N] are the largest.
+    """The lowest score [N] of [M, N] above which the weight is below `limit`; `top` [N] are the largest.
 
     By bisection over the bits of a float: nothing is sorted, and a mesh exchanges sums alone.
     """

@@ -1,8 +1,8 @@
 """Where everything lies on a mesh of devices: one table from logical axes to the mesh's, and what follows from it.
 
-A mesh has two axes: `dp` splits the rows of a batch, `tp` splits the networks. A weight says along which logical axes
-its own run where its shape is declared (`Linear(..., rows=..., columns=...)`, `Param(..., axes=...)`); what is not
-declared lies whole on every device. Programs run under `shard_map`: a layer sees this device's part of its weights,
+A mesh has two axes: `dp` splits the rows of a batch, `tp` splits the networks. A weight's logical axes are named where
+its shape is declared (`Linear(..., rows=..., columns=...)`, `Param(..., axes=...)`); what is not declared lies whole
+on every device. Programs run under `shard_map`: a layer sees this device's part of its weights,
 and what it must exchange with other devices is written where it is exchanged (`total`, `best_of_all`). So a program's
 collectives are those that stand in the source, and no others.
 
@@ -175,7 +175,7 @@ class Place:
         return self.build(part)
 
     def build(self, part: Callable[[tuple[slice | np.ndarray, ...]], np.ndarray]) -> Array:
-        """The array on the mesh, of a function of the `entries` that a device holds; no more is made at once."""
+        """The array on the mesh, made by a function of the `entries` that a device holds; no more is made at once."""
 
         def of(index: tuple[slice, ...] | None) -> np.ndarray:
             assert index is not None
@@ -216,7 +216,7 @@ def _is_weight(leaf: Any) -> bool:
 
 
 def place_of(weight: nnx.Variable[Any], mesh: Mesh) -> Place:
-    """Where a weight of a network lies, which has the shape that the network declares."""
+    """Where a weight of a network lies; it has the shape that the network declares."""
     declared = weight.get_metadata()
     return Place.of(weight.get_value().shape, declared.get("axes"), mesh, table=declared.get("table", False))
 
@@ -265,7 +265,7 @@ def gather(model: AnyNetwork) -> AnyNetwork:
 
 
 def sharding_of(network: Network, split: P) -> jax.sharding.Sharding | None:
-    """Where an array that is split so lies beside a network's weights; None where jax may choose."""
+    """Where an array with this split lies beside a network's weights; None where jax may choose."""
     if network.mesh is not None:
         return NamedSharding(network.mesh, split)
     weight = jax.tree.leaves(nnx.state(network))[0]
@@ -274,14 +274,14 @@ def sharding_of(network: Network, split: P) -> jax.sharding.Sharding | None:
 
 
 def abstract(tree: Any, where: Any) -> Any:
-    """Shapes and dtypes of a pytree of arrays that lie so (a prefix of shardings or formats; None: anywhere)."""
+    """Shapes and dtypes of a pytree of arrays placed like this (a prefix of shardings or formats; None: anywhere)."""
     if where is None:
         return tree
     return jax.tree.map(lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), tree, where)
 
 
 def of(graph: Any, weights: Any) -> Mesh | None:
-    """The mesh on which a network lies that was taken apart by `nnx.split`."""
+    """The mesh of a network that `nnx.split` took apart."""
     return nnx.merge(graph, weights).mesh
 
 

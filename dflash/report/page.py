@@ -70,7 +70,7 @@ def _comparable(run: ResultFile, other: ResultFile) -> list[str]:
 
 
 def sections(run: ResultFile, older: Sequence[ResultFile]) -> list[Section]:
-    """All that is said, in order. `older` runs come newest first; the first of them is compared with."""
+    """All sections, in order. `older` runs come newest first; the first of them is compared with."""
     left_out, history = [], [run]
     for other in older:
         reasons = _comparable(run, other)

@@ -40,15 +40,15 @@ class ServerOptions(Checked):
     key_variable: str = ""
     """Variable of the environment that holds the key of the servers."""
     temperature: Size = 0.0
-    """Above 0: servers draw, each with noise of its own, so that nothing proves their texts; 0 is greedy."""
+    """Above 0, servers draw, each with its own noise, so nothing proves their texts; 0 is greedy."""
     top_k: Index = 0
-    """Draw from the likeliest so many tokens; 0 from all."""
+    """Draw from this many of the likeliest tokens; 0 from all."""
     top_p: Mass = 1.0
     """Draw from the likeliest tokens that reach this probability together."""
     min_p: Share = 0.0
-    """Draw from tokens at least this times as likely as the likeliest."""
+    """Draw from tokens at least this fraction as likely as the likeliest."""
     seed: Seed = 0
-    """Seed of what is drawn."""
+    """Seed of the draws."""
     ready_timeout: Positive = 900.0
     """Seconds until a server must be ready."""
     request_timeout: Positive = 900.0

@@ -14,7 +14,7 @@ from dflash.host.disk import expanded, read_object
 from dflash.text.worker import WORKER, WorkerFaultError
 from dflash.weights import named
 
-# What templates that print the date are told, so that a prompt is the same tomorrow.
+# What templates that print the date take for today, so that a prompt is the same tomorrow.
 FIXED_DAY = "2026-01-01"
 _NUMBERS = itertools.count()
 
@@ -52,7 +52,7 @@ class Tokenizer:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What decides a prompt beside its messages, as results record it."""
+        """What decides a prompt besides its messages, as results record it."""
         return {"chat_template_args": self.variables, "template_date": self.template_date}
 
     def id_of(self, token: str) -> int:
@@ -134,7 +134,7 @@ class Tokenizer:
         try:
             ids: list[int] = self._request("chat", messages=[dict(message) for message in messages], **request)
         except (TypeError, RecursionError) as error:
-            raise TokenizerError(f"messages must be values that JSON has, got {messages!r:.80}: {error}") from error
+            raise TokenizerError(f"messages must be JSON values, got {messages!r:.80}: {error}") from error
         except WorkerFaultError as error:
             template = f"the chat template of {self._directory}"
             if error.fault == "template":

@@ -40,7 +40,7 @@ SHIPPED_DRAFT = Path(__file__).parent / f"{smollm2.NAME}-draft"
 def target_directory(name_or_dir: str | Path) -> Path:
     """The snapshot directory of a target; `smollm2-135m` is made on first use, `Qwen/Qwen3-0.6B` is the hub's.
 
-    Raises HubError for a name of which the hub has no model, or out of its reach.
+    Raises HubError for a name that the hub does not have, or when it is out of reach.
     """
     if str(name_or_dir) == smollm2.NAME:
         return smollm2.snapshot_dir()
@@ -50,14 +50,14 @@ def target_directory(name_or_dir: str | Path) -> Path:
 def draft_directory(name_or_dir: str | Path) -> Path:
     """The directory of a draft, or its name on the hub; `smollm2-135m` is the trained one that comes with the project.
 
-    Raises WeightsError if that one is missing from this installation, HubError as `target_directory`.
+    Raises WeightsError if that one is missing from this installation, HubError like `target_directory`.
     """
     if str(name_or_dir) != smollm2.NAME:
         return named.directory_of(name_or_dir)
     if not snapshot.holds_weights(SHIPPED_DRAFT):
         raise WeightsError(
             f"the draft {smollm2.NAME} comes with the project, and this installation has no weights at "
-            f"{SHIPPED_DRAFT}: install it again from a whole checkout, or name another draft's directory or {UNTRAINED}"
+            f"{SHIPPED_DRAFT}: install it again from a full checkout, or name another draft's directory or {UNTRAINED}"
         )
     return SHIPPED_DRAFT
 

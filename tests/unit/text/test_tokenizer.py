@@ -520,7 +520,7 @@ def test_what_python_can_not_compile_is_one_sentence(tmp_path, template):
 
 
 def test_messages_that_json_has_not_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="values that JSON has"):
+    with pytest.raises(ValueError, match="messages must be JSON"):
         load_tokenizer(write_snapshot(tmp_path)).encode_chat([{"role": "user", "content": object()}])
 
 
