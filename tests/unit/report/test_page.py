@@ -172,8 +172,9 @@ def test_the_verdicts_of_the_baselines_are_said_first(run, pages):
     assert headline(passed).tone == "good"
     assert "This does not fail the run." in pages(passed)[1]
     assert "Held to the baselines" not in pages(run([decode()]))[1]
-    none = {"failed": False, "cases": [{"case": "a", "verdict": "no-baseline", "sentence": "x"}]}
-    without = run([decode()], gate=none)
+    # A noisy case is invalid with a baseline or without one.
+    none = [{"case": name, "verdict": name, "sentence": "x"} for name in ("no-baseline", "invalid")]
+    without = run([decode()], gate={"failed": False, "cases": none})
     assert Elements(pages(without)[0]).ids[-2:] == ["gate", "origin"]
 
 
