@@ -33,11 +33,6 @@ class Move:
     nbytes: float
 
 
-def parameter_path(module: Module, number: int) -> str:
-    """What the traced function calls an entry parameter, such as `weights[0]['head']['weight'].value`."""
-    return module.entry.parameters[number].op_name
-
-
 # Of a value: its origins, one a place of a tuple; None where it was computed.
 _Origins = tuple[str | None, ...]
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -162,15 +161,6 @@ def device_bytes(tree: Any) -> float:
         return float(np.prod(shape)) * jnp.dtype(array.dtype).itemsize
 
     return sum(of(a) for a in jax.tree.leaves(tree))
-
-
-def needed_bytes(refused: TooLarge) -> float | None:
-    """How much a refused program needs, where the compiler says so."""
-    found = re.search(r"Used ([\d.]+)([GM])|requir\w+.*?\(([\d.]+)([GM])", refused.message)
-    if not found:
-        return None
-    number, unit = (found[1], found[2]) if found[1] else (found[3], found[4])
-    return float(number) * {"M": 2**20, "G": 2**30}[unit]
 
 
 def estimated_seconds(program: jax.stages.Compiled, device: jax.Device) -> float | None:
