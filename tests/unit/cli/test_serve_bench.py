@@ -96,7 +96,7 @@ def test_a_server_without_a_draft_is_said_to_have_none(serve_bench):
         (("--base-url", "http://127.0.0.1:1", "--key-variable", "NO_SUCH_VARIABLE"), "no variable of the name"),
         (
             ("--base-url", "http://127.0.0.1:1", "--report", "/dev/null"),
-            "results are written into a directory; /dev/null",
+            "directory; /dev/null",
         ),
     ],
 )

@@ -275,7 +275,7 @@ def test_a_draft_is_not_blamed_for_a_target_that_does_not_repeat_itself(compared
     case = dataclasses.replace(compared(wrong_at=3), target_repeats_itself=False)
     case = dataclasses.replace(case, status=status(case))
     assert case.status == "invalid"
-    assert "answers otherwise when it is asked again" in remark(case)
+    assert "target's server answers otherwise" in remark(case)
 
 
 def test_the_first_failure_ends_a_round_and_nothing_more_is_asked():

@@ -55,7 +55,7 @@ def test_a_row_of_another_shape_is_refused(tmp_path, row, said):
         load_prompts(write(tmp_path / "a.json", [row]))
 
 
-@pytest.mark.parametrize(("text", "said"), [('{"a": 1}', "a JSON list of prompts, got dict"), ("[", "not JSON")])
+@pytest.mark.parametrize(("text", "said"), [('{"a": 1}', "JSON list .*got dict"), ("[", "not JSON")])
 def test_a_json_file_that_holds_no_list_is_refused(tmp_path, text, said):
     path = tmp_path / "own.json"
     path.write_text(text)

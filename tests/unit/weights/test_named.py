@@ -75,7 +75,7 @@ def test_what_is_read_is_downloaded_and_no_token_shown(cache, monkeypatch, tmp_p
     assert named.snapshot("who/what") == tmp_path
     assert "*.bin" not in asked[0][1]["allow_patterns"]
     assert asked[0][1]["ignore_patterns"] == ["*/*"]
-    with pytest.raises(hub.HubError, match="hub gives no model of that name") as error:
+    with pytest.raises(hub.HubError, match=r"hub .*no model") as error:
         named.snapshot("who/secret")
     assert "hf_abc" not in str(error.value)
     assert "sesame" not in str(error.value)

@@ -233,7 +233,7 @@ def test_other_settings_are_refused_by_name(tmp_path):
     with pytest.raises(CacheError, match=r"c\.building .*settings \(layers, new, seed\)"):
         begin(tmp_path / "c", seed=1, layers=[1], new=True)
     build(tmp_path / "c")
-    with pytest.raises(CacheError, match="c exists: remove it or name another"):
+    with pytest.raises(CacheError, match="c exists: remove it"):
         begin(tmp_path / "c")
     assert [p.name for p in tmp_path.iterdir()] == ["c"]
 
