@@ -11,10 +11,10 @@ import tyro
 from dflash import metrics
 from dflash.cli.target import TargetOptions
 from dflash.cli.template import TemplateOptions
-from dflash.config import BlockSize, Count, Index, Mass, Seed, Share, Size
+from dflash.config import BlockSize, Count
 from dflash.decoding.decode import DecodeResult, RequestError, check_request, read_state, states
 from dflash.decoding.modes import BLOCK, GREEDY, MODES
-from dflash.decoding.sampling import Sampling
+from dflash.decoding.sampling import Sampling, SamplingOptions
 from dflash.host.device import device_facts
 from dflash.host.provenance import compile_cache, of_command
 from dflash.text.channels import shown
@@ -41,16 +41,7 @@ class Generate(TargetOptions):
     """Block size, the anchor included; by default the draft's own."""
     max_new_tokens: Count = 128
     """Token budget."""
-    temperature: Size = 0.0
-    """Above 0, tokens are drawn, the same in every mode; 0 is greedy."""
-    top_k: Index = 0
-    """Draw from this many of the likeliest tokens; 0 from all."""
-    top_p: Mass = 1.0
-    """Draw from the likeliest tokens that reach this probability together."""
-    min_p: Share = 0.0
-    """Draw from tokens at least this fraction as likely as the likeliest."""
-    seed: Seed = 0
-    """Seed of the draws."""
+    sampling: tyro.conf.OmitArgPrefixes[SamplingOptions] = dataclasses.field(default_factory=SamplingOptions)
     template: tyro.conf.OmitArgPrefixes[TemplateOptions] = dataclasses.field(
         default_factory=partial(TemplateOptions, template_date="today")
     )
@@ -110,7 +101,7 @@ def generate(args: Annotated[Generate, tyro.conf.arg(name="")]) -> None:
     name, draft = _draft_name(args), None
     if name is not None:
         draft = init_draft(target) if name == UNTRAINED else load_draft(name, target)
-    sampling = Sampling.of(args)
+    sampling = Sampling.of(args.sampling)
     request = check_request(
         target,
         draft,
