@@ -256,10 +256,10 @@ def apply_protocol(options: Any) -> None:
 
 def take_prompts(options: Any, source: str) -> PromptSet:
     """The prompts of a source that are measured. Raises PromptError."""
-    found = open_prompts(options, source)
+    prompt_set = open_prompts(options, source)
     if options.protocol == "zlab":
-        return found if len(found.prompts) <= ZLAB_PROMPTS else found.take(ZLAB_PROMPTS, seed=ZLAB_SEED)
-    return found.take(options.num_prompts)
+        return prompt_set if len(prompt_set.prompts) <= ZLAB_PROMPTS else prompt_set.take(ZLAB_PROMPTS, seed=ZLAB_SEED)
+    return prompt_set.take(options.num_prompts)
 
 
 FLAGS = {

@@ -55,8 +55,8 @@ def serve_bench(args: Annotated[ServeBench, tyro.conf.arg(name="")]) -> None:
     _check(args)
     servers = deployment(args)
     tokenizer = args.template.open(args.target)
-    found = load_prompts(args.prompts, data_dir=args.data_dir, prompt_template=args.prompt_template, raw=args.raw)
-    prompts = found.take(args.num_prompts).encode(tokenizer)
+    prompt_set = load_prompts(args.prompts, data_dir=args.data_dir, prompt_template=args.prompt_template, raw=args.raw)
+    prompts = prompt_set.take(args.num_prompts).encode(tokenizer)
     with served_run(
         servers,
         tokenizer,

@@ -108,6 +108,6 @@ def _origins(
         return given[0][:1] if given else (None,)
     if opcode == "custom-call" or _is_move(module, instruction):
         # Several parts of one input make that input again.
-        found = {o for origins in given for o in origins}
-        return (found.pop(),) if len(found) == 1 else (None,)
+        merged = {o for origins in given for o in origins}
+        return (merged.pop(),) if len(merged) == 1 else (None,)
     return (None,)

@@ -58,9 +58,9 @@ def _program(part: Part, whole: Compiled, floor: Floor, chip: Chip) -> dict[str,
         "floor_cycles": floor.cycles(chip),
         "floor": dataclasses.asdict(floor),
         "hbm_bytes": part.hbm_bytes,
-        "unestimated": {name: list(found) for name, found in part.unestimated.items()},
+        "unestimated": {name: list(counts) for name, counts in part.unestimated.items()},
         "before_loop_bytes": whole.before_loop.hbm_bytes,
-        "collectives": {kind: list(found) for kind, found in part.collectives.items()},
+        "collectives": {kind: list(counts) for kind, counts in part.collectives.items()},
     }
 
 

@@ -108,8 +108,8 @@ def _host_of(name: str) -> tuple[str, int]:
 
     Raises TopologyError.
     """
-    found = re.fullmatch(r"(v\w+):(\d+(?:x\d+)*)", name)
-    kind, sizes = (found[1], [int(s) for s in found[2].split("x")]) if found else ("", [])
+    match = re.fullmatch(r"(v\w+):(\d+(?:x\d+)*)", name)
+    kind, sizes = (match[1], [int(s) for s in match[2].split("x")]) if match else ("", [])
     if KINDS.get(kind) != len(sizes) or min(sizes, default=0) < 1:
         raise TopologyError(
             "a topology is a chip and the sizes of its grid, such as v5e:2x4, v6e:2x4, v6e:1x1, v5p:2x2x1 or v4:2x2x1; "

@@ -48,8 +48,8 @@ def again(words: Sequence[str], paths: Sequence[str], tests: Sequence[str], time
 
 def with_spread(case: Decode, runs: Sequence[dict[str, float]]) -> Decode:
     """The case with what changed between its runs, itself among them; as it is where it is alone."""
-    found = [case.speedup_x, *(run.get(case.case) for run in runs)]
-    speedups = [x for x in found if x is not None]
+    figures = [case.speedup_x, *(run.get(case.case) for run in runs)]
+    speedups = [x for x in figures if x is not None]
     if len(speedups) < 2:
         return case
     return dataclasses.replace(case, between_runs=between_runs(speedups), runs=len(speedups))

@@ -120,12 +120,12 @@ def _units(part: Part, shards: int) -> np.ndarray:
 @functools.lru_cache(maxsize=256)
 def _order(parts: tuple[Part, ...], shards: int) -> np.ndarray:
     """The entries of an array's axis in the order in which they are placed, int [shards, entries of one device]."""
-    found, first = [], 0
+    order, first = [], 0
     for part in parts:
         units = _units(part, shards)[:, :, None] * part.width + np.arange(part.width)
-        found.append(first + units.reshape(shards, -1))
+        order.append(first + units.reshape(shards, -1))
         first += part.units * part.width
-    return np.concatenate(found, axis=1)
+    return np.concatenate(order, axis=1)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -150,15 +150,15 @@ class Place:
 
     def entries(self, index: tuple[slice, ...]) -> tuple[slice | np.ndarray, ...]:
         """Of each axis of the array what a device with this `index` of the placed shape holds: a slice where it can."""
-        found: list[slice | np.ndarray] = []
+        slices: list[slice | np.ndarray] = []
         for order, part in zip(self.orders, index, strict=True):
             if order is None:
-                found.append(part)
+                slices.append(part)
                 continue
             chosen = order.reshape(-1)[part]
             first, run = int(chosen[0]), np.arange(len(chosen))
-            found.append(slice(first, first + len(chosen)) if np.array_equal(chosen, first + run) else chosen)
-        return tuple(found)
+            slices.append(slice(first, first + len(chosen)) if np.array_equal(chosen, first + run) else chosen)
+        return tuple(slices)
 
     def put(self, value: Any) -> Array:
         """The array [as declared] on the mesh; each device is given its part."""
@@ -167,10 +167,10 @@ class Place:
         value = np.asarray(value)
 
         def part(entries: tuple[slice | np.ndarray, ...]) -> np.ndarray:
-            found = value
+            piece = value
             for axis, some in enumerate(entries):
-                found = found[(slice(None),) * axis + (some,)]
-            return found
+                piece = piece[(slice(None),) * axis + (some,)]
+            return piece
 
         return self.build(part)
 

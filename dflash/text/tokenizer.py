@@ -46,9 +46,9 @@ class Tokenizer:
                 raise TokenizerError(f"a template's date is YYYY-MM-DD or today, got {template_date!r}") from None
         self._number = next(_NUMBERS)
         _read_json(directory / "tokenizer_config.json")  # transformers takes what is no JSON, such as half a character
-        found = self._open()
-        self.vocab_size = found["vocab_size"]
-        self.stop_token_ids = self._find_stop_token_ids(found["eos"])
+        facts = self._open()
+        self.vocab_size = facts["vocab_size"]
+        self.stop_token_ids = self._find_stop_token_ids(facts["eos"])
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -155,7 +155,7 @@ class Tokenizer:
         # Where it lies now: a relative path must still be the same after a chdir.
         request = {"do": "open", "tokenizer": self._number, "directory": str(self._directory.resolve())}
         try:
-            found: dict[str, Any] = WORKER.ask(request)
+            answer: dict[str, Any] = WORKER.ask(request)
         except WorkerFaultError as error:
             remedy = "fetch the snapshot again"
             if (self._directory / "tensorstore_index.json").is_file():
@@ -163,7 +163,7 @@ class Tokenizer:
             raise TokenizerError(
                 f"{self._directory} must hold a tokenizer that transformers reads, got: {error}; {remedy}"
             ) from error
-        return found
+        return answer
 
     def _ask(self, do: str, **request: Any) -> Any:
         try:

@@ -157,13 +157,13 @@ def find_draft(name_or_dir: str | Path) -> tuple[Dialect, Path]:
     Raises WeightsError where none is, or one that is not complete.
     """
     path = draft_directory(name_or_dir)
-    found = _walk(path)
-    if found is None:
+    match = _walk(path)
+    if match is None:
         raise WeightsError(
             f"{path} holds no draft: name a DFlashDraftModel directory (config.json and model.safetensors), a "
             f"run-<step> directory or the folder of them, {smollm2.NAME}, or {UNTRAINED}"
         )
-    return found
+    return match
 
 
 def read_any_draft(name_or_dir: str | Path, dtype: str = "float32", target: TargetConfig | None = None) -> Draft:
@@ -183,8 +183,8 @@ def read_any_draft(name_or_dir: str | Path, dtype: str = "float32", target: Targ
 
 def own_run(name_or_dir: str | Path) -> Path | None:
     """The run of this project's trainer that a name or a path means; None where it means another form, or nothing."""
-    found = _walk(draft_directory(name_or_dir))
-    return found[1] if found is not None and found[0] is checkpoint.DIALECT else None
+    match = _walk(draft_directory(name_or_dir))
+    return match[1] if match is not None and match[0] is checkpoint.DIALECT else None
 
 
 def draft_hash(name_or_dir: str | Path) -> str:

@@ -45,8 +45,8 @@ def _read(run: Path, dtype: str, target: TargetConfig | None) -> Draft:
         source=source,
     )
     entries = read_index(run).get("model", {})
-    found = ForkDraft(config=config, arrays=read_arrays(run, entries.values()), source=str(run))
-    return canonical_draft(found, dtype)
+    draft = ForkDraft(config=config, arrays=read_arrays(run, entries.values()), source=str(run))
+    return canonical_draft(draft, dtype)
 
 
 def _digest(run: Path) -> str:

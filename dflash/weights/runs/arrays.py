@@ -161,9 +161,9 @@ def lost_chunks(directory: Path, entries: Iterable[Entry]) -> list[str]:
         assert store.kvstore is not None
         chunk = store.chunk_layout.read_chunk.shape or ()
         wanted = math.prod(math.ceil(n / (c or 1)) for n, c in zip(store.shape, chunk, strict=True))
-        found = len([key for key in store.kvstore.list().result() if not key.startswith(b".z")])
-        if found < wanted:
-            lost.append(f"{entry.path} ({wanted - found} of {wanted} chunks)")
+        chunks = len([key for key in store.kvstore.list().result() if not key.startswith(b".z")])
+        if chunks < wanted:
+            lost.append(f"{entry.path} ({wanted - chunks} of {wanted} chunks)")
     return lost
 
 
