@@ -27,7 +27,7 @@ def fault_list(faults: Sequence[str]) -> str:
         kinds: dict[str, list[list[str]]] = {}
         for same in alike.values():
             kinds.setdefault(same[0].split()[0], []).append(same)
-        # In turns: of each kind (missing, unexpected) something is told.
+        # In turns: of each kind (missing, unexpected) something is listed.
         groups = [same for turn in itertools.zip_longest(*kinds.values()) for same in turn if same]
         faults = [same[0] if len(same) == 1 else f"{same[0]} and {len(same) - 1} like it" for same in groups]
         rest = sum(map(len, groups[_MOST_FAULTS:]))
@@ -41,17 +41,17 @@ MOST = 10**9
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Range:
-    """Where the number of a field lies, said in its type: `least` to `most`, without them if `above` and `below`."""
+    """The range of a number, stated in its field's type: `lowest` to `most`, excluded if `above` and `below`."""
 
-    least: float
+    lowest: float
     most: float = MOST
     above: bool = False
     below: bool = False
 
     def rule(self, value: float) -> str:
         """The rule that a number breaks, such as "at least 1"; empty if it lies in the range. NaN lies nowhere."""
-        if not (value > self.least if self.above else value >= self.least):
-            return f"{'above' if self.above else 'at least'} {self.least}"
+        if not (value > self.lowest if self.above else value >= self.lowest):
+            return f"{'above' if self.above else 'at least'} {self.lowest}"
         if not (value < self.most if self.below else value <= self.most):
             return f"{'below' if self.below else 'at most'} {self.most}"
         return ""

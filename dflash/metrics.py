@@ -46,7 +46,7 @@ HIGHER_IS_BETTER = {
 
 
 def round_up(value: int, multiple: int) -> int:
-    """The least multiple that is not below `value`: what is padded comes in steps."""
+    """`value` rounded up to a multiple."""
     return -(-value // multiple) * multiple
 
 

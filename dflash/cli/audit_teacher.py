@@ -58,7 +58,7 @@ def audit_teacher_command(args: Annotated[AuditTeacher, tyro.conf.arg(name="")])
         print(f"{teacher.name}: " + ("the target's own forward, up to rounding" if same else "still ANOTHER MODEL"))
         if longest >= length:
             print(
-                f"Not looked at: what a window of {longest} hides, since {length} tokens were read; "
+                f"Not checked: what a window of {longest} hides, since {length} tokens were read; "
                 f"--num-tokens {3 * longest} reads enough"
             )
     if not same:

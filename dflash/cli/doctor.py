@@ -108,14 +108,14 @@ def python_version(version: str = platform.python_version()) -> Finding:
     try:
         required = metadata.metadata(PACKAGE)["Requires-Python"]
     except metadata.PackageNotFoundError:
-        return Finding(name="python", verdict="note", found=f"{version}; {PACKAGE} is not installed, so nothing asks")
+        return Finding(name="python", verdict="note", found=f"{version}; {PACKAGE} is not installed, so any will do")
     if SpecifierSet(required).contains(version):
         return Finding(name="python", verdict="ok", found=version)
     return Finding(name="python", verdict="fix", found=version, advice=f"make the environment with Python {required}")
 
 
 def packages() -> list[Finding]:
-    """jax's version, and one finding for all dependencies that are missing or of another version than is asked for."""
+    """jax's version, and one finding for all dependencies that are missing or of a wrong version."""
     try:
         required = metadata.requires(PACKAGE) or []
     except metadata.PackageNotFoundError:
@@ -188,7 +188,7 @@ def devices(opened: list[dict[str, Any]] | str, required: str = "") -> Finding:
     if not wanted or any(d["platform"] == wanted for d in opened):
         return Finding(name="devices", verdict="ok", found=listing)
     advice = (
-        _who_holds() if wanted == "tpu" else f"install jax for {wanted}, and unset JAX_PLATFORMS if it leaves it out"
+        _who_holds() if wanted == "tpu" else f"install jax for {wanted}, and unset JAX_PLATFORMS if that excludes it"
     )
     return Finding(name="devices", verdict="fix", found=f"{listing}, and no {wanted}", advice=advice)
 
@@ -206,7 +206,7 @@ def _who_holds() -> str:
 
 
 def holders(processes: Path = Path("/proc")) -> list[tuple[int, str]]:
-    """Process id and program name of every process that has a TPU's device file open; empty where /proc tells nothing.
+    """Process id and program name of every process that has a TPU's device file open; empty where /proc shows nothing.
 
     Names only: the words of a command may hold secrets.
     """
@@ -312,7 +312,7 @@ def target() -> Finding:
 
 
 def named_models() -> list[Finding]:
-    """What the variables that README sets for a TPU host name: a target, and drafts that are there."""
+    """The target and drafts named by the variables that the README sets for a TPU host."""
     directory, drafts = os.environ.get("TEACHER_SNAPSHOT_DIR"), os.environ.get("DRAFT_RUN_DIR")
     findings = [_readable("TEACHER_SNAPSHOT_DIR", directory, _target_config)] if directory else []
     for name in (drafts or "").split(","):

@@ -67,7 +67,7 @@ def evaluate(args: Annotated[Evaluate, tyro.conf.arg(name="")]) -> None:
     rows = np.arange(len(cache)) if args.rows == "all" else cache.rows(args.rows == "held_out")
     if not len(rows):
         raise ConfigError(
-            f"{args.cache_dir} has no {args.rows} rows: it says nothing of a split, or has too few prompts; "
+            f"{args.cache_dir} has no {args.rows} rows: it records no split, or has too few prompts; "
             "--rows all scores every row, and says so"
         )
     chosen = np.sort(np.random.default_rng(args.seed).permutation(rows)[: args.num_samples])

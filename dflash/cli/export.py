@@ -67,7 +67,7 @@ def training_record(run: Path) -> dict[str, Any]:
         record["init_from"] = _record_of(provenance["init_from"])
     settings = run.parent / "run_config.json"
     if settings.is_file():
-        content = read_object(settings, WeightsError, "copy it anew from where the run was trained")
+        content = read_object(settings, WeightsError, "copy it again from where the run was trained")
         record["train"] = content.get("train")
         if "dflash" in content:
             record["dflash"] = _without_directories(content["dflash"])

@@ -11,10 +11,10 @@ import tyro
 from dflash import metrics
 from dflash.cli.target import TargetOptions
 from dflash.cli.template import TemplateOptions
-from dflash.config import BlockSize, Count, DraftVocab, Index, Mass, Seed, Share, Size
+from dflash.config import BlockSize, Count, DraftVocab
 from dflash.decoding.decode import DecodeResult, RequestError, check_request, read_state, states
 from dflash.decoding.modes import BLOCK, GREEDY, MODES
-from dflash.decoding.sampling import Sampling
+from dflash.decoding.sampling import Sampling, SamplingOptions
 from dflash.host.device import device_facts
 from dflash.host.provenance import compile_cache, of_command
 from dflash.text.channels import shown
@@ -32,7 +32,7 @@ class Generate(TargetOptions):
     """What to ask, as a user's message."""
     draft: str = ""
     """DFlashDraftModel or run directory, smollm2-135m (the draft that comes with the project, and the default for the
-    target of that name), or `untrained` to see the machinery; another target is decoded greedily without one."""
+    target of that name), or `untrained` to see the machinery; other targets are decoded greedily without one."""
     mode: Annotated[
         str | None, tyro.conf.arg(metavar=f"{{{','.join(m for m, mode in MODES.items() if mode.cached)}}}")
     ] = None
@@ -43,16 +43,7 @@ class Generate(TargetOptions):
     """Tokens of the vocabulary that the draft proposes, a number or all; by default those that it was trained with."""
     max_new_tokens: Count = 128
     """Token budget."""
-    temperature: Size = 0.0
-    """Above 0: tokens are drawn, in every mode the same ones; 0 is greedy."""
-    top_k: Index = 0
-    """Draw from the likeliest so many tokens; 0 from all."""
-    top_p: Mass = 1.0
-    """Draw from the likeliest tokens that reach this probability together."""
-    min_p: Share = 0.0
-    """Draw from tokens at least this times as likely as the likeliest."""
-    seed: Seed = 0
-    """Seed of what is drawn."""
+    sampling: tyro.conf.OmitArgPrefixes[SamplingOptions] = dataclasses.field(default_factory=SamplingOptions)
     template: tyro.conf.OmitArgPrefixes[TemplateOptions] = dataclasses.field(
         default_factory=partial(TemplateOptions, template_date="today")
     )
@@ -112,7 +103,7 @@ def generate(args: Annotated[Generate, tyro.conf.arg(name="")]) -> None:
     name, draft = _draft_name(args), None
     if name is not None:
         draft = init_draft(target) if name == UNTRAINED else load_draft(name, target)
-    sampling = Sampling.of(args)
+    sampling = Sampling.of(args.sampling)
     request = check_request(
         target,
         draft,

@@ -39,7 +39,7 @@ from dflash.weights.snapshot import WeightsError
 
 
 class UsageError(ValueError):
-    """Words that are no command: what is wrong with them."""
+    """A command line that names no command: what is wrong with it."""
 
 
 USER_ERRORS = (
@@ -65,7 +65,7 @@ _OTHER_PLACE = "name a place that may be written to"
 _REMEDIES = {
     errno.ENOSPC: _MORE_ROOM,
     errno.EDQUOT: _MORE_ROOM,
-    errno.EFBIG: "files may not become so large here; name another place",
+    errno.EFBIG: "files may not grow this large here; name another place",
     errno.EROFS: _OTHER_PLACE,
     errno.EACCES: _OTHER_PLACE,
     errno.EPERM: _OTHER_PLACE,
@@ -159,7 +159,7 @@ def main() -> int:
 
 
 def _refuse(reason: str) -> int:
-    """One line of bearable length: a value that is quoted may have any."""
+    """One line of readable length: a quoted value may have any."""
     line = " ".join(reason.split("\n"))
     if len(line) > _LONGEST:
         line = f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"

@@ -43,11 +43,11 @@ class PlanArguments(Checked):
     draft: str = ""
     """Directory of the draft, or smollm2-135m; else an untrained one of --draft-layers layers."""
     draft_layers: Count = 5
-    """Layers of a draft that is not named."""
+    """Layers of an untrained draft."""
     topology: str = "v6e:2x4"
     """The TPU: v5e:2x4, v6e:2x4, v6e:1x1 (one chip), v5p:2x2x1, v4:2x2x1."""
     tp: Count | Literal["auto"] = 1
-    """Devices that share the networks; `auto` tries 1, 2, 4, ... and tells the fewest that fit, and the fastest."""
+    """Devices that share the networks; `auto` tries 1, 2, 4, ... and names the fewest that fit, and the fastest."""
     dp: Count = 1
     """Groups of devices that share the rows of a batch."""
     batch: Annotated[tuple[Count, ...], COMMAS] = (1,)
@@ -84,7 +84,7 @@ def _draft(args: PlanArguments, target: TargetConfig, block_size: int) -> DraftC
 
 
 def plan(args: Annotated[PlanArguments, tyro.conf.arg(name="")]) -> None:
-    """Compile the programs of a decode for a described TPU; tell memory, cycles, collectives and gains, estimated."""
+    """Compile the programs of a decode for a described TPU; estimate memory, cycles, collectives and gains."""
     cases = list(settings(args.batch, args.context, args.block_size))
     target = _target(args.target)
     draft = _draft(args, target, max(c.block_size for c in cases))

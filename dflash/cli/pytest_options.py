@@ -53,9 +53,9 @@ def within(kind: Any, expected: str = "") -> Type:
     return read
 
 
-def integer(least: int) -> Type:
+def integer(lowest: int) -> Type:
     """An integer of at least this."""
-    return within(Annotated[int, Range(least)], f"an integer of at least {least}")
+    return within(Annotated[int, Range(lowest)], f"an integer of at least {lowest}")
 
 
 def name(text: str) -> str:
@@ -71,7 +71,7 @@ def words(text: str) -> str:
 
 
 def listed(read: Type) -> Type:
-    """Values with commas between them, in order; one that is there twice counts once."""
+    """Comma-separated values, in order; duplicates count once."""
     return lambda text: list(dict.fromkeys(read(value) for value in text.split(",")))
 
 
@@ -155,7 +155,7 @@ def all_options(root: Path) -> list[Option]:
         ),
         Option(
             "--prompt-template", "DFLASH_PROMPT_TEMPLATE", "", words, "TEXT",
-            "what is asked of a row of hf:NAME: '{question} Explain.'",
+            "what to ask about a row of hf:NAME: '{question} Explain.'",
         ),
         Option(
             "--chat-template-arg", "DFLASH_CHAT_TEMPLATE_ARG", "", words, "WORDS",
@@ -173,7 +173,7 @@ def all_options(root: Path) -> list[Option]:
         Option("--num-prompts", "DFLASH_NUM_PROMPTS", None, integer(1), "N", "prompts of a round; by default 8"),
         Option(
             "--category-prompts", "DFLASH_CATEGORY_PROMPTS", "2", integer(1), "N",
-            "prompts of each category whose acceptance is measured, if it has so many",
+            "prompts of each category whose acceptance is measured, if it has that many",
         ),
         Option(
             "--prompt-len", "DFLASH_PROMPT_LEN", "0", listed(integer(0)), "N,N",
@@ -186,7 +186,7 @@ def all_options(root: Path) -> list[Option]:
         ),
         Option(
             "--temperature", "DFLASH_TEMPERATURE", "0", within(Size), "T",
-            "above 0: tokens are drawn, by both decoders the same ones; 0 is greedy",
+            "above 0, tokens are drawn, the same by both decoders; 0 is greedy",
         ),
         Option("--top-k", "DFLASH_TOP_K", "0", within(Index), "N", "draw from the likeliest N tokens; 0 from all"),
         Option(
@@ -195,12 +195,12 @@ def all_options(root: Path) -> list[Option]:
         ),
         Option(
             "--min-p", "DFLASH_MIN_P", "0", within(Share), "P",
-            "draw from tokens at least this times as likely as the likeliest",
+            "draw from tokens at least this fraction as likely as the likeliest",
         ),
-        Option("--seed", "DFLASH_SEED", "0", within(Seed), "N", "seed of what is drawn"),
+        Option("--seed", "DFLASH_SEED", "0", within(Seed), "N", "seed of the draws"),
         Option(
             "--rounds", "DFLASH_ROUNDS", "5", integer(1), "N",
-            "timed rounds of each case at least; fewer than 3 give no interval",
+            "minimum timed rounds of each case; fewer than 3 give no interval",
         ),
         Option(
             "--precision", "DFLASH_PRECISION", "0.05", FRACTION, "X",
@@ -232,7 +232,7 @@ def all_options(root: Path) -> list[Option]:
         Option("--draft-server-args", "DFLASH_DRAFT_SERVER_ARGS", "", words, "WORDS", "more of them, with the draft"),
         Option("--base-url", "DFLASH_BASE_URL", "", words, "URL", "a server that runs already"),
         Option("--draft-base-url", "DFLASH_DRAFT_BASE_URL", "", words, "URL", "the same, with the draft"),
-        Option("--served-model", "DFLASH_SERVED_MODEL", "", words, "NAME", "name in requests, where it is another"),
+        Option("--served-model", "DFLASH_SERVED_MODEL", "", words, "NAME", "model name in requests, if it differs"),
         Option("--ready-timeout", "DFLASH_READY_TIMEOUT", "900", SECONDS, "S", "seconds until a server must be ready"),
         Option("--server-logs", "DFLASH_SERVER_LOGS", "server-logs", name, "DIR", "directory of the servers' logs"),
         Option("--run-name", "RUN_NAME", None, name, "NAME", "name kept in the results"),
@@ -251,7 +251,7 @@ def all_options(root: Path) -> list[Option]:
         ),
         Option(
             "--tolerance", "DFLASH_TOLERANCE", str(baselines.TOLERANCE), FRACTION, "X",
-            "fraction that --update-baselines puts between a figure and its floor, at least",
+            "minimum fraction that --update-baselines puts between a figure and its floor",
         ),
     ]  # fmt: skip
 
@@ -281,11 +281,15 @@ def protocol_name(options: Any) -> str:
 
 
 def take_prompts(options: Any, source: str) -> PromptSet:
-    """As many prompts of a source as are measured. Raises PromptError."""
-    found = open_prompts(options, source)
+    """The prompts of a source that are measured. Raises PromptError."""
+    prompt_set = open_prompts(options, source)
     if options.protocol == "zlab":
-        return found if len(found.prompts) <= options.num_prompts else found.take(options.num_prompts, seed=ZLAB_SEED)
-    return found.take(options.num_prompts)
+        return (
+            prompt_set
+            if len(prompt_set.prompts) <= options.num_prompts
+            else prompt_set.take(options.num_prompts, seed=ZLAB_SEED)
+        )
+    return prompt_set.take(options.num_prompts)
 
 
 FLAGS = {

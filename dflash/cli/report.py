@@ -51,7 +51,7 @@ def export_results(args: Annotated[ExportResults, tyro.conf.arg(name="")]) -> No
     run = read_file(args.run)
     text = exported(run, args.format)
     if names := left_out(run, args.format):
-        print(f"not in the export, since nothing of them counts: {', '.join(names)}", file=sys.stderr)
+        print(f"not exported, since their figures do not count: {', '.join(names)}", file=sys.stderr)
     if args.out is None:
         print(text, end="")
         return

@@ -7,7 +7,7 @@ from dflash.text.tokenizer import FIXED_DAY, Tokenizer, load_tokenizer, template
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TemplateOptions:
-    """What a chat template is told beside the messages."""
+    """What a chat template gets besides the messages."""
 
     chat_template_arg: tuple[str, ...] = ()
     """Variables of the chat template: enable_thinking=false reasoning_effort=low."""

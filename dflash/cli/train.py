@@ -109,9 +109,9 @@ def _vocabulary(args: Train, cache: SequenceCache | WindowCache, target: TargetC
     count = args.draft_vocab_size
     if count in (None, "all"):
         return None
-    least = args.selector_top_k if args.architecture == "dflash2" else 1
-    if not least <= count <= target.vocab_size:
-        raise ConfigError(f"draft_vocab_size must be {least} to {target.vocab_size}, the target's tokens; got {count}")
+    lowest = args.selector_top_k if args.architecture == "dflash2" else 1
+    if not lowest <= count <= target.vocab_size:
+        raise ConfigError(f"draft_vocab_size must be {lowest} to {target.vocab_size}, the target's tokens; got {count}")
     return pack_tokens(frequent_tokens(cache, count, target.vocab_size), target.vocab_size)
 
 

@@ -47,24 +47,24 @@ class Part:
     @property
     def unestimated(self) -> dict[str, tuple[int, float]]:
         """Kernels without an estimate, by name: how often they run, and the bytes that stand for them."""
-        found: dict[str, tuple[int, float]] = {}
+        totals: dict[str, tuple[int, float]] = {}
         for cost in self.costs:
             if is_kernel(cost.instruction):
                 name = (cost.instruction.attribute("custom_call_target") or "").strip('"')
-                count, total = found.get(name, (0, 0.0))
-                found[name] = (count + round(cost.count), total + cost.hbm_bytes)
-        return found
+                count, total = totals.get(name, (0, 0.0))
+                totals[name] = (count + round(cost.count), total + cost.hbm_bytes)
+        return totals
 
     @property
     def collectives(self) -> dict[str, tuple[int, float]]:
         """By kind: how many a step runs, and the bytes of their results on one device."""
-        found: dict[str, tuple[int, float]] = {}
+        totals: dict[str, tuple[int, float]] = {}
         for cost in self.costs:
             kind = collective_kind(cost.instruction)
             if kind:
-                count, total = found.get(kind, (0, 0.0))
-                found[kind] = (count + round(cost.count), total + cost.count * collective_bytes(cost.instruction))
-        return found
+                count, total = totals.get(kind, (0, 0.0))
+                totals[kind] = (count + round(cost.count), total + cost.count * collective_bytes(cost.instruction))
+        return totals
 
     def within(self, *scopes: str) -> "Part":
         """What of it was traced under one of these named scopes."""

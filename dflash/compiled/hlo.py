@@ -29,8 +29,8 @@ class Shape:
         """Bits of an element; 0 for tokens and other things that hold no data."""
         if self.dtype == "pred":
             return 8
-        found = re.search(r"\d+", self.dtype)
-        return int(found[0]) if found and self.dtype != "token" else 0
+        match = re.search(r"\d+", self.dtype)
+        return int(match[0]) if match and self.dtype != "token" else 0
 
     @property
     def nbytes(self) -> float:
@@ -66,8 +66,8 @@ class Instruction:
 
     def attribute(self, name: str) -> str | None:
         """What stands behind `name=`, up to the next comma or space; None where it is not there."""
-        found = re.search(rf"\b{name}=%?([^,\s]+)", self.attributes)
-        return found[1] if found else None
+        match = re.search(rf"\b{name}=%?([^,\s]+)", self.attributes)
+        return match[1] if match else None
 
     @property
     def called(self) -> list[str]:
@@ -81,8 +81,8 @@ class Instruction:
     @property
     def op_name(self) -> str:
         """Where in the traced function it comes from, scopes with slashes between; for a parameter, its path."""
-        found = re.search(r'op_name="((?:[^"\\]|\\.)*)"', self.attributes)
-        return found[1].replace("\\'", "'") if found else ""
+        match = re.search(r'op_name="((?:[^"\\]|\\.)*)"', self.attributes)
+        return match[1].replace("\\'", "'") if match else ""
 
     @property
     def backend(self) -> dict[str, Any]:
@@ -90,14 +90,14 @@ class Instruction:
         start = self.attributes.find("backend_config={")
         if start < 0:
             return {}
-        found, _ = json.JSONDecoder().raw_decode(self.attributes[start + len("backend_config=") :])
-        return found
+        config, _ = json.JSONDecoder().raw_decode(self.attributes[start + len("backend_config=") :])
+        return config
 
     @property
     def estimated_cycles(self) -> int | None:
         """The compiler's own estimate; None where it has none, which it may also say with 2^63 - 1."""
-        found = re.search(r'"estimated_cycles":"(\d+)"', self.attributes)
-        return int(found[1]) if found and int(found[1]) < 2**62 else None
+        match = re.search(r'"estimated_cycles":"(\d+)"', self.attributes)
+        return int(match[1]) if match and int(match[1]) < 2**62 else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,12 +123,12 @@ class Computation:
     @functools.cached_property
     def users(self) -> dict[str, list[tuple[Instruction, int]]]:
         """Who uses an instruction, and as which operand."""
-        found: dict[str, list[tuple[Instruction, int]]] = {i.name: [] for i in self.instructions}
+        uses: dict[str, list[tuple[Instruction, int]]] = {i.name: [] for i in self.instructions}
         for instruction in self.instructions:
             for place, operand in enumerate(instruction.operands):
-                if operand in found and instruction.opcode != "parameter":
-                    found[operand].append((instruction, place))
-        return found
+                if operand in uses and instruction.opcode != "parameter":
+                    uses[operand].append((instruction, place))
+        return uses
 
 
 @dataclasses.dataclass(frozen=True)

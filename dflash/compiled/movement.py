@@ -33,11 +33,6 @@ class Move:
     nbytes: float
 
 
-def parameter_path(module: Module, number: int) -> str:
-    """What the traced function calls an entry parameter, such as `weights[0]['head']['weight'].value`."""
-    return module.entry.parameters[number].op_name
-
-
 # Of a value: its origins, one a place of a tuple; None where it was computed.
 _Origins = tuple[str | None, ...]
 
@@ -113,6 +108,6 @@ def _origins(
         return given[0][:1] if given else (None,)
     if opcode == "custom-call" or _is_move(module, instruction):
         # Several parts of one input make that input again.
-        found = {o for origins in given for o in origins}
-        return (found.pop(),) if len(found) == 1 else (None,)
+        merged = {o for origins in given for o in origins}
+        return (merged.pop(),) if len(merged) == 1 else (None,)
     return (None,)

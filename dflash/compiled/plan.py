@@ -1,4 +1,4 @@
-"""What decoding on a described TPU would take: memory, cycles, collectives, and what DFlash would gain. Estimates all.
+"""What decoding on a described TPU would take: memory, cycles, collectives, and what DFlash would gain. All estimated.
 
 A case is a batch, a context and a block size. Two programs are compiled for it, the greedy loop and the loop of block
 verification; of the second `verify` is what was traced in the scope of that name, and `draft` all the rest of the
@@ -28,7 +28,7 @@ from dflash.metrics import predicted_speedup
 
 # What one collective takes beside its bytes. The compiler has no figure for it; published ones are 1 to 5 microseconds.
 COLLECTIVE_S = 2e-6
-# Shares of drafted tokens that are accepted, one like the other, for which a speed-up is told.
+# Shares of drafted tokens accepted, all slots alike, for which a speed-up is given.
 ACCEPT_RATES = (0.5, 0.6, 0.7, 0.8, 0.9)
 
 
@@ -54,9 +54,9 @@ def _program(part: Part, whole: Compiled, floor: Floor, chip: Chip) -> dict[str,
         "floor_cycles": floor.cycles(chip),
         "floor": dataclasses.asdict(floor),
         "hbm_bytes": part.hbm_bytes,
-        "unestimated": {name: list(found) for name, found in part.unestimated.items()},
+        "unestimated": {name: list(counts) for name, counts in part.unestimated.items()},
         "before_loop_bytes": whole.before_loop.hbm_bytes,
-        "collectives": {kind: list(found) for kind, found in part.collectives.items()},
+        "collectives": {kind: list(counts) for kind, counts in part.collectives.items()},
     }
 
 
@@ -91,7 +91,7 @@ class Plan:
         greedy, block = self._greedy[key], self._compiled("cached_block_verify", setting)
         programs = {} if isinstance(greedy, TooLarge) else self._of_greedy(greedy, setting)
         programs |= {} if isinstance(block, TooLarge) else self._of_block(block, setting)
-        refused = [p.said for p in (greedy, block) if isinstance(p, TooLarge)]
+        refused = [p.message for p in (greedy, block) if isinstance(p, TooLarge)]
         made = [p for p in (greedy, block) if isinstance(p, Compiled)]
         # Both loops' networks and caches are there together; of temporaries one program's at a time.
         return {
@@ -125,7 +125,7 @@ class Plan:
 def gains(case: dict[str, Any], chip: Chip) -> dict[str, Any] | None:
     """The cost model of a case that fits: what a block costs in one-token steps, and speed-ups by accept rate.
 
-    With a share p of drafted tokens accepted, one like the other, the acceptance length is 1 + p + p^2 + ...
+    With a share p of drafted tokens accepted, all slots alike, the acceptance length is 1 + p + p^2 + ...
     """
     programs = case["programs"]
     if not {"step", "verify", "draft"} <= programs.keys():
@@ -145,10 +145,10 @@ def gains(case: dict[str, Any], chip: Chip) -> dict[str, Any] | None:
 
 def best_block_sizes(cases: Sequence[dict[str, Any]]) -> dict[str, int]:
     """The block size that gains most at each accept rate; 1 is greedy decoding. Of cases of one batch and context."""
-    told = [c for c in cases if c.get("gains")]
+    gaining = [c for c in cases if c.get("gains")]
     return {
         f"{rate:g}": max(
-            [(1.0, 1), *((c["gains"]["speedup_x"][f"{rate:g}"], c["block_size"]) for c in told)],
+            [(1.0, 1), *((c["gains"]["speedup_x"][f"{rate:g}"], c["block_size"]) for c in gaining)],
             key=lambda pair: (pair[0], -pair[1]),
         )[1]
         for rate in ACCEPT_RATES

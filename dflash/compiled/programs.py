@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import re
 from functools import partial
 from typing import Any
 
@@ -126,10 +125,10 @@ class Compiled:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TooLarge:
-    """A program that the compiler refuses: it needs more than the device has, by what the compiler says."""
+    """A program that the compiler refuses, because it needs more than the device has."""
 
     name: str
-    said: str
+    message: str
 
 
 def compile_program(name: str, lowered: Lowered) -> Compiled | TooLarge:
@@ -139,7 +138,7 @@ def compile_program(name: str, lowered: Lowered) -> Compiled | TooLarge:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return TooLarge(name=name, said=" ".join(str(error).split())[:300])
+        return TooLarge(name=name, message=" ".join(str(error).split())[:300])
     memory, text = compiled.memory_analysis(), compiled.as_text()
     return Compiled(
         name=name,
@@ -185,17 +184,8 @@ def held_bytes(target: Llama, draft: Draft, shape: DecodeShape) -> dict[str, flo
     }
 
 
-def needed_bytes(said: TooLarge) -> float | None:
-    """How much a refused program needs, where the compiler says so."""
-    found = re.search(r"Used ([\d.]+)([GM])|requir\w+.*?\(([\d.]+)([GM])", said.said)
-    if not found:
-        return None
-    number, unit = (found[1], found[2]) if found[1] else (found[3], found[4])
-    return float(number) * {"M": 2**20, "G": 2**30}[unit]
-
-
 def estimated_seconds(program: jax.stages.Compiled, device: jax.Device) -> float | None:
-    """What the compiler's own figures make of a program that runs here; None on what is no TPU that is known.
+    """What the compiler's own figures make of a program that runs here; None on anything but a known TPU.
 
     Cycles by the chip's clock, without collectives.
     """

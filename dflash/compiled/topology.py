@@ -1,4 +1,4 @@
-"""TPUs that are described and not there: their devices for the compiler, and what is known of each kind of chip."""
+"""TPUs that are described, not present: their devices for the compiler, and what is known of each kind of chip."""
 
 import contextlib
 import dataclasses
@@ -92,7 +92,7 @@ class Topology:
 
 @contextlib.contextmanager
 def _environment() -> Iterator[None]:
-    """For libtpu while it is loaded, and for nobody after it."""
+    """Variables for libtpu while it is loaded, and unset afterwards."""
     before = {name: os.environ.get(name) for name in _ENVIRONMENT}
     os.environ.update({name: value for name, value in _ENVIRONMENT.items() if before[name] is None})
     try:
@@ -108,8 +108,8 @@ def _host_of(name: str) -> tuple[str, int]:
 
     Raises TopologyError.
     """
-    found = re.fullmatch(r"(v\w+):(\d+(?:x\d+)*)", name)
-    kind, sizes = (found[1], [int(s) for s in found[2].split("x")]) if found else ("", [])
+    match = re.fullmatch(r"(v\w+):(\d+(?:x\d+)*)", name)
+    kind, sizes = (match[1], [int(s) for s in match[2].split("x")]) if match else ("", [])
     if KINDS.get(kind) != len(sizes) or min(sizes, default=0) < 1:
         raise TopologyError(
             "a topology is a chip and the sizes of its grid, such as v5e:2x4, v6e:2x4, v6e:1x1, v5p:2x2x1 or v4:2x2x1; "
@@ -137,13 +137,13 @@ def describe(name: str) -> Topology:
         with _environment():
             devices: list[Any] = topologies.get_topology_desc(platform="tpu", topology_name=host).devices
     except (RuntimeError, ValueError) as error:
-        said = " ".join(str(error).split())[:200]
-        if "lockfile" in said or "already in use" in said:
+        message = " ".join(str(error).split())[:200]
+        if "lockfile" in message or "already in use" in message:
             raise TopologyError(
                 "libtpu is locked by another process (one that runs on this host's TPU, or was killed): end that "
-                f"process, then run again; libtpu says: {said}"
+                f"process, then run again; libtpu says: {message}"
             ) from None
-        raise TopologyError(f"libtpu knows no topology {name}: name one that exists; it says: {said}") from None
+        raise TopologyError(f"libtpu knows no topology {name}: name one that exists; it says: {message}") from None
     kind = devices[0].device_kind
     if kind not in CHIPS:
         raise TopologyError(f"a topology must be of one of {sorted(KINDS)}; {name} is of {kind!r}")

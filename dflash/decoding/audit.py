@@ -99,24 +99,24 @@ def audit_divergence(
         return None
     shorter = min(len(expected), len(got))
     place = next((k for k in range(shorter) if expected[k] != got[k]), shorter)
-    found = list(faults)
+    reasons = list(faults)
     for name, tokens in (("greedy", expected), ("DFlash", got)):
-        said = dishonest_token(Reference(target, [*prompt, *tokens]), prompt, tokens, sampling)
-        if said:
-            found.append(f"{name}, {said}")
+        fault = dishonest_token(Reference(target, [*prompt, *tokens]), prompt, tokens, sampling)
+        if fault:
+            reasons.append(f"{name}, {fault}")
     if target.dtype == jnp.float32:
-        found.insert(0, "float32 tokens must be equal")
+        reasons.insert(0, "float32 tokens must be equal")
     pair = [int(tokens[place]) if place < len(tokens) else None for tokens in (expected, got)]
     margin = noise = None
     if place == shorter:
-        found.insert(0, "one ends where the other continues")
+        reasons.insert(0, "one ends where the other continues")
     else:
         shared = Reference(target, [*prompt, *expected[:place]])
         judged = [shared.judge(len(prompt) + place - 1, [t], sampling) for t in pair if t is not None]
         # Taken from the later one, which includes the draws that the first may have added.
         margin, noise = abs(float(judged[0].margin[0] - judged[1].margin[0])), float(judged[1].noise[0])
         if not margin <= noise:
-            found.insert(0, "the margin is above the noise")
+            reasons.insert(0, "the margin is above the noise")
     return Divergence(
         prompt=row,
         token=place,
@@ -124,8 +124,8 @@ def audit_divergence(
         dflash_token=pair[1],
         margin=margin,
         noise=noise,
-        verdict=DEFECT if found else NEAR_TIE,
-        why="; ".join(dict.fromkeys(found)),
+        verdict=DEFECT if reasons else NEAR_TIE,
+        why="; ".join(dict.fromkeys(reasons)),
     )
 
 
@@ -167,11 +167,11 @@ def _state_faults(reference: Reference, state: State, row: int, committed: int) 
         caches.append(("draft", state.draft_cache, reference.draft_keys_values, reference.draft_moves))
     for name, cache, layers, moves in caches:
         if int(cache.lengths[row]) != committed:
-            said = f"holds {int(cache.lengths[row])} tokens, and {committed} were committed"
+            fault = f"holds {int(cache.lengths[row])} tokens, and {committed} were committed"
         else:
-            said = _cache_fault(cache, row, layers, moves)
-        if said:
-            faults.append(f"{name} cache: {said}")
+            fault = _cache_fault(cache, row, layers, moves)
+        if fault:
+            faults.append(f"{name} cache: {fault}")
     return faults
 
 
@@ -191,17 +191,17 @@ class Decoded:
 
     def faults(self, target: Llama) -> list[list[str]]:
         """Describes what is wrong with each row's tokens, end and caches; empty lists for a sound decode."""
-        found = []
+        by_row = []
         for i, (prompt, tokens) in enumerate(zip(self.request.prompts, self.rows, strict=True)):
             committed = [*prompt, *tokens[:-1]]
             reference = Reference(target, committed, self.request.draft)
-            said = [
+            descriptions = [
                 dishonest_token(reference, prompt, tokens, self.request.sampling.row(i)),
                 _ends_wrong(tokens, self.request.budgets[i], self.request.stops[i]),
                 *_state_faults(reference, self.state, i, len(committed)),
             ]
-            found.append([s for s in said if s])
-        return found
+            by_row.append([text for text in descriptions if text])
+        return by_row
 
 
 def audit_rows(
@@ -214,8 +214,8 @@ def audit_rows(
 ) -> list[Divergence]:
     """One entry for each row whose tokens are not greedy's; `faults` are those already found, by row."""
     rows = enumerate(zip(prompts, expected, got, faults, strict=True))
-    found = [audit_divergence(target, i, *row, sampling.row(i)) for i, row in rows]
-    return [d for d in found if d is not None]
+    divergences = [audit_divergence(target, i, *row, sampling.row(i)) for i, row in rows]
+    return [d for d in divergences if d is not None]
 
 
 def audit_again(
@@ -229,7 +229,7 @@ def audit_again(
 
     Prompts are numbered across the groups.
     """
-    found: list[Divergence] = []
+    divergences: list[Divergence] = []
     first = 0
     groups = zip(greedy[1], dflash[1], expected, got, strict=True)
     for greedy_request, request, greedy_rows, rows in groups:
@@ -237,9 +237,9 @@ def audit_again(
             sound = Decoded.by(greedy[0], greedy_request).faults(target)
             faults = [[*a, *b] for a, b in zip(sound, Decoded.by(dflash[0], request).faults(target), strict=True)]
             some = audit_rows(target, request.prompts, greedy_rows, rows, faults, request.sampling)
-            found += [dataclasses.replace(d, prompt=first + d.prompt) for d in some]
+            divergences += [dataclasses.replace(d, prompt=first + d.prompt) for d in some]
         first += len(rows)
-    return found
+    return divergences
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -260,12 +260,12 @@ class Audit:
     @property
     def defects(self) -> list[str]:
         """A sentence for every defect; empty when the decoding is lossless."""
-        found = [f"{case}: {d.sentence()}" for case, rows in self.divergences.items() for d in rows if d.why]
+        sentences = [f"{case}: {d.sentence()}" for case, rows in self.divergences.items() for d in rows if d.why]
         if self.parity.defects:
-            found.append(
+            sentences.append(
                 f"{self.parity.defects} of {self.parity.positions} teacher-forced positions flip without a near tie"
             )
-        return found + self.faults
+        return sentences + self.faults
 
     def figures(self) -> dict[str, Any]:
         """For JSON."""
@@ -326,16 +326,16 @@ def audit(
         for name, proposer in proposers.items():
             case = f"{mode}-{name}"
             decoded = run(proposer, mode, max_new_tokens)
-            found = decoded.faults(target)
-            both = [[*a, *b] for a, b in zip(sound, found, strict=True)]
+            by_row = decoded.faults(target)
+            both = [[*a, *b] for a, b in zip(sound, by_row, strict=True)]
             rows = audit_rows(target, longer.request.prompts, greedy, decoded.rows, both, sampling)
             divergences |= {case: rows} if rows else {}
-            faults += [f"{case}, prompt {i}: {s}" for i, said in enumerate(found) for s in said]
+            faults += [f"{case}, prompt {i}: {text}" for i, texts in enumerate(by_row) for text in texts]
             judged += sum(map(len, decoded.rows))
     return Audit(
         dtype=str(target.dtype),
         parity=compare_steps(target, prompts, greedy, size),
         tokens=judged,
         divergences=divergences,
-        faults=[f"greedy, prompt {i}: {s}" for i, said in enumerate(sound) for s in said] + faults,
+        faults=[f"greedy, prompt {i}: {text}" for i, texts in enumerate(sound) for text in texts] + faults,
     )

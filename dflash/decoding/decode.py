@@ -175,7 +175,7 @@ def _token_ids(prompts: Sequence[Prompt], tokenizer: Codec | None) -> list[Any]:
 
 
 def _check_loaded(**networks: Any) -> None:
-    """A name in the place of a network is a slip that is easily made."""
+    """Refuses a name in place of a network, an easy slip."""
     for what, network in networks.items():
         if isinstance(network, str | Path):
             call = f"load_target({str(network)!r})" if what == "target" else f"load_draft({str(network)!r}, target)"
@@ -456,7 +456,7 @@ def stream(
     every: int = 1,
     **settings: Any,
 ) -> Iterator[list[list[int]]]:
-    """`decode`, token by token: yields the new tokens of every row, as they are committed, every so many steps.
+    """`decode`, token by token: yields the new tokens of every row after each `every` steps.
 
     The first are those of the prefill, one a row. `settings` are those of `decode`, but for `logprobs` and the mode
     recompute. Raises RequestError.

@@ -124,8 +124,8 @@ def _judge(
 ) -> tuple[Array, ...]:
     """Columns x [H, N], and the same columns with perturbed layers; choices int32 [N] at positions int32 [1, N].
 
-    See `Judged`. Where `draws` is not None, scores stand for logits: a filter may let go of a token in one reading and
-    not in another, so that one is as far below as in the reading that favours it.
+    See `Judged`. Where `draws` is not None, scores stand for logits: a filter may drop a token in one reading and keep
+    it in another, so it counts as far below as in the reading that favours it.
     """
 
     def run(

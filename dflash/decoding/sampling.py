@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from dflash.config import Index, Mass, Seed, Share, Size
+from dflash.config import Checked, Index, Mass, Seed, Share, Size
 from dflash.models import mesh
 from dflash.models.layers import likeliest, most_likely
 from dflash.models.llama import Llama
@@ -23,6 +23,22 @@ from dflash.models.llama import Llama
 Words = tuple[Array, Array]
 # So many of the likeliest tokens are listed before a filter looks at all of them.
 _LISTED = 256
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingOptions(Checked):
+    """How tokens are drawn."""
+
+    temperature: Size = 0.0
+    """Above 0, tokens are drawn, the same in every mode; 0 is greedy. Servers draw with noise of their own."""
+    top_k: Index = 0
+    """Draw from this many of the likeliest tokens; 0 from all."""
+    top_p: Mass = 1.0
+    """Draw from the likeliest tokens that reach this probability together."""
+    min_p: Share = 0.0
+    """Draw from tokens at least this fraction as likely as the likeliest."""
+    seed: Seed = 0
+    """Seed of the draws."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,9 +72,9 @@ class Sampling:
     @property
     def facts(self) -> dict[str, float] | None:
         """The settings for a result; None for greedy decoding."""
-        told = dataclasses.asdict(self)
-        del told["first_row"]
-        return told if self.temperature else None
+        settings = dataclasses.asdict(self)
+        del settings["first_row"]
+        return settings if self.temperature else None
 
     @property
     def rule(self) -> "Sampling":
@@ -71,11 +87,11 @@ class Sampling:
         return np.stack([np.full(batch, self.seed, np.uint32), numbers], axis=1).view(np.int32)
 
     def draws(self, batch: int) -> "Draws | None":
-        """What a program needs to draw for so many rows; None where it is greedy."""
+        """What a program needs to draw for this many rows; None where it is greedy."""
         return Draws(rule=self.rule, rows=jnp.asarray(self.rows(batch))) if self.temperature else None
 
     def row(self, number: int) -> "Sampling":
-        """That of one row of a request alone."""
+        """The sampling of one row of a request."""
         return dataclasses.replace(self, first_row=self.first_row + number)
 
 
@@ -108,7 +124,7 @@ def gumbel(bits: Array) -> Array:
 
 
 def _least(scores: Array, weights: Array, limit: Array | int, top: Array, total: Callable[[Array], Array]) -> Array:
-    """The least score [N] of [M, N] above which less than `limit` weighs; `top` [N] are the largest.
+    """The lowest score [N] of [M, N] above which the weight is below `limit`; `top` [N] are the largest.
 
     By bisection over the bits of a float: nothing is sorted, and a mesh exchanges sums alone.
     """
@@ -127,8 +143,8 @@ def _least(scores: Array, weights: Array, limit: Array | int, top: Array, total:
         enough = total(jnp.where(places > middle, weights, 0)) < limit
         return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
 
-    _, found = jax.lax.fori_loop(0, 32, halve, (ordered(jnp.full_like(top, -jnp.inf)), ordered(top)))
-    return jax.lax.bitcast_convert_type(jnp.where(found < sign, ~found, found ^ sign), jnp.float32)
+    _, level = jax.lax.fori_loop(0, 32, halve, (ordered(jnp.full_like(top, -jnp.inf)), ordered(top)))
+    return jax.lax.bitcast_convert_type(jnp.where(level < sign, ~level, level ^ sign), jnp.float32)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["rows"], meta_fields=["rule"])

@@ -73,7 +73,7 @@ def open_default_device() -> jax.Device:
 
 
 def default_dtype(platform: str) -> str:
-    """What networks compute in when nobody says: bfloat16 on an accelerator, float32 on a CPU."""
+    """The default dtype of computation: bfloat16 on an accelerator, float32 on a CPU."""
     return "float32" if platform == "cpu" else "bfloat16"
 
 

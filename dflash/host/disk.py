@@ -15,17 +15,19 @@ import platformdirs
 def default_cache_dir() -> Path:
     """The folder for downloads: `DFLASH_CACHE_DIR` if set, else the user's cache folder. Creates nothing.
 
-    Raises OSError for the home of a user that there is not.
+    Raises OSError for the home of a user that does not exist.
     """
     named = os.environ.get("DFLASH_CACHE_DIR")
     folder = expanded(named) if named else Path(platformdirs.user_cache_dir("dflash"))
     if folder.parts[:1] and folder.parts[0].startswith("~"):
-        raise FileNotFoundError(errno.ENOENT, "DFLASH_CACHE_DIR is in the home of no user", str(folder))
+        raise FileNotFoundError(
+            errno.ENOENT, "DFLASH_CACHE_DIR names the home of a user that does not exist", str(folder)
+        )
     return folder.absolute()
 
 
 def expanded(path: str | Path) -> Path:
-    """The path with the home of its user for ~; as it is where there is no such user, unlike `Path.expanduser`."""
+    """The path with ~ expanded; unchanged where there is no such user, unlike `Path.expanduser`."""
     return Path(os.path.expanduser(path))  # noqa: PTH111
 
 
@@ -73,7 +75,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def size_text(count: float) -> str:
-    """A number of bytes with the unit that says something: `1.9 MB`."""
+    """A number of bytes in a readable unit: `1.9 MB`."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"
@@ -82,7 +84,7 @@ def size_text(count: float) -> str:
 
 
 def open_file(path: Path) -> BinaryIO:
-    """A file that is there, to read. Raises OSError, also for a pipe, which would be waited for without end."""
+    """Opens a file for reading. Raises OSError, also for a pipe, which might never end."""
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "it is no file", str(path))
     return path.open("rb")
@@ -115,7 +117,7 @@ def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} is twice in one object")
+        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} occurs twice in one object")
     return content
 
 

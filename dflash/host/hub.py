@@ -13,7 +13,7 @@ class HubError(ValueError):
 
 
 def reachable() -> bool:
-    """Whether the hub answers: asked in a thread, because looking a name up has no limit of its own."""
+    """Whether the hub answers: asked in a thread, because a name lookup has no time limit."""
     if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
         return False
     answered = []
@@ -42,5 +42,5 @@ def without_tokens(text: str) -> str:
 
 
 def described(fault: Exception) -> str:
-    """An error of its many layers in one line; some quote the request with the user's token in it."""
+    """An error from its many layers in one line; some quote the request with the user's token in it."""
     return f"{type(fault).__name__}: {without_tokens(' '.join(str(fault).split()))[:300]}"

@@ -148,12 +148,12 @@ def provenance(benchmarks: Sequence[dict[str, Any]], command: Sequence[str], cac
     infos = [b["extra_info"] for b in benchmarks]
 
     def facts(names: Sequence[str]) -> dict[str, Any]:
-        found: dict[str, list[Any]] = {n: [] for n in names}
+        distinct: dict[str, list[Any]] = {n: [] for n in names}
         for info in infos:
             for name in names:
-                if info.get(name) is not None and info[name] not in found[name]:
-                    found[name].append(info[name])
-        return {n: values[0] if len(values) == 1 else values for n, values in found.items() if values}
+                if info.get(name) is not None and info[name] not in distinct[name]:
+                    distinct[name].append(info[name])
+        return {n: values[0] if len(values) == 1 else values for n, values in distinct.items() if values}
 
     return {
         "schema_version": SCHEMA_VERSION,

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP: one line, 128 + the signal's number as exit code, and nothing that was started stays.
+"""Ctrl-C, SIGTERM and SIGHUP: one line, 128 + the signal's number as exit code, and nothing left running.
 
 Imports nothing that takes time: a command heeds signals before it imports anything else.
 """
@@ -34,7 +34,7 @@ def exit_code(stop: KeyboardInterrupt) -> int:
 
 
 def announce(stop: KeyboardInterrupt) -> int:
-    """Says that we were stopped; from now on nothing can stop us another time. Returns the exit code."""
+    """Says that we were stopped, and ignores further signals. Returns the exit code."""
     ignore()
     print(_LINE, file=sys.stderr)
     return exit_code(stop)
@@ -66,7 +66,7 @@ def insist() -> None:
 
 
 def ignore() -> None:
-    """For the few moments that are left."""
+    """Ignores signals for the few moments that are left."""
     _heed(signal.SIG_IGN)
 
 
@@ -81,7 +81,7 @@ def _raise(number: int, _: FrameType | None) -> NoReturn:
 
 
 def _heed(handler: Handler) -> dict[int, Handler]:
-    """Installs a handler, where that is possible: in the main thread. Returns those before."""
+    """Installs a handler where that is possible, in the main thread. Returns the previous ones."""
     if threading.current_thread() is not threading.main_thread():
         return {}
     # Ignored signals stay ignored: under nohup a run continues.

@@ -38,8 +38,8 @@ _TERMS = {"acceptance": "acceptance_length", "verify step": "verify_ratio", "dra
 _INTERVALS = {"speedup_x": "speedup_x_timing_ci95", "verify_ratio": "verify_ratio_ci95"}
 # Two cases are the same work only if these are equal. The draft is not among them: a worse one must be noticed.
 _PROMPTS = ("target_sha256", "prompts_sha256", "num_prompts", "prompt_len")
-# They decided the token ids, and tell why these are others; by themselves they make no other workload.
-_TOLD = ("prompts", "chat_template_args", "template_date")
+# They decided the token ids and explain a difference, but make no other workload by themselves.
+_PROMPT_FACTS = ("prompts", "chat_template_args", "template_date")
 _WORKLOAD = ("workload_version", *_PROMPTS, "batch_size", "dtype", "mode", "block_size", "max_new_tokens", "sampling")
 
 
@@ -72,7 +72,7 @@ def workload(case: Decode) -> dict[str, Any]:
     names = (*_WORKLOAD, "cpu_count", "cpu_model") if case.platform == "cpu" else _WORKLOAD
     if any(size > 1 for size in (case.mesh or {}).values()):
         names = (*names, "mesh")
-    return {name: getattr(case, name) for name in (*names, *_TOLD)}
+    return {name: getattr(case, name) for name in (*names, *_PROMPT_FACTS)}
 
 
 def baseline_path(directory: Path, device_kind: str) -> Path:
@@ -172,9 +172,9 @@ def _moved(case: Decode, baseline: Mapping[str, Any]) -> str:
 
 
 def _differing(now: Mapping[str, Any], then: Mapping[str, Any]) -> list[str]:
-    """In what two workloads differ; in nothing if only in what tells of their prompts."""
+    """The keys in which two workloads differ; none if only what describes their prompts differs."""
     names = [name for name in sorted({*now, *then}) if now.get(name) != then.get(name)]
-    return names if set(names) - set(_TOLD) else []
+    return names if set(names) - set(_PROMPT_FACTS) else []
 
 
 def judge(case: Decode, baselines: Mapping[str, Any] | None) -> CaseVerdict:
@@ -216,7 +216,7 @@ def judge(case: Decode, baselines: Mapping[str, Any] | None) -> CaseVerdict:
 def _limit(case: Decode, name: str, tolerance: float) -> dict[str, float]:
     """Reference and floor (or ceiling): the reference less the tolerance, or its interval's end if that is further."""
     reference = {"reference": round(getattr(case, name), 4)}
-    if name == "draft_ratio":  # told, to name the term that moved; a block's cost is in speedup_x
+    if name == "draft_ratio":  # recorded to name the term that moved; a block's cost is in speedup_x
         return reference
     low, high = _range(case, name)
     if name == "speedup_x" and case.between_runs is not None:
@@ -228,12 +228,12 @@ def _limit(case: Decode, name: str, tolerance: float) -> dict[str, float]:
 
 
 def _between_margin(deviation: float, runs: int) -> float:
-    """What two runs of the same may differ by, in the logarithm: 95%, of a deviation that so many runs gave."""
+    """How far two runs of a case may differ, in the logarithm (95%), given the deviation of so many `runs`."""
     return float(stdtrit(runs - 1, 0.975)) * math.sqrt(2) * deviation
 
 
 def with_held_spread(case: Decode, baselines: Mapping[str, Any] | None) -> Decode:
-    """The case with what its baseline knows of the change between runs, if it does not know it of itself."""
+    """The case with what its baseline knows of the change between runs, unless it has its own."""
     held = (baselines or {}).get(case.case, {})
     known = held.get("speedup_x", {})
     if case.between_runs is not None or "between_runs" not in known or held.get("workload") != workload(case):
@@ -242,7 +242,7 @@ def with_held_spread(case: Decode, baselines: Mapping[str, Any] | None) -> Decod
 
 
 def baseline_of(case: Decode, tolerance: float = TOLERANCE) -> dict[str, Any]:
-    """What a measured case leaves for later runs. Figures that it has not are left out."""
+    """What a measured case leaves for later runs. Figures that it lacks are left out."""
     limits = {name: _limit(case, name, tolerance) for name in FIGURES if _is_number(getattr(case, name))}
     return {"workload": workload(case), **limits}
 
@@ -283,7 +283,7 @@ def updated(
 
 
 def _lines(verdicts: Sequence[CaseVerdict]) -> list[str]:
-    """A line for each sentence, with the cases that it is said of; passes are counted."""
+    """A line for each sentence, with the cases that it is about; passes are counted."""
     grouped: dict[tuple[str, str], list[str]] = {}
     for v in verdicts:
         grouped.setdefault((v.verdict, v.sentence), []).append(v.case)

@@ -30,7 +30,7 @@ def _pairs(baseline: np.ndarray, candidate: np.ndarray) -> tuple[np.ndarray, np.
 
 
 def _middle(values: np.ndarray) -> np.ndarray:
-    """Mean of the middle half along the first axis: outliers don't move it, and it is surer than a median."""
+    """Mean of the middle half along the first axis: outliers don't move it, and it varies less than a median."""
     count = len(values)
     cut = max(count // 4, 1) if count >= LEAST_ROUNDS else 0
     return np.sort(values, axis=0)[cut : count - cut].mean(axis=0)
@@ -148,7 +148,7 @@ class Noise:
     within    half the 95% interval of these prompts, a fraction of the speed-up; inf for too few rounds to tell
     drift     second half of the pairs against the first, a fraction; 0.0 where chance explains it
     outliers  pairs far from the others
-    pairs     of so many
+    pairs     their number
     """
 
     spread: float

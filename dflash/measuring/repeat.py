@@ -1,7 +1,7 @@
 """What changes between runs: the cases of a run measured again, each time in a fresh process.
 
 An interval within a run holds what disturbs its rounds. Where a process's memory lies, what its compiler chose and what
-else the machine did that minute are the same for all of them, and another run has others.
+else the machine did that minute are the same for all rounds, and differ in another run.
 """
 
 import dataclasses
@@ -15,19 +15,19 @@ from statistics import stdev
 
 from dflash.measuring.result import Decode, ResultError, read_file
 
-# Words of a run that would change what is kept of it, or that must not be asked of a part of it.
+# Words of a run that would change what is kept of it, or make no sense for a part of it.
 _WITHOUT = ("--update-baselines", "--require-baseline", "--resume")
 # The last of an option counts.
 _INSTEAD = ("--repeat=1", "-q")
 
 
 def between_runs(speedups: Sequence[float]) -> float:
-    """Standard deviation of the logarithm of a case's speed-up over runs of it, of which there are two or more."""
+    """Standard deviation of the logarithm of a case's speed-up over two or more runs of it."""
     return stdev(math.log(x) for x in speedups)
 
 
 def again(words: Sequence[str], paths: Sequence[str], tests: Sequence[str], times: int) -> list[dict[str, float]]:
-    """Speed-ups by case of so many runs of pytest with a run's words, of these tests instead of its paths.
+    """Speed-ups by case, from further runs of pytest with a run's words and these tests instead of its paths.
 
     Raises ResultError when one of them wrote no results.
     """
@@ -48,8 +48,8 @@ def again(words: Sequence[str], paths: Sequence[str], tests: Sequence[str], time
 
 def with_spread(case: Decode, runs: Sequence[dict[str, float]]) -> Decode:
     """The case with what changed between its runs, itself among them; as it is where it is alone."""
-    found = [case.speedup_x, *(run.get(case.case) for run in runs)]
-    speedups = [x for x in found if x is not None]
+    figures = [case.speedup_x, *(run.get(case.case) for run in runs)]
+    speedups = [x for x in figures if x is not None]
     if len(speedups) < 2:
         return case
     return dataclasses.replace(case, between_runs=between_runs(speedups), runs=len(speedups))

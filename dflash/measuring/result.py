@@ -40,8 +40,8 @@ class ResultError(ValueError):
 class Origin:
     """What was measured: the case, the device, and the inputs by hash. `name` is its pytest id.
 
-    `sampling` None is greedy decoding. `prompts_sha256` is of the token ids; beside the messages the two facts after it
-    decided them.
+    `sampling` None is greedy decoding. `prompts_sha256` is of the token ids; besides the messages, the two facts after
+    it decided them.
     """
 
     case: str
@@ -159,8 +159,8 @@ class Failed(Workload):
 class Decode(Workload, Accepted):
     """A decoding case beside greedy decoding. `lossless` None: nothing was compared.
 
-    `no_draft` and `acceptance_unknown` say why there is none, of a server that has none or does not tell it.
-    `between_runs`: the standard deviation of the logarithm of speed-ups between fresh processes, from so many `runs`.
+    `no_draft` and `acceptance_unknown` say why a server has no draft or reports no acceptance.
+    `between_runs`: the standard deviation of the logarithm of speed-ups between fresh processes, over `runs` of them.
     """
 
     num_prompts: AtLeastOne

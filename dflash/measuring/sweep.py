@@ -76,7 +76,7 @@ class Sweep:
         self._origin = [sources_sha256(), versions(), flags(), dataclasses.asdict(self.effort)]
 
     def outcome(self, case: Case) -> Outcome:
-        """What became of a case, or becomes of it now, with all others of its workload."""
+        """The outcome of a case, measured now with all others of its workload if not yet known."""
         if case.id not in self._known:
             group = [c for c in self.cases if c.workload == case.workload]
             for one in group:
@@ -109,7 +109,7 @@ class Sweep:
         runs = self._take_turns(group) if group else {}
         for case in group:
             facts, hashed = self._identify(case)
-            # Out of the mapping: a run that is told of holds no memory while the next is.
+            # Out of the mapping: a reported run holds no memory while the next is.
             self._known[case.id] = outcome = self._result(case, runs.pop(case.id), facts)
             self.journal.add(Record(hashed, outcome.info, outcome.seconds))
 

@@ -84,7 +84,7 @@ def take_turns(
                 made[name] = failure
 
     def take(names: Sequence[str], groups: int, turn: int) -> None:
-        """Groups of these cases: the first of them next to greedy decoding, before it and after it by turns."""
+        """Groups of these cases: the first of them next to greedy decoding, before and after it in turn."""
         for group in range(groups):
             present = [name for name, run in running(names).items() if group < run.groups]
             sides = present[turn % 2 :: 2], present[1 - turn % 2 :: 2]

@@ -140,11 +140,11 @@ def empty_cache(network: mesh.Network, *, batch: int, capacity: int, block: int)
 
 
 def places(network: mesh.Network, tree: Any, specs: Any) -> Any:
-    """Where a pytree with caches that is split so (`KVCache.specs`) lies beside a network; None: where jax puts it.
+    """Where a pytree with caches of this split (`KVCache.specs`) lies beside a network; None: where jax puts it.
 
     On a TPU or GPU values lie in memory as they are declared, and so do keys that are written as one slice; those that
-    are written by head and token lie as [B, G, S, D], so that a token is in one piece. Then no program turns a cache. A
-    CPU reads them as they are declared.
+    are written by head and token lie as [B, G, S, D], so that a token is in one piece. Then no program transposes a
+    cache. A CPU reads them as they are declared.
     """
     anywhere = mesh.sharding_of(network, P())
     if anywhere is None or (network.mesh is None and _platform(anywhere) == "cpu"):

@@ -40,8 +40,8 @@ class Linear(nnx.Module):
     """y = W x + b. `weight` [out, in], `bias` [out] or None.
 
     `rows` and `columns` say what lies along `out` and `in` (`dflash.models.mesh`). On a mesh a device holds some rows
-    and gives these rows of y; or some columns, takes these rows of x (of a whole x its own), and gives all of y. Of a
-    `table` single rows are looked up too.
+    and gives these rows of y; or some columns, takes these rows of x (of a whole x its own), and gives all of y. Single
+    rows of a `table` are looked up too.
     """
 
     def __init__(
@@ -240,7 +240,7 @@ def _best_at_once(logits: Array) -> tuple[Array, Array]:
 
 
 def _of_this_device(logits: Array, size: int) -> tuple[Array, Array]:
-    """Logits of rows of which the whole array has `size`, without those beyond it, and the number of the first."""
+    """This device's logits, -inf in rows past the whole array's `size`, and the number of its first row."""
     first = mesh.first_row(logits.shape[0])
     numbers = first + jnp.arange(logits.shape[0])
     return jnp.where((numbers < size)[:, None], logits, -jnp.inf), first
@@ -249,7 +249,7 @@ def _of_this_device(logits: Array, size: int) -> tuple[Array, Array]:
 def most_likely(logits: Array, size: int | None = None) -> Array:
     """The index of the largest entry of each column of [V, N], int32 [N]; the lowest of equals.
 
-    Fewer rows than `size` are this device's of so many: then the devices compare the best that each has.
+    Fewer rows than `size` are one device's share: then the devices compare the best that each has.
     """
     first = None
     if size is not None and logits.shape[0] != size:
@@ -264,8 +264,8 @@ def most_likely(logits: Array, size: int | None = None) -> Array:
 def _side_by_side(values: Array, numbers: Array) -> tuple[Array, Array]:
     """Every device's values, float32, and int32 numbers, along a new first axis: in one exchange, not two."""
     both = jnp.stack([jax.lax.bitcast_convert_type(values.astype(jnp.float32), jnp.int32), numbers])
-    found = mesh.side_by_side(both)
-    return jax.lax.bitcast_convert_type(found[:, 0], jnp.float32), found[:, 1]
+    pairs = mesh.side_by_side(both)
+    return jax.lax.bitcast_convert_type(pairs[:, 0], jnp.float32), pairs[:, 1]
 
 
 def likeliest(logits: Array, count: int, size: int | None = None) -> tuple[Array, Array]:

@@ -1,8 +1,8 @@
 """Where everything lies on a mesh of devices: one table from logical axes to the mesh's, and what follows from it.
 
-A mesh has two axes: `dp` splits the rows of a batch, `tp` splits the networks. A weight says along which logical axes
-its own run where its shape is declared (`Linear(..., rows=..., columns=...)`, `Param(..., axes=...)`); what is not
-declared lies whole on every device. Programs run under `shard_map`: a layer sees this device's part of its weights,
+A mesh has two axes: `dp` splits the rows of a batch, `tp` splits the networks. A weight's logical axes are named where
+its shape is declared (`Linear(..., rows=..., columns=...)`, `Param(..., axes=...)`); what is not declared lies whole
+on every device. Programs run under `shard_map`: a layer sees this device's part of its weights,
 and what it must exchange with other devices is written where it is exchanged (`total`, `best_of_all`). So a program's
 collectives are those that stand in the source, and no others.
 
@@ -120,12 +120,12 @@ def _units(part: Part, shards: int) -> np.ndarray:
 @functools.lru_cache(maxsize=256)
 def _order(parts: tuple[Part, ...], shards: int) -> np.ndarray:
     """The entries of an array's axis in the order in which they are placed, int [shards, entries of one device]."""
-    found, first = [], 0
+    order, first = [], 0
     for part in parts:
         units = _units(part, shards)[:, :, None] * part.width + np.arange(part.width)
-        found.append(first + units.reshape(shards, -1))
+        order.append(first + units.reshape(shards, -1))
         first += part.units * part.width
-    return np.concatenate(found, axis=1)
+    return np.concatenate(order, axis=1)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -151,15 +151,15 @@ class Place:
 
     def entries(self, index: tuple[slice, ...]) -> tuple[slice | np.ndarray, ...]:
         """Of each axis of the array what a device with this `index` of the placed shape holds: a slice where it can."""
-        found: list[slice | np.ndarray] = []
+        slices: list[slice | np.ndarray] = []
         for order, part in zip(self.orders, index, strict=True):
             if order is None:
-                found.append(part)
+                slices.append(part)
                 continue
             chosen = order.reshape(-1)[part]
             first, run = int(chosen[0]), np.arange(len(chosen))
-            found.append(slice(first, first + len(chosen)) if np.array_equal(chosen, first + run) else chosen)
-        return tuple(found)
+            slices.append(slice(first, first + len(chosen)) if np.array_equal(chosen, first + run) else chosen)
+        return tuple(slices)
 
     def put(self, value: Any) -> Array:
         """The array [as declared] on the mesh; each device is given its part."""
@@ -168,15 +168,15 @@ class Place:
         value = np.asarray(value)
 
         def part(entries: tuple[slice | np.ndarray, ...]) -> np.ndarray:
-            found = value
+            piece = value
             for axis, some in enumerate(entries):
-                found = found[(slice(None),) * axis + (some,)]
-            return found
+                piece = piece[(slice(None),) * axis + (some,)]
+            return piece
 
         return self.build(part)
 
     def build(self, part: Callable[[tuple[slice | np.ndarray, ...]], np.ndarray]) -> Array:
-        """The array on the mesh, of a function of the `entries` that a device holds; no more is made at once."""
+        """The array on the mesh, made by a function of the `entries` that a device holds; no more is made at once."""
 
         def of(index: tuple[slice, ...] | None) -> np.ndarray:
             assert index is not None
@@ -217,7 +217,7 @@ def _is_weight(leaf: Any) -> bool:
 
 
 def place_of(weight: nnx.Variable[Any], mesh: Mesh) -> Place:
-    """Where a weight of a network lies, which has the shape that the network declares."""
+    """Where a weight of a network lies; it has the shape that the network declares."""
     declared = weight.get_metadata()
     return Place.of(weight.get_value().shape, declared.get("axes"), mesh, table=declared.get("table", False))
 
@@ -266,7 +266,7 @@ def gather(model: AnyNetwork) -> AnyNetwork:
 
 
 def sharding_of(network: Network, split: P) -> jax.sharding.Sharding | None:
-    """Where an array that is split so lies beside a network's weights; None where jax may choose."""
+    """Where an array with this split lies beside a network's weights; None where jax may choose."""
     if network.mesh is not None:
         return NamedSharding(network.mesh, split)
     weight = jax.tree.leaves(nnx.state(network))[0]
@@ -275,14 +275,14 @@ def sharding_of(network: Network, split: P) -> jax.sharding.Sharding | None:
 
 
 def abstract(tree: Any, where: Any) -> Any:
-    """Shapes and dtypes of a pytree of arrays that lie so (a prefix of shardings or formats; None: anywhere)."""
+    """Shapes and dtypes of a pytree of arrays placed like this (a prefix of shardings or formats; None: anywhere)."""
     if where is None:
         return tree
     return jax.tree.map(lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), tree, where)
 
 
 def of(graph: Any, weights: Any) -> Mesh | None:
-    """The mesh on which a network lies that was taken apart by `nnx.split`."""
+    """The mesh of a network that `nnx.split` took apart."""
     return nnx.merge(graph, weights).mesh
 
 

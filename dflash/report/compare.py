@@ -41,7 +41,7 @@ class Change:
 
 
 def differences(old: Decode, new: Decode) -> list[str]:
-    """Names of the facts by which two cases are not the same measurement. What only one of them tells is not judged."""
+    """Names of the facts by which two cases are not the same measurement. What only one states is not judged."""
     # `cpu` is any of them: their number and model tell them apart.
     names = (*_SAME, "cpu_count", "cpu_model") if new.platform == "cpu" else _SAME
     pairs = {name: (getattr(old, name), getattr(new, name)) for name in names}
@@ -116,7 +116,7 @@ def _judged(changes: Sequence[Change]) -> list[Change]:
 def other_facts(old: ResultFile, new: ResultFile) -> list[tuple[str, str, str]]:
     """What else differs between the runs, and may be why: versions, draft, commit, flags. (name, before, now)."""
     a, b = _facts(old), _facts(new)
-    return [(n, a.get(n, "not told"), b.get(n, "not told")) for n in {**b, **a} if a.get(n) != b.get(n)]
+    return [(n, a.get(n, "not stated"), b.get(n, "not stated")) for n in {**b, **a} if a.get(n) != b.get(n)]
 
 
 def _facts(run: ResultFile) -> dict[str, str]:

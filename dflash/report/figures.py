@@ -74,8 +74,7 @@ def speedups(run: ResultFile) -> Plot | None:
         figure,
         axes,
         "Speed-up of every case",
-        "Ratio of medians with its 95% interval; the dashed line is greedy decoding. The bar is what the steps, timed "
-        "alone, predict.",
+        "With its 95% interval; the dashed line is greedy decoding. The bar is what the steps, timed alone, predict.",
     )
 
 

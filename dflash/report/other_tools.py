@@ -20,12 +20,12 @@ _UNITS = {"speedup_x": "x", "acceptance_length": "tokens", "tok_s_total": "tok/s
 
 
 def _cases(run: ResultFile, *, doubtful: bool = True) -> list[Decode]:
-    """Cases to export; with `doubtful` a draft's own too whose speed-up was proven lossless and is in doubt."""
+    """Cases to export; with `doubtful` also a draft's own, proven lossless, whose speed-up is in doubt."""
 
-    def is_told(case: Decode) -> bool:
+    def is_doubtful(case: Decode) -> bool:
         return doubtful and case.is_own and bool(case.lossless) and case.speedup_x is not None
 
-    return [c for c in run.decodes if c.counts or is_told(c)]
+    return [c for c in run.decodes if c.counts or is_doubtful(c)]
 
 
 def _label(case: Decode, name: str = "") -> str:

@@ -70,7 +70,7 @@ def _comparable(run: ResultFile, other: ResultFile) -> list[str]:
 
 
 def sections(run: ResultFile, older: Sequence[ResultFile]) -> list[Section]:
-    """All that is said, in order. `older` runs come newest first; the first of them is compared with."""
+    """All sections, in order. `older` runs come newest first; the first of them is compared with."""
     left_out, history = [], [run]
     for other in older:
         reasons = _comparable(run, other)
@@ -79,7 +79,7 @@ def sections(run: ResultFile, older: Sequence[ResultFile]) -> list[Section]:
         else:
             history.insert(0, other)
     gate = gate_section(run.gate)
-    judged = run.gate is not None and any(case.verdict != "no-baseline" for case in run.gate.cases)
+    judged = run.gate is not None and (run.gate.failed or {"pass", "fail"} & {c.verdict for c in run.gate.cases})
     measured = [speedup_section(run), sets_section(run), failed_section(run)]
     measured += [change_section(older[0], run)] if older else []
     measured += [acceptance_section(run), cost_section(run), training_section(run), peer_section(run)]

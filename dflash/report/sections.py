@@ -1,4 +1,4 @@
-"""What is said of a run, in words and tables: one model of sections, which terminal, Markdown and HTML render."""
+"""What a run showed, in words and tables: one model of sections, which terminal, Markdown and HTML render."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -79,10 +79,10 @@ def _interval(ends: tuple[float, float] | None) -> str:
 
 
 def headline(run: Results) -> Headline:
-    """The fastest block case of the draft itself; without one, the fastest of the others, which is said."""
+    """The fastest block case of the draft itself; without one, the fastest of the others, with a word on that."""
     verdict, tone = _verdict(run)
     if run.gate:
-        # What fails a run is said first.
+        # What fails a run comes first.
         sentences, failed = [verdict, gate_line(run.gate)], run.gate.failed
         verdict, tone = " ".join(sentences[::-1] if failed else sentences), "bad" if failed else tone
     if run.failed_tests:
@@ -435,8 +435,8 @@ def change_section(old: ResultFile, new: ResultFile) -> Section:
     unknown = [c for c in changes if c.p is not None and c.old and c.new and not between_runs(c.old, c.new)]
     if unknown:
         section.sentences.append(
-            f"What changes from one run to the next is not known of {len(unknown)} of them, so that even the same code "
-            "may look changed; pytest's --repeat measures it."
+            f"How much {len(unknown)} of them change from run to run is unknown, so unchanged code may look changed; "
+            "pytest's --repeat measures it."
         )
     header = [
         "case",

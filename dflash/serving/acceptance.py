@@ -1,6 +1,6 @@
 """Acceptance as each server reports it, in the definitions of `dflash.metrics`. What a server omits stays None.
 
-A block commits a token at least: more blocks than tokens came are those of others, or of nobody.
+A block commits at least one token: with more blocks than tokens, the count is not of these requests.
 
 sglang       each answer: spec_verify_ct (blocks), spec_num_correct_drafts, a histogram; none counts the bonus token
 sglang-jax   its log only, one line per decode step: accept-len counts the bonus token, accept-ratio = accept-len / S

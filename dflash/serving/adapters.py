@@ -131,7 +131,7 @@ class Adapter:
 
     def acceptance(self, timed: Timed, block_size: int) -> acceptance.Figures:
         """What it reports about the timed rounds since their mark."""
-        return acceptance.unknown("an OpenAI API tells no acceptance; --server names a kind of server that does")
+        return acceptance.unknown("an OpenAI API reports no acceptance; --server names a kind of server that does")
 
 
 class SglangJax(Adapter):
@@ -179,7 +179,7 @@ class SglangJax(Adapter):
 
     def acceptance(self, timed: Timed, block_size: int) -> acceptance.Figures:
         if timed.server.log is None:
-            return acceptance.unknown("sglang-jax writes it into its log alone, and this one was started elsewhere")
+            return acceptance.unknown("sglang-jax writes it only to its log, and this one was started elsewhere")
         return acceptance.of_sglang_jax(timed.server.read_log(timed.mark), block_size)
 
 

@@ -200,7 +200,7 @@ class Connection:
         return RejectedError(refused)
 
 
-_HTML = "an HTML page where JSON is due: the URL must be that of the API, and no web interface's or proxy's"
+_HTML = "an HTML page instead of JSON: the URL must be that of the API, not of a web interface or a proxy"
 
 
 def _is_html(text: str) -> bool:

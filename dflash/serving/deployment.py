@@ -1,4 +1,4 @@
-"""How the servers of a case are started, and why nothing is drafted if nothing is."""
+"""How the servers of a case are started, and, if nothing is drafted, why."""
 
 import contextlib
 import dataclasses

@@ -5,15 +5,15 @@ import sys
 from pathlib import Path
 from typing import Literal, get_args
 
-from dflash.config import BlockSize, Checked, Index, Mass, Positive, Seed, Share, Size
-from dflash.decoding.sampling import Sampling
+from dflash.config import BlockSize, Positive
+from dflash.decoding.sampling import Sampling, SamplingOptions
 
 ServerKind = Literal["sglang-jax", "sglang", "vllm", "transformers", "openai"]
 SERVERS: tuple[str, ...] = get_args(ServerKind)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class ServerOptions(Checked):
+class ServerOptions(SamplingOptions):
     """Servers are started with `server_python`, or already run at `base_url` and `draft_base_url`."""
 
     server: ServerKind = "openai"
@@ -39,16 +39,6 @@ class ServerOptions(Checked):
     """Name of the model in requests; by default what is served."""
     key_variable: str = ""
     """Variable of the environment that holds the key of the servers."""
-    temperature: Size = 0.0
-    """Above 0: servers draw, each with noise of its own, so that nothing proves their texts; 0 is greedy."""
-    top_k: Index = 0
-    """Draw from the likeliest so many tokens; 0 from all."""
-    top_p: Mass = 1.0
-    """Draw from the likeliest tokens that reach this probability together."""
-    min_p: Share = 0.0
-    """Draw from tokens at least this times as likely as the likeliest."""
-    seed: Seed = 0
-    """Seed of what is drawn."""
     ready_timeout: Positive = 900.0
     """Seconds until a server must be ready."""
     request_timeout: Positive = 900.0

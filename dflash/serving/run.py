@@ -252,8 +252,8 @@ class ServedRun:
         completions = [c for side in (self.target, self.draft) if side for c in side.completions]
         over = sum(c.emitted > self.max_new_tokens for c in completions)
         if self.deployment.options.sampling.temperature:
-            told = {"compared": "nothing: texts are drawn", "over_budget": over}
-            return told | {"lossless": None, "first_divergence": None}
+            facts = {"compared": "nothing: texts are drawn", "over_budget": over}
+            return facts | {"lossless": None, "first_divergence": None}
         differing = self._differing(self.draft)
         return {
             "compared": "token ids" if all(c.exact for c in completions) else "texts, encoded again",

@@ -37,7 +37,7 @@ def free_port() -> int:
 class Server:
     """Where a server listens. `process` and `log` are None for a server that was started elsewhere.
 
-    `secrets` are not shown of what is in the log.
+    `secrets` are hidden in what is shown of the log.
     """
 
     url: str
@@ -87,8 +87,7 @@ def started(
 ) -> Iterator[Server]:
     """A server that answers `url` + `health`, ended however the block is left, SIGTERM and SIGHUP included.
 
-    Its log keeps none of the `secrets`.
-    Raises ServingError when it can't be started, ends, or is not ready in time.
+    Its log keeps none of the `secrets`. Raises ServingError when it can't be started, ends, or is not ready in time.
     """
     try:
         log.parent.mkdir(parents=True, exist_ok=True)

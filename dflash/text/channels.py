@@ -12,8 +12,8 @@ _PART = re.compile(r"<\|channel\|>(\w+)(?:(?!<\|message\|>).)*<\|message\|>((?:(
 def shown(tokenizer: Tokenizer, tokens: Sequence[int], special: bool = False) -> str:
     """The text of an answer as its tokens come: it only ever grows.
 
-    With `special` all as it was written. Else without special tokens; of channels, the words of each, all but the
-    final one's after its name in brackets.
+    With `special` everything as written. Else without special tokens; of channels, the words of each, after its name
+    in brackets unless it is the final one.
     """
     whole = tokenizer.decode(tokens, skip_special_tokens=False)
     if special:

@@ -32,19 +32,19 @@ def load_prompts(
     if prompt_template and kind != "hf":
         raise PromptError(f"a prompt template makes text of the fields of hf:NAME; the source is {source!r}")
     if kind == "hf":
-        found = _hugging_face(source, rest, prompt_template)
+        prompt_set = _hugging_face(source, rest, prompt_template)
     elif Path(source).suffix in (".jsonl", ".json", ".parquet"):
-        found = prompts_in(expanded(source), source)
+        prompt_set = prompts_in(expanded(source), source)
     elif source in SETS:
-        found = load_set(source, data_dir)
+        prompt_set = load_set(source, data_dir)
     elif source == "builtin" or (kind == "builtin" and rest):
-        found = _builtin(rest)
+        prompt_set = _builtin(rest)
     else:
         raise PromptError(
             f"prompts come from builtin[:category], {', '.join(SETS)}, a PATH.jsonl, .json or .parquet, or "
             f"hf:NAME[:config][:split][:field]; got {source!r}"
         )
-    return found.raw() if raw else found
+    return prompt_set.raw() if raw else prompt_set
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -68,7 +68,7 @@ def gather(name: str, unit: str, numbered: Iterable[tuple[int, Any]], read: Read
 
 
 def lines(data: bytes) -> list[tuple[int, bytes]]:
-    """Those of a JSONL file that hold something, with their numbers."""
+    """The lines of a JSONL file that are not blank, with their numbers."""
     return [(number, line) for number, line in enumerate(data.split(b"\n"), 1) if line.strip()]
 
 

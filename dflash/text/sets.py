@@ -55,7 +55,7 @@ def _with(wording: str, field: str) -> Callable[[dict[str, Any]], dict[str, Any]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Published:
-    """One set: `read` makes of its row a row in one of the shapes of `rows`. `files` are named where they are rows."""
+    """One set: `read` turns a row of it into one of the shapes of `rows`. `files` name its rows' files, if needed."""
 
     repository: str
     config: str | None

@@ -14,7 +14,7 @@ from dflash.host.disk import expanded, read_object
 from dflash.text.worker import WORKER, WorkerFaultError
 from dflash.weights import named
 
-# What templates that print the date are told, so that a prompt is the same tomorrow.
+# What templates that print the date take for today, so that a prompt is the same tomorrow.
 FIXED_DAY = "2026-01-01"
 _NUMBERS = itertools.count()
 
@@ -46,13 +46,13 @@ class Tokenizer:
                 raise TokenizerError(f"a template's date is YYYY-MM-DD or today, got {template_date!r}") from None
         self._number = next(_NUMBERS)
         _read_json(directory / "tokenizer_config.json")  # transformers takes what is no JSON, such as half a character
-        found = self._open()
-        self.vocab_size = found["vocab_size"]
-        self.stop_token_ids = self._find_stop_token_ids(found["eos"])
+        facts = self._open()
+        self.vocab_size = facts["vocab_size"]
+        self.stop_token_ids = self._find_stop_token_ids(facts["eos"])
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What decides a prompt beside its messages, as results record it."""
+        """What decides a prompt besides its messages, as results record it."""
         return {"chat_template_args": self.variables, "template_date": self.template_date}
 
     def id_of(self, token: str) -> int:
@@ -134,7 +134,7 @@ class Tokenizer:
         try:
             ids: list[int] = self._request("chat", messages=[dict(message) for message in messages], **request)
         except (TypeError, RecursionError) as error:
-            raise TokenizerError(f"messages must be values that JSON has, got {messages!r:.80}: {error}") from error
+            raise TokenizerError(f"messages must be JSON values, got {messages!r:.80}: {error}") from error
         except WorkerFaultError as error:
             template = f"the chat template of {self._directory}"
             if error.fault == "template":
@@ -155,7 +155,7 @@ class Tokenizer:
         # Where it lies now: a relative path must still be the same after a chdir.
         request = {"do": "open", "tokenizer": self._number, "directory": str(self._directory.resolve())}
         try:
-            found: dict[str, Any] = WORKER.ask(request)
+            answer: dict[str, Any] = WORKER.ask(request)
         except WorkerFaultError as error:
             remedy = "fetch the snapshot again"
             if (self._directory / "tensorstore_index.json").is_file():
@@ -163,7 +163,7 @@ class Tokenizer:
             raise TokenizerError(
                 f"{self._directory} must hold a tokenizer that transformers reads, got: {error}; {remedy}"
             ) from error
-        return found
+        return answer
 
     def _ask(self, do: str, **request: Any) -> Any:
         try:

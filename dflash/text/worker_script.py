@@ -33,11 +33,11 @@ class FaultError(Exception):
 class _Clock(datetime.datetime):
     """What `strftime_now` of a template reads: a day that the request names."""
 
-    told = datetime.datetime(2000, 1, 1)
+    moment = datetime.datetime(2000, 1, 1)
 
     @classmethod
     def now(cls, tz: datetime.tzinfo | None = None) -> Any:
-        return cls.told.astimezone(tz) if tz else cls.told
+        return cls.moment.astimezone(tz) if tz else cls.moment
 
 
 _OPEN: collections.OrderedDict[int, Any] = collections.OrderedDict()
@@ -85,7 +85,7 @@ def chat(read: Any, messages: list[Any], variables: dict[str, Any], date: str, p
     own = sorted(variables.keys() & inspect.signature(read.apply_chat_template).parameters.keys())
     if own:
         raise FaultError("refused", f"{', '.join(own)} can't be set from outside")
-    _Clock.told = datetime.datetime.fromisoformat(date)
+    _Clock.moment = datetime.datetime.fromisoformat(date)
     try:
         with _bounded_memory():
             text = read.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **variables)

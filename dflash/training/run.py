@@ -121,7 +121,7 @@ def run_settings(config: TrainConfig, draft: DraftConfig, provenance: Mapping[st
 def read_metrics(metrics: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl, none if there is no file; a last line cut short by a kill is dropped.
 
-    Raises TrainingError for a line that is none of ours.
+    Raises TrainingError for a line that a run did not write.
     """
     texts = metrics.read_bytes().splitlines() if metrics.is_file() else []
     remedy = "remove that line"

@@ -37,7 +37,7 @@ def check_init_layers(layers: Sequence[int], target: TargetConfig, num_layers: i
     biases = target.qkv_bias or target.o_bias or target.mlp_bias
     if target.experts is not None or target.sinks or biases:
         raise ConfigError(
-            "init_layers copy plain layers; the target's have experts, sinks or biases, which a draft's layer has not: "
+            "init_layers copy plain layers; the target's have experts, sinks or biases, which a draft's layer lacks: "
             "leave init_layers out"
         )
 

@@ -107,7 +107,7 @@ def fill(
     mesh: Mesh | None,
     factors: Mapping[str, np.ndarray] | None = None,
 ) -> AnyNetwork:
-    """A module of the built kind whose weights are made of what is read; no weight is initialised first.
+    """A module of the built kind whose weights are made from what is read; no weight is initialised first.
 
     `factors` are those of MXFP4 weights that the network holds in float8_e5m2 (`mxfp4.factors_of`), each a weight too.
     """

@@ -107,7 +107,7 @@ class Reader:
         return value
 
     def compare(self, key: str, other: Any, name: str) -> None:
-        """A key that says once more what stands under another name."""
+        """A key that repeats what stands under another name."""
         value = self.take(key, other)
         self.check(value == other, f"{self._prefix}{key} is {value!r}, and {name} is {other!r}: they must agree")
 
@@ -123,7 +123,7 @@ class Reader:
             self.faults.append(fault)
 
     def refuse_rest(self, harmless: Collection[str] = ()) -> None:
-        """A fault for every key that nobody took. Null, false and what is empty say that something is off."""
+        """A fault for every key that was not read. Null, false and what is empty say that something is off."""
         for key in sorted(self._left):
             value = self.raw[key]
             off = value is None or value is False or value in ({}, [])
@@ -173,7 +173,7 @@ def _read_rope_object(rope: Reader, max_position: int, default_theta: float) -> 
     if len(rope.faults) > before:
         return RopeConfig(theta=1.0)
     factor, length = float(values["factor"] or 1), int(values["original_max_position_embeddings"] or max_position)
-    rope.check(factor == 1 or kind != "default", f"factor is {factor:g}, and the rope type that it is for is missing")
+    rope.check(factor == 1 or kind != "default", f"factor is {factor:g}, but its rope type is missing")
     # Readers of such a file disagree: some take the factor, some the ratio of the two lengths.
     rope.check(
         kind != "yarn" or round(factor * length) == max_position,
@@ -261,7 +261,7 @@ def _read_experts(reader: Reader) -> ExpertsConfig:
 
 
 def _check_quantization(reader: Reader, family: Family) -> None:
-    """Raises ConfigError at once: of quantised weights nothing fits, and that is the one reason."""
+    """Raises ConfigError at once: nothing fits quantised weights, and that is the one reason."""
     quantization = reader.take("quantization_config", {})
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
     if quantization and not (family.experts and method == "mxfp4"):

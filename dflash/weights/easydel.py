@@ -48,7 +48,7 @@ def _turned(ours: str, theirs: list[str], *shape: int) -> Plan:
 
 
 def _in_a_row(ours: str, theirs: list[str], *shape: int) -> Plan:
-    """Arrays whose last axes are one after the other in ours."""
+    """Arrays that ours joins along their last axes."""
 
     def split(value: Any) -> list[np.ndarray]:
         return np.split(np.asarray(value), len(theirs), axis=-1)
@@ -160,8 +160,8 @@ def open_target(directory: Path) -> Opened:
     check_tensors(there, {f"model/{path}": (shape, _FLOATS) for path, shape in wanted.items()}, directory)
 
     # tensorstore may omit chunks of zeros when it writes. A bias or a sink may well be zeros, but no other weight.
-    told = [entry for path, entry in there.items() if entry.sha256 is None and not path.endswith(_MAY_BE_ZERO)]
-    lost = lost_chunks(directory, told)
+    required = [entry for path, entry in there.items() if entry.sha256 is None and not path.endswith(_MAY_BE_ZERO)]
+    lost = lost_chunks(directory, required)
     if lost:
         raise WeightsError(
             f"{directory} was copied incompletely, {len(lost)} weights would be read as zeros: "

@@ -111,16 +111,16 @@ def check_directory(directory: Path, target: TargetShape) -> DraftConfig:
 
 
 def _sglang_jax_config(c: DraftConfig, dtype: str) -> dict[str, Any]:
-    told = {
+    extra = {
         "target_hidden_size": c.hidden_size,
         "target_layer_ids": list(c.target_layer_ids),
         "mask_token_id": c.mask_token_id,
     }
-    return write_draft_config(c, dtype) | told
+    return write_draft_config(c, dtype) | extra
 
 
 def _cast(tensors: Mapping[str, np.ndarray], dtype: Dtype) -> dict[str, np.ndarray]:
-    """The tensors in `dtype`. Raises WeightsError with every one that then holds no finite number."""
+    """The tensors in `dtype`. Raises WeightsError with every one that is then not finite."""
     with np.errstate(over="ignore"):
         cast = {name: value.astype(_KINDS[dtype]) for name, value in tensors.items()}
     broken = [name for name, value in cast.items() if not np.isfinite(value.astype(np.float32)).all()]

@@ -42,7 +42,7 @@ def _check(
 
 
 def _tensor_reader(headers: Mapping[str, Header]) -> Callable[..., np.ndarray]:
-    """Reads a tensor by its name, or of it what an index of numbers and slices names."""
+    """Reads a tensor by its name, or the part of it that an index of numbers and slices selects."""
     handles = {h.file: safe_open(h.file, framework="numpy") for h in headers.values()}
 
     def read(name: str, index: tuple[int | slice, ...] | None = None) -> np.ndarray:
@@ -65,9 +65,10 @@ def is_packed(headers: Mapping[str, Header]) -> bool:
 
 
 def open_target(directory: Path, wanted: tuple[str, ...] = ("",)) -> Opened:
-    """The weights of a snapshot's target whose paths start so; only all of them are held against the whole file.
+    """The weights of a snapshot's target whose paths start with one of `wanted`.
 
-    Of some, MXFP4 is not read. Raises ConfigError or WeightsError, each with every fault of the file.
+    If those are all, the file may hold nothing else; of some, MXFP4 is not read. Raises ConfigError or WeightsError,
+    each with every fault of the file.
     """
     directory, whole = Path(directory), wanted == ("",)
     config = target_config(directory)
@@ -132,7 +133,7 @@ def check_draft_tensors(directory: Path, config: DraftConfig) -> None:
 
 
 def write_draft(draft: Draft, directory: Path, record: Mapping[str, Any] | None = None) -> None:
-    """Writes a `DFlashDraftModel` directory (z-lab's names, [out, in]) in the draft's dtype; whole, or not at all.
+    """Writes a `DFlashDraftModel` directory (z-lab's names, [out, in]) in the draft's dtype; complete, or not at all.
 
     A `record` of how it was trained goes beside it, into training.json, with the draft's hash. Raises WeightsError when
     `directory` exists.

@@ -40,7 +40,7 @@ SHIPPED_DRAFT = Path(__file__).parent / f"{smollm2.NAME}-draft"
 def target_directory(name_or_dir: str | Path) -> Path:
     """The snapshot directory of a target; `smollm2-135m` is made on first use, `Qwen/Qwen3-0.6B` is the hub's.
 
-    Raises HubError for a name of which the hub has no model, or out of its reach.
+    Raises HubError for a name that the hub does not have, or when it is out of reach.
     """
     if str(name_or_dir) == smollm2.NAME:
         return smollm2.snapshot_dir()
@@ -50,14 +50,14 @@ def target_directory(name_or_dir: str | Path) -> Path:
 def draft_directory(name_or_dir: str | Path) -> Path:
     """The directory of a draft, or its name on the hub; `smollm2-135m` is the trained one that comes with the project.
 
-    Raises WeightsError if that one is missing from this installation, HubError as `target_directory`.
+    Raises WeightsError if that one is missing from this installation, HubError like `target_directory`.
     """
     if str(name_or_dir) != smollm2.NAME:
         return named.directory_of(name_or_dir)
     if not snapshot.holds_weights(SHIPPED_DRAFT):
         raise WeightsError(
             f"the draft {smollm2.NAME} comes with the project, and this installation has no weights at "
-            f"{SHIPPED_DRAFT}: install it again from a whole checkout, or name another draft's directory or {UNTRAINED}"
+            f"{SHIPPED_DRAFT}: install it again from a full checkout, or name another draft's directory or {UNTRAINED}"
         )
     return SHIPPED_DRAFT
 
@@ -169,13 +169,13 @@ def find_draft(name_or_dir: str | Path) -> tuple[Dialect, Path]:
     Raises WeightsError where none is, or one that is not complete.
     """
     path = draft_directory(name_or_dir)
-    found = _walk(path)
-    if found is None:
+    match = _walk(path)
+    if match is None:
         raise WeightsError(
             f"{path} holds no draft: name a DFlashDraftModel directory (config.json and model.safetensors), a "
             f"run-<step> directory or the folder of them, {smollm2.NAME}, or {UNTRAINED}"
         )
-    return found
+    return match
 
 
 def read_any_draft(name_or_dir: str | Path, dtype: str = "float32", target: TargetConfig | None = None) -> Draft:
@@ -206,8 +206,8 @@ def draft_config(name_or_dir: str | Path, target: TargetConfig | None = None) ->
 
 def own_run(name_or_dir: str | Path) -> Path | None:
     """The run of this project's trainer that a name or a path means; None where it means another form, or nothing."""
-    found = _walk(draft_directory(name_or_dir))
-    return found[1] if found is not None and found[0] is checkpoint.DIALECT else None
+    match = _walk(draft_directory(name_or_dir))
+    return match[1] if match is not None and match[0] is checkpoint.DIALECT else None
 
 
 def draft_hash(name_or_dir: str | Path) -> str:

@@ -76,7 +76,7 @@ class Packed:
     def factors(self, read: Callable[..., np.ndarray]) -> np.ndarray | None:
         """Exponents of each row's factor, a power of two, int [E, outputs]: float8_e5m2 holds all values without it.
 
-        None where there is none. Blocks of zeros don't count.
+        None where a row has no such factor. Blocks of zeros don't count.
         """
         exponents = read(f"{self.name}_scales").astype(np.int16) - _BIAS
         lowest, highest = exponents, exponents
@@ -92,9 +92,9 @@ class Packed:
     def part(
         self, read: Callable[..., np.ndarray], entries: tuple[Any, ...], *, kind: Any, factors: np.ndarray | None
     ) -> np.ndarray:
-        """The entries [E, some outputs, some inputs] in `kind`, of no more of the file than holds them.
+        """The entries [E, some outputs, some inputs] in `kind`; no more of the file is read than holds them.
 
-        With `factors` in float8_e5m2, without them. Several threads, some rows at a time.
+        With `factors` in float8_e5m2, each row divided by its own. Several threads, some rows at a time.
         """
         experts, rows, inputs = (np.arange(size)[some] for size, some in zip(self.shape, entries, strict=True))
         file_rows = self._file_rows[rows]
@@ -107,12 +107,12 @@ class Packed:
             blocks, scales = (read(f"{self.name}_{n}", (int(experts[e]), *index)) for n in ("blocks", "scales"))
             for start in range(0, len(rows), _ROWS):
                 some = slice(start, start + _ROWS)
-                found = file_rows[some] - first
+                places = file_rows[some] - first
                 if factors is None:
-                    values = dequantise_mxfp4(blocks[found], scales[found])
+                    values = dequantise_mxfp4(blocks[places], scales[places])
                 else:
                     shift = factors[experts[e], rows[some]] + _BIAS
-                    values = narrow_mxfp4(blocks[found], scales[found].astype(np.int16) - shift[:, None])
+                    values = narrow_mxfp4(blocks[places], scales[places].astype(np.int16) - shift[:, None])
                 out[e, some] = values[:, kept[0] : kept[-1] + 1]
 
         with ThreadPoolExecutor() as pool:
@@ -121,11 +121,11 @@ class Packed:
 
 
 def factors_of(plan: Mapping[str, Any], read: Callable[..., np.ndarray]) -> dict[str, np.ndarray] | None:
-    """Factors of the rows of every MXFP4 weight of a plan, by its path; None where one does not fit float8_e5m2.
+    """Factors of the rows of every MXFP4 weight of a plan, by its path; None for a plan without any.
 
-    That is said in a warning. None as well for a plan without such weights.
+    None, with a warning, where one does not fit float8_e5m2.
     """
-    found: dict[str, np.ndarray] = {}
+    by_path: dict[str, np.ndarray] = {}
     for path, source in plan.items():
         if isinstance(source, Packed):
             factors = source.factors(read)
@@ -136,5 +136,5 @@ def factors_of(plan: Mapping[str, Any], read: Callable[..., np.ndarray]) -> dict
                     stacklevel=2,
                 )
                 return None
-            found[path] = factors
-    return found or None
+            by_path[path] = factors
+    return by_path or None

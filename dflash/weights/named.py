@@ -24,7 +24,7 @@ def directory_of(name_or_dir: str | Path) -> Path:
 
 
 def snapshot(name: str) -> Path:
-    """The directory of a model of the hub: from its local cache if that has the whole of it, else downloaded.
+    """The directory of a model of the hub: from its local cache if that is complete, else downloaded.
 
     A cached snapshot is taken as it is, so that a measurement stays one of the same weights; `hf download NAME` fetches
     a newer one. Raises HubError.
@@ -38,7 +38,7 @@ def snapshot(name: str) -> Path:
         cached = None
     if cached is not None and _is_whole(cached):
         return cached
-    there = "is not whole in the local cache" if cached else "is in no local cache"
+    there = "is incomplete in the local cache" if cached else "is in no local cache"
     if not hub.reachable():
         raise HubError(
             f"there is no directory {name}, and the model of that name {there}, and the hub is out of reach: run "

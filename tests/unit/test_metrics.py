@@ -70,7 +70,7 @@ def test_means_are_pooled_over_blocks():
 
 @pytest.mark.parametrize(("rows", "size"), [([[8]], 8), ([[1], [-1]], 8), ([[1]], 1)])
 def test_impossible_accept_lengths_are_refused(rows, size):
-    with pytest.raises(ValueError, match=rf"accept lengths of a block of {size} are 0\.\.{size - 1}, got "):
+    with pytest.raises(ValueError, match=rf"accept lengths .*block of {size} .*0\.\.{size - 1}, got "):
         metrics.acceptance(rows, size)
 
 

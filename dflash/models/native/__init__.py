@@ -28,7 +28,7 @@ _lock = threading.Lock()
 
 
 def status(platform: str = "cpu", devices: int = 1) -> str:
-    """What computes float32 steps of a few tokens on so many devices, and why. Builds the kernels if still to do."""
+    """What computes float32 steps of a few tokens on this many devices, and why. Builds the kernels if needed."""
     if platform != "cpu":
         return f"XLA: the device is a {platform}"
     if devices > 1:
@@ -40,9 +40,9 @@ def status(platform: str = "cpu", devices: int = 1) -> str:
 
 
 def takes(columns: int, *arrays: Array) -> bool:
-    """Whether the kernels are for so many tokens and these operands. Asked while a program is traced, not later.
+    """Whether the kernels suit this many tokens and these operands. Asked while a program is traced, not later.
 
-    What they are then used for is `on_cpu`'s to say: the program may be lowered for another platform.
+    Whether they are then used is up to `on_cpu`: the program may be lowered for another platform.
     """
     if not 1 <= columns <= MAX_COLUMNS or is_split():
         return False
@@ -110,7 +110,7 @@ def _refusal() -> str | None:
     """Why the kernels are not used; None if they are. Raises if the user requires them."""
     mode = os.environ.get("DFLASH_NATIVE", "auto")
     if mode not in ("auto", "0", "1"):
-        raise DeviceError(f"DFLASH_NATIVE is auto, 0 or 1, and is {mode[:40]!r}: correct it")
+        raise DeviceError(f"DFLASH_NATIVE must be auto, 0 or 1, got {mode[:40]!r}: correct it")
     if mode == "0":
         return "DFLASH_NATIVE=0"
     try:

@@ -53,9 +53,9 @@ def _compiler() -> list[str]:
             raise BuildError(f"CXX names {''.join(command[:1])[:60]!r}, which is not a program on the PATH")
         return command
     for name in ("c++", "g++", "clang++"):
-        found = shutil.which(name)
-        if found:
-            return [found]
+        program = shutil.which(name)
+        if program:
+            return [program]
     raise BuildError("no C++ compiler found (install one, or name it in CXX)")
 
 

@@ -62,7 +62,7 @@ class Limits:
         return cls(**{name: meta[name] for name in names if type(meta.get(name)) is int})
 
     def token_faults(self, name: str, ids: np.ndarray) -> list[str]:
-        """The fault of token ids that the target has not, in a list; none for good ones."""
+        """The fault of token ids that the target does not have, in a list; empty for good ones."""
         low, high = np.min(ids, initial=0), np.max(ids, initial=0)
         if 0 <= low <= high < self.vocab_size:
             return []
@@ -87,7 +87,7 @@ def read_meta(directory: Path) -> dict[str, Any]:
     path, building = directory / "meta.json", building_dir(directory)
     unfinished = directory if (directory / "settings.json").exists() else building if building.exists() else None
     if not path.is_file() and unfinished:
-        raise CacheError(f"a cache is read when it is whole; {unfinished} is not finished: run build-cache again")
+        raise CacheError(f"a cache is read when it is complete; {unfinished} is not finished: run build-cache again")
     if not path.is_file():
         raise CacheError(f"a teacher cache is a directory with a meta.json, or an .npz file; {directory} is neither")
     return read_object(path, CacheError, "build the cache again")
@@ -181,7 +181,7 @@ class ArrayWriter:
             return None
 
     def _check_room(self, total: int, present: list[Path]) -> None:
-        """What is there of a killed run's arrays counts, as far as it occupies space."""
+        """What a killed run's arrays already occupy counts as free."""
         needed = total - sum(path.stat().st_blocks * 512 for path in present)
         free = shutil.disk_usage(self._root).free
         if needed <= free:
@@ -232,7 +232,7 @@ class ArrayWriter:
 
 
 def _reserve(path: Path) -> None:
-    """Takes the disk's space for the whole file: written through a map, a disk that is full would end the process."""
+    """Takes the disk's space for the whole file: written through a map, a full disk would end the process."""
     with path.open("r+b") as file:
         os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 

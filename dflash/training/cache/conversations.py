@@ -61,11 +61,11 @@ class ConversationConfig(PromptSource):
     prompt_temperature: Size = 1.0
     """Temperature of the user turns that the target writes."""
     top_k: Index = 0
-    """With a temperature above 0: draw from the likeliest so many tokens; 0 from all."""
+    """With a temperature above 0: draw from this many of the likeliest tokens; 0 from all."""
     top_p: Mass = 1.0
     """With a temperature above 0: draw from the likeliest tokens that reach this probability together."""
     min_p: Share = 0.05
-    """With a temperature above 0: exclude tokens less likely than this times the most likely one."""
+    """With a temperature above 0: exclude tokens less likely than this fraction of the likeliest."""
     max_prompt_len: Count = 256
     """Longest prompt in tokens; longer ones are left out."""
     max_user_turn: Count = 96
@@ -171,7 +171,7 @@ class _Users:
         self.front, end = template_around(tokenizer)
         if not self.front or not end:
             raise PromptError(
-                "the chat template leaves nothing around the user's words that tells where they begin and end: "
+                "the chat template leaves nothing around the user's words to show where they begin and end: "
                 "give prompts (source) instead of letting the target write them"
             )
         self.stops = {end[0], *tokenizer.stop_token_ids}
@@ -313,7 +313,7 @@ def write_conversations(
 
 
 def _read_batches(path: Path) -> Iterator[list[Conversation]]:
-    """The whole lines of a file; what a kill left after them is cut off. Raises CacheError for one that is none."""
+    """The complete lines of a file; what a kill left after them is cut off. Raises CacheError for one that is none."""
     if not path.exists():
         return
     whole = 0
@@ -327,7 +327,7 @@ def _read_batches(path: Path) -> Iterator[list[Conversation]]:
 
 
 def _conversations_of(line: bytes, place: str) -> list[Conversation]:
-    remedy = "it is damaged, build the cache anew"
+    remedy = "it is damaged, build the cache again"
     rows = parse_object(line, place, CacheError, remedy).get("conversations")
     if not isinstance(rows, list) or not all(_is_conversation(row) for row in rows):
         raise CacheError(f"{place} must hold conversations, each a prompt, an answer and its side: {remedy}")

@@ -130,7 +130,7 @@ def open_sequences(directory: Path, target: TargetConfig | None = None) -> Seque
     if not faults:
         faults += _disagreements(meta, arrays, Limits.of(target, meta))
     if faults:
-        raise CacheError(f"{directory} is no whole sequence cache: " + fault_list(faults) + ". Build it again")
+        raise CacheError(f"{directory} is no complete sequence cache: " + fault_list(faults) + ". Build it again")
     return SequenceCache(
         directory=directory,
         meta=meta,

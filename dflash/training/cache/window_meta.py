@@ -56,8 +56,8 @@ class WindowMeta:
         return self.ctx_len - self.anchor_in_context
 
 
-def _is_integer(value: Any, least: int = 0) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+def _is_integer(value: Any, lowest: int = 0) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= lowest
 
 
 class MetaReader:
@@ -84,10 +84,10 @@ class MetaReader:
         if not good:
             self.faults.append(fault)
 
-    def _integer(self, key: str, least: int, required: bool = False) -> int | None:
+    def _integer(self, key: str, lowest: int, required: bool = False) -> int | None:
         value = self.raw.get(key)
-        good = _is_integer(value, least) if value is not None else not required
-        self._check(good, f"{key} must be an integer of at least {least}, got {value!r}")
+        good = _is_integer(value, lowest) if value is not None else not required
+        self._check(good, f"{key} must be an integer of at least {lowest}, got {value!r}")
         return value if good else None
 
     def _integers(self, key: str, required: bool = False) -> tuple[int, ...] | None:

@@ -140,7 +140,7 @@ class WindowCache:
 
     @property
     def split(self) -> Mapping[str, Any] | None:
-        """What `split_record` said of the prompts; older caches don't say."""
+        """The `split_record` of the prompts; older caches don't say."""
         return self.meta.split
 
     @property
@@ -235,7 +235,7 @@ def _misshapen(arrays: Mapping[str, np.ndarray], meta: MetaReader) -> list[str]:
 def _wrong_values(
     arrays: Mapping[str, np.ndarray], reader: MetaReader, meta: WindowMeta | None, limits: Limits
 ) -> list[str]:
-    """Ids and positions that the target has not, positions that disagree, positions that can't be known."""
+    """Ids and positions that the target does not have, positions that disagree, positions that can't be known."""
     tokens = ("target_ids", "anchor_ids", "ctx_token_ids")
     faults = [fault for name in tokens if name in arrays for fault in limits.token_faults(name, arrays[name])]
     flags = arrays.get("held_out_u8")

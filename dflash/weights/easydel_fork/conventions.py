@@ -151,11 +151,11 @@ def wanted_arrays(config: DraftConfig) -> dict[str, tuple[int, ...]]:
     return {path: shape for path, shape in shapes.items() if not path.endswith(_NORMS)}
 
 
-def check_arrays(found: ForkDraft) -> None:
+def check_arrays(draft: ForkDraft) -> None:
     """Raises WeightsError with every array that is missing, unexpected, misshapen or not a float."""
-    wanted = wanted_arrays(found.config)
-    faults = [f"missing {path} {list(shape)}" for path, shape in wanted.items() if path not in found.arrays]
-    for path, value in found.arrays.items():
+    wanted = wanted_arrays(draft.config)
+    faults = [f"missing {path} {list(shape)}" for path, shape in wanted.items() if path not in draft.arrays]
+    for path, value in draft.arrays.items():
         if path not in wanted:
             faults.append(f"unexpected {path} {list(value.shape)}")
         elif value.shape != wanted[path]:
@@ -163,7 +163,7 @@ def check_arrays(found: ForkDraft) -> None:
         elif value.dtype.name not in ("float32", "float16", "bfloat16"):
             faults.append(f"{path} is {value.dtype.name}, must be one of float32, float16, bfloat16")
     if faults:
-        raise WeightsError(f"{found.source} does not fit its config ({len(faults)} faults): " + fault_list(faults))
+        raise WeightsError(f"{draft.source} does not fit its config ({len(faults)} faults): " + fault_list(faults))
 
 
 def _canonical(c: DraftConfig, theirs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -187,7 +187,7 @@ def _canonical(c: DraftConfig, theirs: Mapping[str, np.ndarray]) -> dict[str, np
     return arrays
 
 
-def canonical_draft(found: ForkDraft, dtype: str) -> Draft:
+def canonical_draft(draft: ForkDraft, dtype: str) -> Draft:
     """The canonical draft, in `dtype` (float32 or bfloat16). Raises WeightsError when its arrays do not fit."""
-    check_arrays(found)
-    return join_draft(found.config, _canonical(found.config, found.arrays), dtype)
+    check_arrays(draft)
+    return join_draft(draft.config, _canonical(draft.config, draft.arrays), dtype)

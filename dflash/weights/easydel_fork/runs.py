@@ -48,8 +48,8 @@ def _config(run: Path, target: TargetConfig | None) -> DraftConfig:
 
 def _read(run: Path, dtype: str, config: DraftConfig) -> Draft:
     entries = read_index(run).get("model", {})
-    found = ForkDraft(config=config, arrays=read_arrays(run, entries.values()), source=str(run))
-    return canonical_draft(found, dtype)
+    draft = ForkDraft(config=config, arrays=read_arrays(run, entries.values()), source=str(run))
+    return canonical_draft(draft, dtype)
 
 
 def _digest(run: Path) -> str:

@@ -50,7 +50,7 @@ def _spec(path: Path) -> dict[str, Any]:
 
 
 def _open(path: Path) -> tensorstore.TensorStore:
-    """An array to read. Raises ValueError for what would end the process within tensorstore, or hold it for ever."""
+    """An array to read. Raises ValueError for what would crash tensorstore, or hang it."""
     if any(not (part.is_file() or part.is_dir()) for part in path.rglob("*")):
         raise ValueError("a part of it is no file")
     read_object(path / ".zarray", ValueError, "it is damaged")
@@ -62,7 +62,7 @@ def _sha256(value: np.ndarray) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """What tensorstore says, without its whole specification behind it."""
+    """What tensorstore says, without the specification that follows."""
     return str(error).split(" [tensorstore_spec=")[0].split(" [source locations=")[0]
 
 
@@ -161,9 +161,9 @@ def lost_chunks(directory: Path, entries: Iterable[Entry]) -> list[str]:
         assert store.kvstore is not None
         chunk = store.chunk_layout.read_chunk.shape or ()
         wanted = math.prod(math.ceil(n / (c or 1)) for n, c in zip(store.shape, chunk, strict=True))
-        found = len([key for key in store.kvstore.list().result() if not key.startswith(b".z")])
-        if found < wanted:
-            lost.append(f"{entry.path} ({wanted - found} of {wanted} chunks)")
+        chunks = len([key for key in store.kvstore.list().result() if not key.startswith(b".z")])
+        if chunks < wanted:
+            lost.append(f"{entry.path} ({wanted - chunks} of {wanted} chunks)")
     return lost
 
 

@@ -2,7 +2,7 @@
 
 EasyDeL itself is not needed. Kernels are [in, out], as there. What its config.json leaves to the reader's guess (the
 mask, the place of the q/k norm, rotary settings, windows) stands under the key `dflash`; a run without that key is of
-the EasyDeL fork, whose conventions are others (`dflash.weights.easydel_fork.conventions`).
+the EasyDeL fork, whose conventions differ (`dflash.weights.easydel_fork.conventions`).
 """
 
 import datetime
@@ -73,7 +73,7 @@ def _conventions(*, learned_mask: bool = False, qk_norm: bool = True) -> dict[st
     }
 
 
-def _told(c: DraftConfig) -> dict[str, str]:
+def _conventions_of(c: DraftConfig) -> dict[str, str]:
     return _conventions(learned_mask=c.learned_mask, qk_norm=c.qk_norm)
 
 
@@ -103,7 +103,7 @@ def run_config(config: DraftConfig, dtype: str, provenance: Mapping[str, Any]) -
     if read != config:
         raise ConfigError(f"config.json can't hold this draft: {config} would be read as {read}; change its settings")
     content = _layout_config(config) | {"remat": False}
-    content["dflash"] = {"conventions": _told(config), "draft": draft, "provenance": dict(provenance)}
+    content["dflash"] = {"conventions": _conventions_of(config), "draft": draft, "provenance": dict(provenance)}
     try:
         return json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n"
     except (TypeError, ValueError) as error:
@@ -119,18 +119,18 @@ def _read_config(directory: Path) -> DraftConfig:
             f"{source} has no `dflash` entry, so it is another trainer's, with other conventions: dflash.load_draft "
             "converts it"
         )
-    told = nested.get("conventions")
-    told = told if isinstance(told, dict) else {}
+    stated = nested.get("conventions")
+    stated = stated if isinstance(stated, dict) else {}
 
     def differing(wanted: dict[str, str]) -> list[str]:
-        keys = sorted(key for key in wanted.keys() | told.keys() if told.get(key) != wanted.get(key))
-        return [f"convention {key} must be {wanted.get(key)!r}, got {told.get(key)!r}" for key in keys]
+        keys = sorted(key for key in wanted.keys() | stated.keys() if stated.get(key) != wanted.get(key))
+        return [f"convention {key} must be {wanted.get(key)!r}, got {stated.get(key)!r}" for key in keys]
 
     try:
         config = read_draft_config(nested["draft"], f"{source} (dflash.draft)")
     except ConfigError as error:
         raise ConfigError("; ".join([str(error), *differing(_conventions())])) from None
-    faults = differing(_told(config))
+    faults = differing(_conventions_of(config))
     for key, value in _layout_config(config).items():
         if raw.get(key) != value:
             faults.append(f"{key} is {raw.get(key)!r}, but {value!r} by dflash.draft")

@@ -26,7 +26,7 @@ def leaves_of(tree: Any) -> dict[str, Any]:
     leaves = dict(pairs)
     if len(leaves) < len(pairs):
         twice = sorted({path for path, _ in pairs if sum(path == p for p, _ in pairs) > 1})
-        raise WeightsError(f"leaves of an optimizer state need names of their own; {twice} name several: rename them")
+        raise WeightsError(f"leaves of an optimizer state need unique names; {twice} name several: rename them")
     return leaves
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import sys
 
 import pytest
@@ -70,9 +71,9 @@ def test_near_ties_are_told_and_pass(run, canned):
     code, out, _ = run()
     assert code == 0
     lines = out.splitlines()
-    assert lines[0].startswith("lossless up to near ties: 384 tokens of bfloat16 decoding judged on ")
+    assert lines[0].startswith("lossless up to near ties: 384 tokens of bfloat16 ")
     assert lines[0].endswith("1 near ties, 0 defects")
-    assert "not bitwise equal; layer 1 is the first whose output differs; 2 argmax flips (2.00%)" in lines[1]
+    assert re.search(r"not bitwise equal; layer 1 .*2 argmax flips \(2\.00%\)", lines[1])
     assert ["layer", "1", "1.00", "2.50"] in [line.split() for line in lines]
     tie = "cached_block_verify-own, prompt 1, token 7: greedy 5, DFlash 9, margin 0.1, noise 0.25: near tie"
     assert tie in lines
@@ -115,14 +116,14 @@ def test_flips_that_are_no_near_tie_fail(run, canned):
     canned({}, [], dataclasses.replace(PARITY, defects=1))
     code, out, _ = run()
     assert code == 1
-    assert "DEFECT: 1 of 100 teacher-forced positions flip without a near tie" in out.splitlines()
+    assert any(line.startswith("DEFECT: 1 of 100 ") for line in out.splitlines())
 
 
 @pytest.mark.parametrize(
     ("more", "said"),
     [
         (["--num-prompts", "0"], "num_prompts must be at least 1, got 0"),
-        (["--max-new-tokens", "3"], "max_new_tokens must be at least a block (8) in an audit, got 3"),
+        (["--max-new-tokens", "3"], r"max_new_tokens .*\(8\) .*got 3"),
         (["--block-size", "1"], "block_size must be at least 2"),
         (["--block-size", "99"], "block_size 99 is above the 8"),
     ],
@@ -130,7 +131,7 @@ def test_flips_that_are_no_near_tie_fail(run, canned):
 def test_requests_that_are_refused(run, more, said):
     code, _, error = run(*more)
     assert code == 2
-    assert said in error
+    assert re.search(said, error)
     assert len(error.splitlines()) == 1
 
 

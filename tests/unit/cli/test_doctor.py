@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import namedtuple
@@ -205,7 +206,7 @@ def test_a_tpu_that_somebody_holds_is_said_with_who(monkeypatch):
 def test_a_device_that_fails_or_hangs_is_said(monkeypatch):
     jax_opens(monkeypatch, code=1, stderr="Traceback\nRuntimeError: no backend 'x'\n")
     found = doctor.devices(doctor.open_devices())
-    assert (found.verdict, found.found) == ("fix", "jax can open none: RuntimeError: no backend 'x'")
+    assert (found.verdict, found.found.endswith(": RuntimeError: no backend 'x'")) == ("fix", True)
 
     def hang(command, timeout, **_):
         raise subprocess.TimeoutExpired(command, timeout)
@@ -241,8 +242,8 @@ def test_too_little_space_offers_shared_memory_and_assumes_nothing(monkeypatch, 
     free.clear()
     cache, here = doctor.space(tmp_path / "new" / "cache", tmp_path)
     assert (cache.verdict, here.verdict) == ("fix", "fix")
-    assert "free 2 GB, or name another in DFLASH_CACHE_DIR" in cache.advice
-    assert "which is memory, and gone after a restart" in cache.advice
+    assert re.match("free 2 GB, .*DFLASH_CACHE_DIR", cache.advice)
+    assert "memory" in cache.advice
     monkeypatch.setattr(doctor, "SHARED_MEMORY", tmp_path / "none")
     assert "memory" not in doctor.space(tmp_path, tmp_path)[0].advice
 

@@ -97,10 +97,10 @@ def test_an_exported_directory_is_exported_again(export, work):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("runs", "target"), "is written to a new directory; target exists"),
-        (("runs", "x", "--max-shard-size", "5 lumps"), "a size is a number of bytes, KB, MB or GB"),
-        (("runs", "x", "--format", "speculators"), "give the target's snapshot directory (--target)"),
-        (("extras", "x"), "{'learned_mask': True, 'fc_bias': True} is not of the canonical draft"),
+        (("runs", "target"), "new directory; target exists"),
+        (("runs", "x", "--max-shard-size", "5 lumps"), "bytes, KB, MB or GB, such as 5GB; got '5 lumps'"),
+        (("runs", "x", "--format", "speculators"), "(--target)"),
+        (("extras", "x"), "{'learned_mask': True, 'fc_bias': True}"),
         (("runs", "x", "--target", "other"), "its vocabulary has 199 tokens, the target's 150"),
         (("nowhere", "x"), "nowhere holds no draft"),
     ],

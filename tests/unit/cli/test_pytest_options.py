@@ -29,25 +29,24 @@ def parse(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "env", "said"),
+    ("arguments", "env", "message"),
     [
-        (["--block-sizes=1"], {}, "--block-sizes: expected an integer of at least 2, got '1'"),
-        ([], {"BLOCK_SIZES": "8;16"}, "--block-sizes: expected an integer of at least 2, got '8;16'"),
-        (["--min-speedup=fast"], {}, "--min-speedup: expected a number above 0, got 'fast'"),
-        (["--batch-size=1,x"], {}, "--batch-size: expected an integer of at least 1, got 'x'"),
-        (["--prompts=builtin,"], {}, "--prompts: expected a name, got ''"),
-        (["--rounds=0"], {}, "--rounds: expected an integer of at least 1, got '0'"),
-        (["--precision=5%"], {}, "--precision: expected a number from 0 to below 1, got '5%'"),
-        ([], {"DFLASH_TIME_LIMIT": "nan"}, "--time-limit: expected seconds, 0 or more, got 'nan'"),
-        ([], {"DFLASH_RUN_ON": "npu"}, "--run-on: expected one of cpu, gpu, tpu, got 'npu'"),
-        (["--run-on=npu"], {}, "--run-on: expected one of cpu, gpu, tpu, got 'npu'"),
+        (["--block-sizes=1"], {}, r"--block-sizes: .*\b2, got '1'"),
+        ([], {"BLOCK_SIZES": "8;16"}, r"--block-sizes: .*\b2, got '8;16'"),
+        (["--min-speedup=fast"], {}, "--min-speedup: .*above 0, got 'fast'"),
+        (["--batch-size=1,x"], {}, r"--batch-size: .*\b1, got 'x'"),
+        (["--prompts=builtin,"], {}, "--prompts: .*name, got ''"),
+        (["--rounds=0"], {}, r"--rounds: .*\b1, got '0'"),
+        (["--precision=5%"], {}, "--precision: .*0 to below 1, got '5%'"),
+        ([], {"DFLASH_TIME_LIMIT": "nan"}, "--time-limit: .*seconds.*got 'nan'"),
+        ([], {"DFLASH_RUN_ON": "npu"}, "--run-on: .*cpu, gpu, tpu, got 'npu'"),
+        (["--run-on=npu"], {}, "--run-on: .*cpu, gpu, tpu, got 'npu'"),
     ],
     ids=["block", "block-env", "floor", "batch", "prompts", "rounds", "precision", "time", "device-env", "device"],
 )
-def test_bad_options_are_usage_errors(parse, arguments, env, said):
-    with pytest.raises(pytest.UsageError) as error:
+def test_bad_options_are_usage_errors(parse, arguments, env, message):
+    with pytest.raises(pytest.UsageError, match=message):
         parse(*arguments, **env)
-    assert said in str(error.value)
 
 
 def test_the_protocol_of_z_lab_has_its_own_prompts_and_budget(parse, tmp_path):

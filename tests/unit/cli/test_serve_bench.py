@@ -1,6 +1,7 @@
 """`python -m dflash serve-bench` against stubs that run: what it prints and writes, and its exit codes."""
 
 import json
+import re
 
 import pytest
 from hostile_server import event, head, hostile
@@ -52,7 +53,7 @@ def test_equal_servers_give_a_line_a_file_and_a_report(compare, tmp_path):
     assert (code, err) == (0, "")
     assert "served-openai-c1-n5" in out
     assert "lossless" in out
-    assert out.count("acceptance is unknown: the block size is unknown") == 1
+    assert out.count("acceptance is unknown") == 1
     (benchmark,) = json.loads((tmp_path / "new" / "served.json").read_text())["benchmarks"]
     assert benchmark["extra_info"]["lossless"] is True
     assert len(benchmark["stats"]["data"]) == benchmark["extra_info"]["rounds"] == 3
@@ -74,7 +75,7 @@ def test_all_turns_of_a_set_in_the_directory_of_sets_are_asked(compare, tmp_path
 def test_other_texts_are_exit_code_1_and_still_written(compare, tmp_path):
     code, _, err = compare("--json", "served.json", wrong_at=2)
     assert code == 1
-    assert "the tokens must be the target's own, and differ first at prompt 0, token 2" in err
+    assert "prompt 0, token 2" in err
     assert (tmp_path / "served.json").is_file()
 
 
@@ -88,7 +89,7 @@ def test_a_server_without_a_draft_is_said_to_have_none(serve_bench):
     with serving(gives_ids=False) as (url, _):
         code, out, _ = serve_bench("--base-url", url)
         assert code == 0
-        assert "no-draft: the target alone was measured, since no server drafts: --draft-base-url" in out
+        assert re.search("no-draft: .*--draft-base-url", out)
         code, _, err = serve_bench("--base-url", url, "--min-speedup", "1")
         assert code == 1
         assert "no-draft" in err
@@ -107,7 +108,7 @@ def test_a_server_without_a_draft_is_said_to_have_none(serve_bench):
         (("--base-url", "http://127.0.0.1:1", "--key-variable", "NO_SUCH_VARIABLE"), "no variable of the name"),
         (
             ("--base-url", "http://127.0.0.1:1", "--report", "/dev/null"),
-            "results are written into a directory; /dev/null",
+            "directory; /dev/null",
         ),
     ],
 )

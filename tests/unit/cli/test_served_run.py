@@ -99,7 +99,7 @@ def test_the_command_starts_it_and_ends_it(smollm2, tmp_path):
         env=environment,
     )
     assert done.returncode == 0, done.stderr
-    assert "no-draft: the target alone was measured, since no draft was given" in done.stdout
+    assert "no-draft: " in done.stdout
     (benchmark,) = json.loads((tmp_path / "served.json").read_text())["benchmarks"]
     info = benchmark["extra_info"]
     assert info["server"].startswith("transformers ")

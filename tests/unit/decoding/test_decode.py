@@ -76,62 +76,53 @@ def check(target, draft, prompts=((1, 2, 3),), **settings):
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
-        (
-            {"mode": "fast"},
-            "mode must be one of ['greedy', 'cached_block_verify', 'cached_sequential_verify', 'recompute'], "
-            "got 'fast'",
-        ),
-        ({"sampling": Sampling(temperature=-1)}, "temperature must be at least 0, got -1"),
-        ({"sampling": Sampling(top_k=-1)}, "top_k must be at least 0, got -1"),
-        ({"sampling": Sampling(top_k=1.5)}, "top_k must be an integer, got 1.5"),
-        ({"sampling": Sampling(temperature="hot")}, "temperature must be a number, got 'hot'"),
-        ({"sampling": Sampling(temperature=float("inf"))}, "temperature must be at most 1000000000, got inf"),
-        ({"sampling": Sampling(top_p=0.0)}, "top_p must be above 0, got 0.0"),
-        ({"sampling": Sampling(min_p=2)}, "min_p must be at most 1, got 2"),
-        ({"sampling": Sampling(seed=2**32)}, "seed must be at most 4294967295, got 4294967296"),
-        ({"mode": "greedy"}, "mode greedy decodes with the target alone, got a draft: pass None"),
-        ({"prompts": []}, "prompts must hold at least one prompt, got none"),
-        ({"prompts": np.zeros((0, 4), int)}, "prompts must hold at least one prompt, got none"),
-        ({"prompts": [[1], []]}, "a prompt must have at least one token; prompt 1 is empty"),
-        ({"prompts": [[1], [5, 199]]}, "token ids must be 0..198; prompt 1 has 199: is it another model's tokenizer?"),
-        ({"prompts": [[-1]]}, "token ids must be 0..198; prompt 0 has -1: is it another model's tokenizer?"),
-        ({"prompts": ["text"]}, "token ids (prompt 0) must be integers, got 'text'"),
-        ({"prompts": [1, 2]}, "token ids (prompt 0) must be integers, got 1"),
-        ({"prompts": [[1.5]]}, "token ids (prompt 0) must be integers, got [1.5]"),
-        ({"block_size": 1}, "block_size must be at least 2 (anchor and one drafted token), got 1"),
-        ({"block_size": 2.0}, "block_size must be an integer, got 2.0"),
-        (
-            {"block_size": 5},
-            "block_size 5 is above the 4 that the draft was trained for, beyond which its proposals are untrained; use "
-            "a smaller one, or allow_larger_block to try",
-        ),
-        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
-        ({"max_new_tokens": [3, -2], "prompts": [[1], [2]]}, "max_new_tokens must be at least 1, got -2"),
-        ({"max_new_tokens": [3, 4]}, "max_new_tokens must be one for all or one per prompt (1), got 2"),
-        ({"max_new_tokens": []}, "max_new_tokens must be one for all or one per prompt (1), got 0"),
-        ({"max_new_tokens": 8.0}, "max_new_tokens must be integers, got 8.0"),
-        ({"stop_token_ids": [[1], [2]]}, "stop_token_ids must be one for all or one per prompt (1), got 2"),
-        ({"stop_token_ids": ["</s>"]}, "stop_token_ids must be integers, got '</s>'"),
-        ({"stop_token_ids": range(9)}, "at most 8 stop tokens a row, got 9"),
-        ({"stop_token_ids": [list(range(9))]}, "at most 8 stop tokens a row, got 9"),
+        ({"mode": "fast"}, r"^mode .*\['greedy', 'cached_block_verify', .*got 'fast'$"),
+        ({"sampling": Sampling(temperature=-1)}, r"^temperature .*\b0, got -1$"),
+        ({"sampling": Sampling(top_k=-1)}, r"^top_k .*\b0, got -1$"),
+        ({"sampling": Sampling(top_k=1.5)}, r"^top_k .*integer, got 1\.5$"),
+        ({"sampling": Sampling(temperature="hot")}, "^temperature .*number, got 'hot'$"),
+        ({"sampling": Sampling(temperature=float("inf"))}, "^temperature .*1000000000, got inf$"),
+        ({"sampling": Sampling(top_p=0.0)}, r"^top_p .*above 0, got 0\.0$"),
+        ({"sampling": Sampling(min_p=2)}, r"^min_p .*\b1, got 2$"),
+        ({"sampling": Sampling(seed=2**32)}, "^seed .*4294967295, got 4294967296$"),
+        ({"mode": "greedy"}, "^mode greedy .*got a draft: pass None$"),
+        ({"prompts": []}, "^prompts .*got none$"),
+        ({"prompts": np.zeros((0, 4), int)}, "^prompts .*got none$"),
+        ({"prompts": [[1], []]}, "prompt 1 is empty$"),
+        ({"prompts": [[1], [5, 199]]}, r"^token ids .*0\.\.198; prompt 1 has 199: .*tokenizer"),
+        ({"prompts": [[-1]]}, r"^token ids .*0\.\.198; prompt 0 has -1: .*tokenizer"),
+        ({"prompts": ["text"]}, r"^token ids \(prompt 0\) .*integers, got 'text'$"),
+        ({"prompts": [1, 2]}, r"^token ids \(prompt 0\) .*integers, got 1$"),
+        ({"prompts": [[1.5]]}, r"^token ids \(prompt 0\) .*integers, got \[1\.5\]$"),
+        ({"block_size": 1}, r"^block_size .*\b2 .*got 1$"),
+        ({"block_size": 2.0}, r"^block_size .*integer, got 2\.0$"),
+        ({"block_size": 5}, r"^block_size 5 .*\b4\b.*trained.*allow_larger_block"),
+        ({"max_new_tokens": 0}, r"^max_new_tokens .*\b1, got 0$"),
+        ({"max_new_tokens": [3, -2], "prompts": [[1], [2]]}, r"^max_new_tokens .*\b1, got -2$"),
+        ({"max_new_tokens": [3, 4]}, r"^max_new_tokens .*per prompt \(1\), got 2$"),
+        ({"max_new_tokens": []}, r"^max_new_tokens .*per prompt \(1\), got 0$"),
+        ({"max_new_tokens": 8.0}, r"^max_new_tokens .*integers, got 8\.0$"),
+        ({"stop_token_ids": [[1], [2]]}, r"^stop_token_ids .*per prompt \(1\), got 2$"),
+        ({"stop_token_ids": ["</s>"]}, "^stop_token_ids .*integers, got '</s>'$"),
+        ({"stop_token_ids": range(9)}, r"\b8 stop tokens.*got 9$"),
+        ({"stop_token_ids": [list(range(9))]}, r"\b8 stop tokens.*got 9$"),
     ],
 )
-def test_refused(target, draft, settings, said):
-    with pytest.raises(RequestError) as error:
+def test_refused(target, draft, settings, message):
+    with pytest.raises(RequestError, match=message):
         check(target, draft, **settings)
-    assert str(error.value) == said
 
 
 @pytest.mark.parametrize("mode", CACHED)
 def test_cached_modes_need_a_draft(target, mode):
-    with pytest.raises(RequestError, match=f"mode {mode} needs a draft, got none: load_draft or init_draft makes one"):
+    with pytest.raises(RequestError, match=f"mode {mode} .*draft, got none: .*init_draft"):
         check(target, None, mode=mode)
 
 
 def test_decode_refuses_what_check_request_does(target, draft):
-    with pytest.raises(RequestError, match="temperature must be at least 0, got nan; top_k must be an integer"):
+    with pytest.raises(RequestError, match=r"temperature .*got nan; top_k .*got 1\.5"):
         decode(target, draft, PROMPTS, temperature=float("nan"), top_k=1.5)
 
 
@@ -140,18 +131,18 @@ def abstract_draft(config):
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
-        ({"hidden_size": 32}, "its hidden size is 32, the target's 64"),
-        ({"vocab_size": 250}, "its vocabulary has 250 tokens, the target's 199"),
-        ({"target_layer_ids": (0, 2)}, "it reads layers [2] of a target with layers 0..1"),
-        ({"mask_token_id": 199}, "its mask token 199 is outside the vocabulary of 199"),
+        ({"hidden_size": 32}, "hidden size .*32, .*target.* 64"),
+        ({"vocab_size": 250}, "vocabulary .*250 .*target.* 199"),
+        ({"target_layer_ids": (0, 2)}, r"layers \[2\] .*target .*0\.\.1"),
+        ({"mask_token_id": 199}, "mask token 199 .*vocabulary of 199"),
     ],
 )
-def test_a_draft_that_does_not_fit_is_refused(target, draft, changes, said):
+def test_a_draft_that_does_not_fit_is_refused(target, draft, changes, message):
     unfit = abstract_draft(dataclasses.replace(draft.config, **changes))
     for mode in (*CACHED, "recompute"):
-        with pytest.raises(ConfigError, match="the draft does not fit the target: " + re.escape(said)):
+        with pytest.raises(ConfigError, match=f"draft does not fit.*{message}"):
             check(target, unfit, mode=mode)
 
 
@@ -165,12 +156,8 @@ def test_position_limit(target, draft):
     small = abstract_draft(dataclasses.replace(draft.config, max_position=32))
     prompts = [[1] * 3, [1] * 20]
     check(target, small, prompts, max_new_tokens=8)
-    with pytest.raises(RequestError) as error:
+    with pytest.raises(RequestError, match=r"max_new_tokens .*within 32 positions; prompt 1 needs 20 \+ 9 \+ 4: "):
         check(target, small, prompts, max_new_tokens=[20, 9])
-    assert str(error.value) == (
-        "prompt + max_new_tokens + block must stay within 32 positions; prompt 1 needs 20 + 9 + 4: shorten the prompt "
-        "or the budget"
-    )
     # The target's own limit, without a draft.
     limit = target.config.max_position
     check(target, None, mode="greedy", max_new_tokens=limit - 4)
@@ -186,9 +173,9 @@ def test_larger_blocks_when_told(target, draft):
 
 def test_a_scripted_draft_has_one_output_per_prompt(target, draft):
     script = ScriptedDraft(draft=draft, outputs=[[1, 2]], accept_len=1)
-    with pytest.raises(RequestError, match=r"a scripted draft has one output per prompt \(2\), got 1"):
+    with pytest.raises(RequestError, match=r"scripted draft .*per prompt \(2\), got 1"):
         check(target, script, [[1], [2]])
-    with pytest.raises(ValueError, match=r"accept_len must be 0\.\.1 for blocks of 2, got 3"):
+    with pytest.raises(ValueError, match=r"accept_len .*0\.\.1 .*blocks of 2, got 3"):
         check(target, dataclasses.replace(script, accept_len=3), block_size=2)
 
 

@@ -342,13 +342,13 @@ def encoded(number, size):
 def test_a_vocabulary_that_is_none_is_refused(value, draw_draft):
     raw = write_draft_config(draw_draft(0, vocabulary=VOCABULARY).config, "float32")
     raw["dflash_config"]["draft_vocabulary"] = value
-    with pytest.raises(ConfigError, match="draft_vocabulary must be base64 of 199 bits, some of them set"):
+    with pytest.raises(ConfigError, match=r"draft_vocabulary .*base64 of 199 bits"):
         read_draft_config(raw)
 
 
 def test_a_selector_chooses_among_what_is_proposed(draw_draft):
     raw = write_draft_config(draw_draft(0, **SECOND, vocabulary=pack_tokens(SOME[:4], V)).config, "float32")
-    with pytest.raises(ConfigError, match="selector_top_k must be an integer from 1 to 4, got 5"):
+    with pytest.raises(ConfigError, match=r"selector_top_k .*1 to 4, got 5"):
         read_draft_config(raw)
 
 

@@ -55,7 +55,7 @@ def test_worked_example():
 
 @pytest.mark.parametrize("accept_len", [-1, 4, 100])
 def test_accept_len_out_of_range_is_refused(accept_len):
-    with pytest.raises(ValueError, match=rf"accept_len must be 0\.\.3 for blocks of 4, got {accept_len}"):
+    with pytest.raises(ValueError, match=rf"accept_len .*0\.\.3 .*blocks of 4, got {accept_len}"):
         scripted([[1, 2]], accept_len).table(4)
 
 

@@ -1,6 +1,7 @@
 """EasyDeL itself: its models, directories, forward and RoPE against ours. Needs the easydel extra."""
 
 import json
+import re
 import sys
 
 import jax.numpy as jnp
@@ -191,7 +192,7 @@ def test_a_window_longer_than_what_was_read_is_told(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(cli, "_LONGEST", 16)
     monkeypatch.setattr(sys, "argv", ["dflash", "audit-teacher", "--target", str(folder)])
     assert main() == 0
-    assert "what a window of 16 hides, since 16 tokens were read; --num-tokens 48 reads" in capsys.readouterr().out
+    assert re.search("window of 16 .*16 tokens .*--num-tokens 48", capsys.readouterr().out)
 
 
 def test_from_the_command_line(tmp_path, monkeypatch, capsys):

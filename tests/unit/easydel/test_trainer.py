@@ -301,9 +301,7 @@ def test_what_ends_it_in_their_code_is_no_end(train, package, monkeypatch, tmp_p
         return state, metrics
 
     monkeypatch.setattr(easydel_trainer._trainer_class(package), "on_step_end", interrupt)
-    with pytest.raises(
-        TrainingError, match=r"interrupted after step 4 of 6; the checkpoint is .*run-4: start it again"
-    ):
+    with pytest.raises(TrainingError, match=r"interrupted after step 4 of 6; .*run-4"):
         train(tmp_path / "runs")
 
 
@@ -311,7 +309,7 @@ def test_what_is_not_finite_stops_it(train, cache, table, tmp_path):
     spoilt = table.copy()
     spoilt[:] = np.inf
     settings = {"batch_size": 8, "num_anchors": 2, "block_size": S, "embedding": spoilt, "seed": 0}
-    with pytest.raises(TrainingError, match=r"step 1 gave loss .* on rows \[.*the last good checkpoint is none"):
+    with pytest.raises(TrainingError, match=r"step 1 .*loss .* rows \[.*last good checkpoint is none"):
         train(tmp_path / "runs", batches=TrainingBatches(cache, cache.rows(False), **settings))
     assert not completed_runs(tmp_path / "runs")
 

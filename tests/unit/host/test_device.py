@@ -74,7 +74,7 @@ def test_a_held_tpu_is_one_sentence(jax_says, text):
 
 def test_a_device_that_is_not_here_is_one_sentence(jax_says):
     jax_says("Unknown backend tpu. Available backends are ['cpu']")
-    with pytest.raises(DeviceError, match=r"^no tpu can be opened here: .*--run-on.*jax says: Unknown backend tpu"):
+    with pytest.raises(DeviceError, match=r"^no tpu .*--run-on.*Unknown backend tpu"):
         open_device("tpu")
 
 

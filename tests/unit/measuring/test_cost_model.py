@@ -106,5 +106,5 @@ def test_advice_in_one_line():
     routed = {"experts": 32, "experts_awake_verify": 19.04, "experts_awake_verify_expected": 21}
     assert advice_line(replace(info, **routed)) == line + "; experts awake 19.0 of 32, 21.0 expected"
     useless = advice_line(replace(info, advice=advice(TIMES, [0.0] * 7)))
-    assert "no block size is predicted to be faster than greedy decoding" in useless
+    assert "no block size" in useless
     assert advice_line(replace(info, advice=None)) is None

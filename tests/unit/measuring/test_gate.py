@@ -1,5 +1,6 @@
 """Verdicts on canned cases: every sentence, and which term each blames."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -50,16 +51,16 @@ def test_status(changes, expected):
 
 def test_noise_fails_what_is_asked_of_the_speed_up_and_only_that():
     assert failures(NOISY, Floors(predicted_share=0.9)) == []
-    assert failures(NOISY, Floors(speedup_x=0.1)) == [
-        "speedup_x is too noisy: its rounds differ by 30% (at most 10%); take more rounds, or a quieter machine"
-    ]
-    (said,) = failures(NOISY, Floors(acceptance_length=7.0))
-    assert said.startswith("acceptance_length 6.00 < 7.00")
+    (broken,) = failures(NOISY, Floors(speedup_x=0.1))
+    assert re.match(r"speedup_x is too noisy: .*30% \(at most 10%\)", broken)
+    (broken,) = failures(NOISY, Floors(acceptance_length=7.0))
+    assert broken.startswith("acceptance_length 6.00 < 7.00")
 
 
 def test_a_quick_run_passes_no_floor():
     assert failures(QUICK, Floors(predicted_share=0.9)) == []
-    assert failures(QUICK, Floors(speedup_x=0.1)) == ["speedup_x is without an interval: it needs at least 3 rounds"]
+    (broken,) = failures(QUICK, Floors(speedup_x=0.1))
+    assert re.match("speedup_x .*without an interval.* 3 rounds", broken)
 
 
 def test_remarks():
@@ -67,20 +68,20 @@ def test_remarks():
     assert doubt(OK) is None
     far = replace(OK, status="unexplained", residual=-0.2)
     assert doubt(far) is None
-    assert remark(far) == "unexplained: -20% off the 3.20 that its steps predict (within 10% is explained)"
+    assert re.match(r"unexplained: -20% .*3\.20 .*10%", remark(far))
     assert remark(NOISY) == doubt(NOISY)
 
 
 def test_no_speed_up_counts_over_a_baseline_that_is_slower_than_a_verify_step():
     slow = replace(OK, verify_ratio=0.9, status="slow-baseline")
-    assert doubt(slow).startswith("slow-baseline: a verify step of 8 tokens takes 0.90 of a one-token step")
+    assert re.match(r"slow-baseline: .*8 tokens .*0\.90 ", doubt(slow))
     (broken,) = failures(slow, Floors(speedup_x=0.1))
     assert "slow-baseline" in broken
 
 
 def test_slower_than_greedy_decoding_is_said_where_a_gain_was_asked_for():
     slow = replace(OK, speedup_x=0.8, speedup_x_ci95=(0.7, 0.9), batch_size=4)
-    assert remark(slow).startswith("slower than greedy decoding with this draft at batch 4: a block costs 2.00")
+    assert re.match(r"slower than greedy .*batch 4: .*2\.00", remark(slow))
     assert remark(replace(slow, mode="cached_sequential_verify")) is None
     assert remark(replace(slow, scripted=3)) is None
 
@@ -116,33 +117,27 @@ def test_no_floor_asks_for_nothing():
 
 def test_invalid_says_where():
     info = replace(OK, status="invalid", lossless=False, first_divergence=TokenPlace(prompt=2, token=17))
-    assert failures(info, Floors()) == [
-        "speedup_x is invalid: the tokens must be the target's own, and differ first at prompt 2, token 17"
-    ]
+    (broken,) = failures(info, Floors())
+    assert re.match("speedup_x is invalid: .*prompt 2, token 17$", broken)
 
 
 def test_invalid_without_a_block():
     info = replace(OK, status="invalid", speedup_x=None, speedup_x_ci95=None, acceptance_length=None)
-    assert failures(info, Floors(speedup_x=1.0)) == [
-        "speedup_x is invalid: no block was needed, so nothing was measured; raise max_new_tokens"
-    ]
+    (broken,) = failures(info, Floors(speedup_x=1.0))
+    assert re.match("speedup_x is invalid: no block .*max_new_tokens", broken)
 
 
 def test_no_baseline():
     info = replace(OK, status="no-baseline", lossless=None, speedup_x=None, speedup_x_ci95=None)
-    assert failures(info, Floors(speedup_x=1.0)) == [
-        "speedup_x is no-baseline: greedy decoding must run beside it, to compare with and to prove the tokens"
-    ]
+    (broken,) = failures(info, Floors(speedup_x=1.0))
+    assert re.match("speedup_x is no-baseline: greedy decoding must run", broken)
 
 
 def test_acceptance_moved():
     low = replace(OK, acceptance_length=4.0, speedup_x=2.0, speedup_x_ci95=[1.9, 2.1])
-    assert failures(low, Floors(acceptance_length=5.2, speedup_x=2.8)) == [
-        "acceptance_length 4.00 < 5.20: the draft is accepted less (a block costs 2.00 one-token steps (1.90 by its "
-        "steps timed alone))",
-        "speedup_x 2.00 (1.90 to 2.10) < 2.80: acceptance moved; a block costs 2.00 one-token steps (1.90 by its steps "
-        "timed alone), acceptance_length is 4.00 and would have to be 5.60",
-    ]
+    length, speedup = failures(low, Floors(acceptance_length=5.2, speedup_x=2.8))
+    assert re.match(r"acceptance_length 4\.00 < 5\.20: .*accepted less .*2\.00 .*1\.90", length)
+    assert re.match(r"speedup_x 2\.00 \(1\.90 to 2\.10\) < 2\.80: acceptance moved; .*2\.00 .*4\.00 .*5\.60$", speedup)
 
 
 def test_acceptance_alone_can_fail():
@@ -151,24 +146,22 @@ def test_acceptance_alone_can_fail():
 
 def test_block_cost_moved():
     slow = replace(OK, speedup_x=2.0, speedup_x_ci95=[1.9, 2.1], block_ratio=3.0)
-    assert failures(slow, Floors(acceptance_length=5.2, speedup_x=2.8)) == [
-        "speedup_x 2.00 (1.90 to 2.10) < 2.80: the cost of a block moved; a block costs 3.00 one-token steps (1.90 by "
-        "its steps timed alone), acceptance_length is 6.00 and would have to be 8.40"
-    ]
+    (broken,) = failures(slow, Floors(acceptance_length=5.2, speedup_x=2.8))
+    assert re.match(
+        r"speedup_x 2\.00 \(1\.90 to 2\.10\) < 2\.80: the cost .*moved; .*3\.00 .*1\.90 .*6\.00 .*8\.40$", broken
+    )
 
 
 def test_without_an_acceptance_floor_neither_term_is_cleared():
     slow = replace(OK, speedup_x=2.0, speedup_x_ci95=[1.9, 2.1])
-    (said,) = failures(slow, Floors(speedup_x=2.8))
-    assert "< 2.80: acceptance or the cost of a block moved;" in said
+    (broken,) = failures(slow, Floors(speedup_x=2.8))
+    assert "< 2.80: acceptance or the cost of a block" in broken
 
 
 def test_loop_moved():
     slow = replace(OK, speedup_x=2.5, speedup_x_ci95=[2.4, 2.6])
-    assert failures(slow, Floors(predicted_share=0.9)) == [
-        "speedup_x 2.50 (2.40 to 2.60) < 0.90 x the 3.20 that its steps predict: the loop moved; a block costs 2.00 "
-        "one-token steps (1.90 by its steps timed alone)"
-    ]
+    (broken,) = failures(slow, Floors(predicted_share=0.9))
+    assert re.match(r"speedup_x 2\.50 \(2\.40 to 2\.60\) < 0\.90 .*3\.20 .*: the loop moved; .*2\.00 .*1\.90", broken)
 
 
 def test_the_upper_end_is_judged():

@@ -377,7 +377,7 @@ def test_changed_weights_are_taken(target, draft, tmp_path):
 def test_modes_that_are_no_case(target, draft, mode):
     with pytest.raises(
         RequestError,
-        match=f"compares cached_block_verify, cached_sequential_verify with greedy decoding, got {mode}",
+        match=f"cached_block_verify, cached_sequential_verify .*got {mode}",
     ):
         paired(target, draft, mode=MODES[mode])
 

@@ -112,7 +112,7 @@ def test_experts_awake(routed):
         ]
         assert experts_awake(routed, rows, size) == pytest.approx(np.mean(counts))
     assert experts_awake(routed, rows[:1], 1) == k
-    with pytest.raises(ValueError, match="each row must have 8 tokens at least, got 6"):
+    with pytest.raises(ValueError, match=r"row .*8 tokens.*got 6"):
         experts_awake(routed, rows, 8)
 
 

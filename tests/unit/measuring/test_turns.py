@@ -1,5 +1,7 @@
 """Cases in turn: who is paired with which greedy round, when rounds end, and what becomes of a case that fails."""
 
+import re
+
 import pytest
 
 from dflash import RequestError
@@ -115,7 +117,8 @@ def test_a_case_that_fails_leaves_and_the_others_go_on(at):
     greedy, order = Greedy(), []
     failing, other = runs = Run(greedy, "f", order, fails_at=at), Run(greedy, "o", order)
     outcome = turns(greedy, runs)
-    assert outcome["f"] == Failure(sentence="out of memory: RESOURCE_EXHAUSTED: Out of memory allocating 7 bytes.")
+    assert isinstance(outcome["f"], Failure)
+    assert re.match("out of memory: .*allocating 7 bytes", outcome["f"].sentence)
     assert failing.rounds == at
     assert len(failing.beside) == max(at - 2, 0)
     assert outcome["o"] is other

@@ -128,10 +128,10 @@ def test_it_is_written_and_read_whole(draw_draft, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"conv_kernel_size": 0}, "conv_kernel_size must be an integer from 1 to"),
+        ({"conv_kernel_size": 0}, "conv_kernel_size must be .*got 0"),
         ({"conv_group_size": 24}, "conv_group_size must divide hidden_size 64, got 24"),
-        ({"selector_rank": None}, "selector_rank must be an integer from 1 to 64, got None"),
-        ({"selector_top_k": 200}, "selector_top_k must be an integer from 1 to 199, got 200"),
+        ({"selector_rank": None}, "selector_rank .*1 to 64, got None"),
+        ({"selector_top_k": 200}, "selector_top_k .*1 to 199, got 200"),
         ({"selector_top_k": True}, "selector_top_k must be an integer"),
     ],
 )

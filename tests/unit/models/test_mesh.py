@@ -63,7 +63,7 @@ def test_what_lies_in_one_piece_is_taken_as_a_slice():
     ("tp", "changes", "rule"),
     [
         (3, {}, "tp must divide the 4 query heads"),
-        (3, {"num_heads": 6, "num_kv_heads": 2}, "tp must divide the 2 key heads, or be a multiple of them"),
+        (3, {"num_heads": 6, "num_kv_heads": 2}, "tp must divide the 2 key heads"),
         (4, {"intermediate_size": 98}, "tp must divide the inner width 98"),
     ],
 )
@@ -75,7 +75,7 @@ def test_a_mesh_that_cannot_be_is_refused_with_the_rule(tp, changes, rule):
 
 def test_a_mesh_has_two_axes_and_no_more_devices_than_there_are():
     config = read_target_config(tiny_config("llama"))
-    with pytest.raises(ConfigError, match=r"a mesh has the axes dp and tp, this one has \['x'\]"):
+    with pytest.raises(ConfigError, match=r"dp and tp, .*\['x'\]"):
         check_mesh(config, AbstractMesh((2,), ("x",)))
     with pytest.raises(ConfigError, match="got 2 x 64 and"):
         make_mesh(jax.devices(), dp=2, tp=64)

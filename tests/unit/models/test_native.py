@@ -1,6 +1,7 @@
 """The native kernels against XLA and numpy, and every way in which they may not be there."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -174,16 +175,16 @@ def test_linear_with_and_without_the_kernel(monkeypatch: pytest.MonkeyPatch):
 
 def test_a_mode_that_does_not_exist_is_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("DFLASH_NATIVE", "yes")
-    with pytest.raises(DeviceError, match="DFLASH_NATIVE is auto, 0 or 1, and is 'yes'"):
+    with pytest.raises(DeviceError, match="auto, 0 or 1, got 'yes'"):
         native.status()
 
 
 def test_without_a_compiler_the_status_says_so(tmp_path: Path):
     bare = {"PATH": str(tmp_path), "DFLASH_CACHE_DIR": str(tmp_path / "cache")}
-    assert _status(**bare).stdout.strip() == "XLA: no C++ compiler found (install one, or name it in CXX)"
+    assert re.match(r"XLA: no C\+\+ compiler .*CXX", _status(**bare).stdout)
     insisting = _status(**bare, DFLASH_NATIVE="1")
     assert insisting.returncode == 1
-    assert "DFLASH_NATIVE=1, but there are no native kernels: no C++ compiler found" in insisting.stderr
+    assert re.search(r"DFLASH_NATIVE=1, .*no C\+\+ compiler", insisting.stderr)
 
 
 def test_a_compiler_that_fails_is_named(tmp_path: Path):

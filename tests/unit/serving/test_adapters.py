@@ -130,19 +130,19 @@ def test_what_is_installed_says_whether_it_has_dflash(name, files, has, installe
     ("target_changes", "draft_changes", "fault"),
     [
         ({}, {}, None),
-        ({"architectures": ["GptOssForCausalLM"]}, {}, "Qwen3 and Llama targets alone, and this is ['GptOss"),
+        ({"architectures": ["GptOssForCausalLM"]}, {}, "and this is ['GptOss"),
         ({"tie_word_embeddings": True}, {}, "is tied to its embeddings"),
         ({"architectures": 7}, {}, "and this is 7"),
-        ({}, {"num_target_layers": 4}, "can't read the output of the target's last layer (3)"),
+        ({}, {"num_target_layers": 4}, "last layer (3)"),
         (
             {},
             {"layer_types": ["sliding_attention"] * 2, "sliding_window": 16, "use_sliding_window": True},
-            "has neither sliding windows nor causal blocks",
+            "sliding windows",
         ),
         (
             {},
             {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}},
-            "reads no rope_scaling; the draft's rope is yarn",
+            "rope_scaling; the draft's rope is yarn",
         ),
     ],
 )
@@ -188,8 +188,8 @@ def test_every_server_that_an_option_names_has_an_adapter():
 @pytest.mark.parametrize(
     ("python", "said"),
     [
-        ("/nowhere/python", "--server-python names the Python interpreter that has the server; .*: No such file"),
-        ("/bin/false", "--server-python names the Python interpreter that has the server; /bin/false: CalledProcess"),
+        ("/nowhere/python", "--server-python .*: No such file"),
+        ("/bin/false", "--server-python .*/bin/false: CalledProcess"),
         (sys.executable, "has no vllm to start"),
     ],
 )

@@ -125,7 +125,7 @@ def test_an_answer_ends_with_its_stop_token_which_counts(ask, tokenizer, letters
 
 
 def test_a_server_that_reads_another_prompt_is_refused(ask):
-    with pytest.raises(ServingError, match=r"same prompt of 10 tokens.* read 11: .*its tokenizer adds tokens"):
+    with pytest.raises(ServingError, match=r"prompt of 10 tokens.* read 11: .*tokenizer"):
         ask(adds=1)
 
 

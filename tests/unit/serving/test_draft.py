@@ -82,7 +82,7 @@ def test_a_block_is_no_larger_than_trained_for(sound, target):
     draft = served_draft(sound, target)
     assert draft.block_size == draft.config.block_size == 8
     assert served_draft(sound, target, 4).block_size == 4
-    with pytest.raises(ServingError, match="blocks of 2 up to what it was trained for, 8; got 16"):
+    with pytest.raises(ServingError, match=r"blocks of 2 .*\b8; got 16"):
         served_draft(sound, target, 16)
 
 
@@ -113,7 +113,7 @@ def test_no_device_is_opened(sound, target):
 
 
 def test_a_config_for_speculators_is_refused_by_name(spoilt, target):
-    with pytest.raises(ServingError, match="written for speculators: export the draft without --format"):
+    with pytest.raises(ServingError, match=r"speculators: .*--format"):
         served_draft(spoilt({"speculators_config": {}}), target)
 
 
@@ -126,7 +126,7 @@ def test_a_target_of_a_family_that_we_can_not_run_may_be_served(sound, target, t
         (tmp_path / CONFIG).write_text(json.dumps(raw))
         assert served_draft(sound, tmp_path).block_size == 8
     (tmp_path / CONFIG).write_text(json.dumps(sizes | {"hidden_size": 32, "num_hidden_layers": 2}))
-    with pytest.raises(ServingError, match=r"hidden size is .*, the target's 32; .*it reads layers"):
+    with pytest.raises(ServingError, match=r"hidden size .* 32; .*reads layers"):
         served_draft(sound, tmp_path)
     (tmp_path / CONFIG).write_text(json.dumps(sizes | {"vocab_size": "many"}))
     with pytest.raises(ConfigError, match="vocab_size must be a number"):

@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -187,7 +188,7 @@ def test_an_unknown_acceptance_is_null_with_a_reason(compared):
     case = compared()
     assert case.acceptance_length is None
     assert case.num_drafts is None
-    assert "an OpenAI API tells no acceptance" in case.acceptance_unknown
+    assert "an OpenAI API" in case.acceptance_unknown
     assert "is unknown: an OpenAI" in failures(dataclasses.replace(case, status="ok"), Floors(acceptance_length=2.0))[0]
     assert "what is accepted is unknown" in failures(dataclasses.replace(case, status="ok"), Floors(speedup_x=1e6))[0]
 
@@ -208,7 +209,7 @@ def test_acceptance_is_taken_from_the_counters_of_vllm(compared):
 
 
 def test_sglang_jax_started_elsewhere_keeps_its_log(compared):
-    assert "into its log alone" in compared("sglang-jax").acceptance_unknown
+    assert "only to its log" in compared("sglang-jax").acceptance_unknown
 
 
 class Stub(SglangJax):
@@ -246,7 +247,7 @@ def test_a_server_that_dies_half_way_is_named_so(deployment, measure, letters):
     adapter = Stub(letters=letters, drafting={"die_at": 4})
     with pytest.raises(ServingError) as caught:
         measure(deployment(adapter=adapter, server_python=sys.executable))
-    assert "the server ended by itself with exit code 7" in str(caught.value)
+    assert "exit code 7" in str(caught.value)
     assert "out of memory, says the stub" in str(caught.value)
     assert "broke off an answer" in str(caught.value)
 
@@ -290,7 +291,7 @@ def test_without_a_draft_the_target_alone_is_measured_and_that_is_said(deploymen
     assert case.tok_s_total is None
     assert case.baseline_tok_s_total > 0
     assert len(run.seconds) == 3
-    assert remark(case) == f"no-draft: the target alone was measured, since {why}"
+    assert re.match(f"no-draft: .*{re.escape(why)}$", remark(case))
     lines = render(speedup_section(Results(measured=[case])))
     assert any(line.endswith("no-draft") for line in lines)
     assert why in failures(case, Floors(speedup_x=1.0))[0]
@@ -314,7 +315,7 @@ def test_a_draft_is_not_blamed_for_a_target_that_does_not_repeat_itself(compared
     case = dataclasses.replace(compared(wrong_at=3), target_repeats_itself=False)
     case = dataclasses.replace(case, status=status(case))
     assert case.status == "invalid"
-    assert "answers otherwise when it is asked again" in remark(case)
+    assert "target's server answers otherwise" in remark(case)
 
 
 def test_the_first_failure_ends_a_round_and_nothing_more_is_asked():
@@ -352,6 +353,6 @@ def test_the_file_is_as_its_schema_says_and_makes_a_report(deployment, measure, 
     file = read_file(tmp_path / "served.json")
     assert [c.case for c in file.decodes] == [case.case]
     page = write_report(tmp_path / "report", file).with_suffix(".md").read_text()
-    assert ("lossless" if drafts else "the target alone was measured, since it has no DFLASH") in page
+    assert ("lossless" if drafts else "it has no DFLASH") in page
     schema = json.loads((Path(dflash.__file__).parent / "report" / "results.schema.json").read_text())
     pytest.importorskip("jsonschema").Draft202012Validator(schema).validate(json.loads(text))

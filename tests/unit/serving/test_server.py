@@ -116,7 +116,7 @@ def test_a_command_that_does_not_exist_is_named(start):
 def test_a_log_that_can_not_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with (
-        pytest.raises(ServingError, match=r"a server's log goes to .*/file/log \(--server-logs\)"),
+        pytest.raises(ServingError, match=r"/file/log \(--server-logs\)"),
         started(python("pass"), "http://127.0.0.1:1", health="/", log=tmp_path / "file" / "log", timeout_s=1),
     ):
         pass

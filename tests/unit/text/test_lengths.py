@@ -59,7 +59,7 @@ def test_exact_length_refuses_what_has_no_room(tokenizer):
     front = len(tokenizer.encode(tokenizer.FRONT))
     with pytest.raises(ValueError, match=rf"begins with {front} tokens; got length={front}"):
         exact_length_prompts(tokenizer, front, count=1, seed=0)
-    with pytest.raises(ValueError, match=r"leave 1 for text, which gives \d+ different prompts; got count=500"):
+    with pytest.raises(ValueError, match=r"\d+ different prompts; got count=500"):
         exact_length_prompts(tokenizer, front + 1, count=500, seed=0)
 
 

@@ -217,7 +217,7 @@ def test_encode_refuses_long_prompts_by_name(tokenizer):
     pair = PromptSet(name="s", prompts=(ask("one", id="short"), ask("one two three", id="long"), ask("a b", id="mid")))
     lengths = [len(row) for row in pair.encode(tokenizer)]
     assert pair.encode(tokenizer, max_prompt_len=max(lengths)) == pair.encode(tokenizer)
-    with pytest.raises(ValueError, match=rf"at most {lengths[0]} tokens; got long \({lengths[1]}\), mid \(") as error:
+    with pytest.raises(ValueError, match=rf"{lengths[0]} tokens; got long \({lengths[1]}\), mid \(") as error:
         pair.encode(tokenizer, max_prompt_len=lengths[0])
     assert "short" not in str(error.value)
 
@@ -321,7 +321,7 @@ def test_what_is_no_prompt_template_is_refused(hub, template):
     hub.answer = table(question=["x"])
     with pytest.raises(ValueError, match="a prompt template is text with"):
         load_prompts("hf:who/what", prompt_template=template)
-    with pytest.raises(ValueError, match="makes text of the fields of hf:NAME"):
+    with pytest.raises(ValueError, match=r"template .*hf:NAME"):
         load_prompts("builtin", prompt_template=template)
 
 

@@ -130,7 +130,7 @@ def test_a_problem_without_code_to_start_from(tmp_path):
 
 
 def test_a_row_of_another_set_names_the_field(tmp_path):
-    with pytest.raises(PromptError, match=r"line 1: a row of openai/gsm8k has the field 'question'; got"):
+    with pytest.raises(PromptError, match=r"line 1: .*openai/gsm8k .*'question'; got"):
         load_prompts("gsm8k", data_dir=write(tmp_path, "gsm8k", ROWS["math500"][0]))
 
 
@@ -160,7 +160,7 @@ def cut_off(monkeypatch):
 
 def test_without_a_network_five_seconds_say_which_file_goes_where(cut_off):
     begun = time.monotonic()
-    with pytest.raises(PromptError, match=r"put it as DIR/math500\.jsonl, .*--data-dir; it is HuggingFaceH4/MATH-500"):
+    with pytest.raises(PromptError, match=r"DIR/math500\.jsonl.*--data-dir.*HuggingFaceH4/MATH-500"):
         load_prompts("math500")
     assert time.monotonic() - begun < 5
     assert cut_off.config.HF_HUB_OFFLINE is True

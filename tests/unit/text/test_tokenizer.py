@@ -205,35 +205,35 @@ def test_a_base_model_without_a_config_still_reads_text(tmp_path):
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.stop_token_ids == ()
     assert tokenizer.decode(tokenizer.encode("Hello")) == "Hello"
-    with pytest.raises(ValueError, match=r"a chat needs a template, and .* has none in chat_template\.jinja"):
+    with pytest.raises(ValueError, match=r"template.*none in chat_template\.jinja"):
         tokenizer.encode_chat(USER)
 
 
 def test_a_name_or_path_that_is_nothing_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"or 'smollm2-135m', got '.*absent', which is none"):
+    with pytest.raises(ValueError, match=r"'smollm2-135m', got '.*absent'"):
         load_tokenizer(tmp_path / "absent")
 
 
 def test_a_snapshot_without_a_tokenizer_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"must hold a tokenizer that transformers reads, .*; fetch the snapshot"):
+    with pytest.raises(ValueError, match=rf"{tmp_path} .*tokenizer .*fetch the snapshot"):
         load_tokenizer(tmp_path)
     (tmp_path / "tensorstore_index.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"; EasyDeL saves none: copy the tokenizer's files from the snap"):
+    with pytest.raises(ValueError, match=r"EasyDeL saves none: copy .*tokenizer"):
         load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("tokenizer.json", "{", "a tokenizer that transformers reads"),
-        ("tokenizer.json", '{"model": {"type": "none"}}', "a tokenizer that transformers reads"),
+        ("tokenizer.json", "{", "tokenizer .*transformers"),
+        ("tokenizer.json", '{"model": {"type": "none"}}', "tokenizer .*transformers"),
         ("tokenizer_config.json", "{", "is no valid JSON "),
         ("tokenizer_config.json", "[]", "must hold a JSON object"),
-        ("tokenizer_config.json", '{"auto_map": {"AutoTokenizer": ["a.B", null]}}', "code of its own, which is never"),
+        ("tokenizer_config.json", '{"auto_map": {"AutoTokenizer": ["a.B", null]}}', "code .*never"),
         ("generation_config.json", '{"eos_token_id": ', "is no valid JSON "),
-        ("generation_config.json", '{"eos_token_id": "2"}', "must be an id or a list of ids, got '2'"),
-        ("generation_config.json", '{"eos_token_id": [2, true]}', r"must be an id or a list of ids, got \[2, True\]"),
-        ("config.json", '{"eos_token_id": -1}', "must be an id or a list of ids, got -1"),
+        ("generation_config.json", '{"eos_token_id": "2"}', "eos_token_id .*got '2'"),
+        ("generation_config.json", '{"eos_token_id": [2, true]}', r"eos_token_id .*got \[2, True\]"),
+        ("config.json", '{"eos_token_id": -1}', "eos_token_id .*got -1"),
     ],
 )
 def test_a_malformed_file_is_refused_by_name(tmp_path, name, content, said):
@@ -255,10 +255,10 @@ def test_a_file_that_is_not_text_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("template", "said"),
     [
-        (None, "a chat needs a template, .*; use an instruct model"),
+        (None, "template, .*instruct model"),
         ([{"name": "rag", "template": "x"}, {"name": "tools", "template": "y"}], r"no default .*\['rag', 'tools'\]"),
-        ("{% for m in messages %}", "must be one of jinja2, got: Unexpected end of template"),
-        ("{{ messages[0]['content'] + 1 }}", r"refused the messages: .*concatenate.*; roles were \['user'\]"),
+        ("{% for m in messages %}", "jinja2, got: Unexpected end"),
+        ("{{ messages[0]['content'] + 1 }}", r"refused .*concatenate.*\['user'\]"),
         ("{{ nothing.at.all }}", "refused the messages: 'nothing' is undefined"),
         ("{{ raise_exception('no chat today') }}", "refused the messages: no chat today"),
     ],
@@ -279,7 +279,7 @@ def test_a_chat_template_that_fails_is_one_error(tmp_path, template, said):
         (None, "got None"),
         (["Hello"], "message 0 is 'Hello'"),
         ([*USER, {"content": "x"}], r"message 1 is \{'content': 'x'\}"),
-        ([{"role": "system", "content": "x"}], r"only user and assistant speak here; roles were \['system'\]"),
+        ([{"role": "system", "content": "x"}], r"only user and assistant .*\['system'\]"),
     ],
     ids=["empty", "text", "none", "texts", "role", "template"],
 )
@@ -290,7 +290,7 @@ def test_messages_that_are_none_are_refused(tmp_path, messages, said):
 
 def test_text_and_ids_that_cannot_be_converted_are_refused(tmp_path):
     tokenizer = load_tokenizer(write_snapshot(tmp_path))
-    with pytest.raises(ValueError, match=r"text must be a str that UTF-8 can hold, got 'a.*ud800'"):
+    with pytest.raises(ValueError, match=r"text .*UTF-8 .*got 'a.*ud800'"):
         tokenizer.encode("a\ud800")
     with pytest.raises(ValueError, match="text must be a str"):
         tokenizer.encode(None)
@@ -514,13 +514,13 @@ def test_a_template_that_fills_the_memory_is_ended(tmp_path, name):
     ids=["break", "parentheses", "minus", "if", "cut"],
 )
 def test_what_python_can_not_compile_is_one_sentence(tmp_path, template):
-    with pytest.raises(ValueError, match=r"must be one of jinja2, got: |must end within bounds") as error:
+    with pytest.raises(ValueError, match=r"jinja2, got: |within bounds") as error:
         load_tokenizer(write_snapshot(tmp_path, template)).encode_chat(USER)
     assert len(str(error.value)) < 1000
 
 
 def test_messages_that_json_has_not_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="values that JSON has"):
+    with pytest.raises(ValueError, match="messages must be JSON"):
         load_tokenizer(write_snapshot(tmp_path)).encode_chat([{"role": "user", "content": object()}])
 
 

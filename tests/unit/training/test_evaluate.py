@@ -252,12 +252,12 @@ def test_blocks_without_all_their_labels_do_not_count():
     whole, cut = blocks_of((0, 1, 7)), blocks_of((0, 2, 2), labels=2)
     both = Blocks(**{n: np.concatenate([getattr(whole, n), getattr(cut, n)]) for n in Blocks.__slots__})
     assert summarise(both, BLOCK) == summarise(whole, BLOCK)
-    with pytest.raises(ConfigError, match="no block of 8 slots fits these rows"):
+    with pytest.raises(ConfigError, match="no block of 8 slots"):
         summarise(cut, BLOCK)
 
 
 def test_features_of_other_layers_are_refused(lab):
     other = new_draft(lab.target.config, num_layers=1, block_size=BLOCK, target_layer_ids=(0, 1, 2))
-    with pytest.raises(ConfigError, match=r"reads the outputs of layers \[0, 1, 2\], the cache holds .* \[0, 2, 1\]"):
+    with pytest.raises(ConfigError, match=r"layers \[0, 1, 2\], .*cache .* \[0, 2, 1\]"):
         check_fit(other, lab.cache)
     check_fit(lab.draft, lab.cache)

@@ -203,7 +203,7 @@ def test_position_weights(kind, gamma, alpha):
 
 
 def test_unknown_position_weights_are_refused():
-    with pytest.raises(ValueError, match="one of uniform, decay, dpace, got 'linear'"):
+    with pytest.raises(ValueError, match="uniform, decay, dpace, got 'linear'"):
         position_weights("linear", jnp.ones((1, 7)), jnp.ones((1, 7)), gamma=4.0, alpha=0.5)
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -336,7 +337,7 @@ def test_a_checkpoint_of_another_run_with_the_same_settings_is_refused(start, fi
     assert json.loads((mine / "metadata.json").read_text())["identity"]
     shutil.rmtree(mine)
     shutil.copytree(theirs, mine)
-    with pytest.raises(ConfigError, match="is no checkpoint of the run that was begun in"):
+    with pytest.raises(ConfigError, match=f"{mine} is no checkpoint of "):
         start(root, save_every=3)
 
 
@@ -358,7 +359,7 @@ def test_a_directory_belongs_to_one_process_at_a_time(start, tmp_path):
     run = start(root)
     before = {p: p.read_bytes() for p in root.rglob("*") if p.is_file()}
     refused = subprocess.run(command, capture_output=True, text=True)
-    assert "one process at a time trains in a directory" in refused.stderr.splitlines()[-1]
+    assert "one process at a time" in refused.stderr.splitlines()[-1]
     assert {p: p.read_bytes() for p in root.rglob("*") if p.is_file()} == before
     run.train()
     assert subprocess.run(command, capture_output=True).returncode == 0
@@ -400,9 +401,8 @@ def test_a_nan_stops_the_run_and_spoils_nothing(start, spoiled, tmp_path):
     assert bad > 0
     with pytest.raises(TrainingError) as error:
         run.train()
-    rows = run.batches.rows(bad).tolist()
-    assert f"step {bad + 1} gave loss nan and gradient norm nan on rows {rows}" in str(error.value)
-    assert f"the last good checkpoint is {root / f'run-{bad}'}" in str(error.value)
+    rows = re.escape(str(run.batches.rows(bad).tolist()))
+    assert re.search(f"step {bad + 1} .*loss nan .*norm nan .*{rows}.* {root / f'run-{bad}'}", str(error.value))
     assert [line["step"] for line in lines_of(root)] == list(range(1, bad + 1))
     assert latest_run(root) == root / f"run-{bad}"
     for weights in (run.trainer.state, nnx.state(read_run(latest_run(root)))):
@@ -412,7 +412,7 @@ def test_a_nan_stops_the_run_and_spoils_nothing(start, spoiled, tmp_path):
 def test_a_nan_is_noticed_without_a_line_or_a_checkpoint(start, spoiled, tmp_path):
     run = start(tmp_path / "root", cache=spoiled, save_every=100, log_every=100, evaluate_every=100)
     bad = next(step for step in range(STEPS) if 7 in run.batches.rows(step))
-    with pytest.raises(TrainingError, match="the last good checkpoint is none: lower the learning rate"):
+    with pytest.raises(TrainingError, match=r"last good checkpoint is none: .*learning rate"):
         run.train()
     assert run.step <= bad + 2
     assert lines_of(tmp_path / "root") == []
@@ -421,13 +421,13 @@ def test_a_nan_is_noticed_without_a_line_or_a_checkpoint(start, spoiled, tmp_pat
 def test_a_nan_in_held_out_rows_is_told(start, cache, table, tmp_path):
     run = start(tmp_path, held_out=range(2))
     run.held_out[1].features[0, 0, 0] = 0x7FC0
-    with pytest.raises(TrainingError, match=r"held-out batch 1 has loss nan after step 6; the last good .*run-4: look"):
+    with pytest.raises(TrainingError, match=r"held-out batch 1 .*loss nan .*step 6; .*run-4"):
         run.train()
 
 
 def test_a_draft_that_no_checkpoint_holds_is_refused_at_once(start, draw_draft, tmp_path):
     mixed = draw_draft(**(SMALL | {"windows": (None, 16), "causal": (True, False)}))
-    with pytest.raises(ConfigError, match="is_causal is one key for all layers"):
+    with pytest.raises(ConfigError, match="is_causal is one key"):
         start(tmp_path / "root", draft=mixed)
     with pytest.raises(ValueError, match="provenance must be JSON"):
         start(tmp_path / "root", provenance={"cache": tmp_path})

@@ -204,7 +204,7 @@ def test_devices_parts_and_chunks_give_the_gradient_of_plain_blocks(cache, draft
 
 
 def test_a_device_too_few_is_refused(draft, tables):
-    with pytest.raises(ConfigError, match="must not exceed the devices here, 1; got 1 x 2"):
+    with pytest.raises(ConfigError, match=r"devices here, 1; got 1 x 2"):
         trainer_of(draft, tables, tp=2)
 
 
@@ -363,7 +363,7 @@ def test_all_faults_of_a_config_at_once():
         TrainConfig(**faulty)
     for name in faulty:
         assert name in str(error.value)
-    with pytest.raises(ConfigError, match="batch_size must divide by dp x accumulation, got 12, 2 and 4"):
+    with pytest.raises(ConfigError, match=r"batch_size .*dp x accumulation, got 12, 2 and 4"):
         TrainConfig(batch_size=12, dp=2, accumulation=4)
     with pytest.raises(ConfigError) as error:
         Objective(weights="linear", gamma=0.0, alpha=1.5, chunk=0)

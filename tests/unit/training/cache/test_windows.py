@@ -292,21 +292,21 @@ def test_npz_is_read(tmp_path, whole, save, raw_bfloat16):
 @pytest.mark.parametrize(
     ("changes", "fault"),
     [
-        ({"ctx_len": ...}, "ctx_len must be an integer of at least 1, got None"),
+        ({"ctx_len": ...}, "ctx_len .*got None"),
         ({"hidden_size": True}, "hidden_size must be an integer"),
         ({"target_layer_ids": ...}, "target_layer_ids must list integers"),
         ({"target_layer_ids": [0, 4], "add_one_for_pre_layer_capture": False}, "0 is the embedding, no layer's output"),
         ({"target_ids_mode": "guess"}, "target_ids_mode must be one of"),
-        ({"target_ids_mode": ...}, "target_ids_mode missing where ctx_len_full, add_one"),
+        ({"target_ids_mode": ...}, "target_ids_mode missing"),
         ({"ctx_len_full": ..., "add_one_for_pre_layer_capture": ...}, "no version wrote that"),
-        ({"ctx_len_full": C}, f"ctx_len_full must be ctx_len \\+ 1 \\({C + 1}\\), got {C}"),
+        ({"ctx_len_full": C}, f"ctx_len_full .*{C + 1}.*, got {C}"),
         ({"num_context_features": 3}, "num_context_features is 3 for 2 target_layer_ids"),
         ({"num_samples": N + 1}, rf"target_ids is \[{N}, {B - 1}\], must be \[{N + 1}, {B - 1}\]"),
         ({"dtype": "float16"}, "dtype must be one of"),
         ({"position_offset_mode": []}, "position_offset_mode must be one of"),
-        ({"anchor_pos_file": "../a.npy"}, "own directory only, got '../a.npy' for anchor_pos_i32"),
+        ({"anchor_pos_file": "../a.npy"}, r"own directory .*'\.\./a\.npy' .*anchor_pos_i32"),
         ({"ctx_pos_start_file": "/etc/a.npy"}, "own directory only"),
-        ({"ctx_pos_start_file": "gone.npy"}, "gone.npy is missing, and meta.json names it"),
+        ({"ctx_pos_start_file": "gone.npy"}, "gone.npy is missing"),
     ],
 )
 def test_meta_that_contradicts_itself_is_refused(cache, changes, fault):
@@ -368,7 +368,7 @@ def test_ids_below_zero_and_positions_that_disagree_are_refused(cache):
         array = np.load(cache / f"{name}.npy")
         array[3] = -7
         np.save(cache / f"{name}.npy", array)
-    with pytest.raises(CacheError, match=r"target_ids must be token ids .*, got -7.*not in 1 samples, \[3\]"):
+    with pytest.raises(CacheError, match=r"target_ids .*got -7.*1 samples, \[3\]"):
         open_windows(cache)
 
 
@@ -386,7 +386,7 @@ def test_ids_beyond_the_target_are_refused(cache, tmp_path, name, form):
     good, bad = (read_target_config(tiny_config(vocab_size=size)) for size in (501, 500))
     limit = read_target_config(tiny_config(vocab_size=501, max_position_embeddings=C))
     assert len(open_windows(path)) == len(open_windows(path, good)) == N
-    with pytest.raises(CacheError, match=f"{name} must be token ids of the target, 0 to 499, got 0 to 500"):
+    with pytest.raises(CacheError, match=f"{name} .*0 to 499, got 0 to 500"):
         open_windows(path, bad)
     with pytest.raises(CacheError, match=f"within the target's {C} positions"):
         open_windows(path, limit)
@@ -455,5 +455,5 @@ def test_a_stored_npz_is_as_long_as_its_header_says(tmp_path, whole):
     with zipfile.ZipFile(tmp_path / "lies.npz", "w") as lies, zipfile.ZipFile(tmp_path / "old.npz") as honest:
         for name in honest.namelist():
             lies.writestr(name, honest.read(name)[: -1 if name.startswith("target") else None])
-    with pytest.raises(CacheError, match=r"target_ids can't be read .*is not what its"):
+    with pytest.raises(CacheError, match=r"target_ids can't be read"):
         open_windows(tmp_path / "lies.npz")
