@@ -107,7 +107,7 @@ def _second(args: Train, target: TargetConfig) -> dict[str, Any]:
 def _vocabulary(args: Train, cache: SequenceCache | WindowCache, target: TargetConfig) -> bytes | None:
     """The tokens that a new draft proposes; None for all."""
     count = args.draft_vocab_size
-    if count in (None, "all"):
+    if count is None or count == "all":
         return None
     lowest = args.selector_top_k if args.architecture == "dflash2" else 1
     if not lowest <= count <= target.vocab_size:
