@@ -39,6 +39,8 @@ class ServerOptions(Checked):
     """Name of the model in requests; by default what is served."""
     key_variable: str = ""
     """Variable of the environment that holds the key of the servers."""
+    offline: bool = False
+    """Decode the prompts here too, and fail where the server accepts more or less than that; says what explains it."""
     temperature: Size = 0.0
     """Above 0: servers draw, each with noise of its own, so that nothing proves their texts; 0 is greedy."""
     top_k: Index = 0
