@@ -295,6 +295,7 @@ def take_prompts(options: Any, source: str) -> PromptSet:
 FLAGS = {
     "--raw": "prompts are plain text to be continued, without a chat template, as for a base model",
     "--aot-grid": "tests/aot: compile every program for every topology, not only those that say most",
+    "--offline": "decode a server's prompts here too, and fail where it accepts more or less than that",
     "--resume": "take over the cases that an earlier run with the same --benchmark-json or --report measured already",
     "--update-baselines": "write this run's cases as baselines instead",
     "--require-baseline": "fail unless every case has a baseline and passes it",

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dflash.decoding.modes import MODES
 from dflash.measuring.cost_model import EXPLAINED_WITHIN, is_explained
 from dflash.measuring.interval import LEAST_ROUNDS
-from dflash.measuring.result import Decode, Status
+from dflash.measuring.result import Decode, Served, Status
 
 # Nothing of a speed-up of such a case is to be believed.
 UNBELIEVED = ("invalid", "too-noisy", "slow-baseline")
+# A share of proposed tokens; of a draft that is served wrongly hardly more is accepted.
+HARDLY_ACCEPTED = 0.05
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,6 +116,32 @@ def _should_gain(case: Decode) -> bool:
     """Whether a speed-up is what the case is there for: not one that verifies token by token, nor a script."""
     mode = MODES.get(case.mode)
     return case.is_own and (mode is None or mode.whole)
+
+
+def alarm_line(case: Served) -> str | None:
+    """What an alarm means; None for a case without one."""
+    if not case.alarm or case.accept_rate is None:
+        return None
+    return (
+        f"{case.alarm}: the target accepts {case.accept_rate:.1%} of what is proposed; either this draft is no better "
+        "on these prompts, or the server runs it wrongly" + ("" if case.own else ": --offline tells which")
+    )
+
+
+def own_line(case: Served) -> str | None:
+    """How a server's acceptance stands to ours; None where it was not held to it."""
+    if case.own_unknown:
+        return f"acceptance must be held to ours, and can't be: {case.own_unknown}"
+    own = case.own
+    if own is None or case.block_size is None:
+        return None
+    both = f"{case.accept_len_mean:.2f} of {case.block_size - 1} accepted by the server, {own.accept_len_mean:.2f} here"
+    if not own.gap:
+        return f"{both}: no gap"
+    if not own.explained_by:
+        return f"{both}: a gap, and none of {len(own.broken)} broken conventions explains it"
+    nearest, *others = own.explained_by
+    return f"{both}: a gap, as with {nearest}" + (f" (less closely: {'; '.join(others)})" if others else "")
 
 
 def closing_line(cases: Sequence[Decode]) -> str | None:

@@ -217,8 +217,34 @@ class Decode(Workload, Accepted):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class BrokenConvention:
+    """What is accepted here with a convention broken, and how often chance makes that differ so from the server's."""
+
+    accept_len_mean: NotNegative
+    accept_rate_per_pos: list[Fraction]
+    chance: Fraction
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OwnAcceptance(Accepted):
+    """Our own acceptance of a served draft, decoded here in float32 on the same prompts, and the server's beside it.
+
+    `chance`: how often the two would differ so if both ran the draft alike. Beyond that there is a `gap`, `broken` has
+    what each broken convention gives here, and `explained_by` those that give what the server reports, nearest first.
+    """
+
+    chance: Fraction
+    gap: bool
+    broken: dict[str, BrokenConvention] = dataclasses.field(default_factory=dict)
+    explained_by: list[str] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Served(Decode):
-    """A server's case, over HTTP. `server`: kind and version; `over_budget` answers were too long and were cut."""
+    """A server's case, over HTTP. `server`: kind and version; `over_budget` answers were too long and were cut.
+
+    `alarm` names an acceptance that is next to nothing; `own_unknown` says why the server's was not held to ours.
+    """
 
     baseline_ttft_ms: NotNegative | None = None
     server: str | None = None
@@ -227,6 +253,9 @@ class Served(Decode):
     compared: str | None = None
     over_budget: Count = 0
     prompts_equal: Count | None = None
+    alarm: Literal["hardly-accepted"] | None = None
+    own: OwnAcceptance | None = None
+    own_unknown: str | None = None
 
 
 # ---- the other benchmarks

@@ -7,7 +7,7 @@ from typing import Any
 from dflash.decoding.audit import NEAR_TIE
 from dflash.decoding.modes import BLOCK, SEQUENTIAL
 from dflash.measuring.cost_model import advice_line
-from dflash.measuring.gate import UNBELIEVED, remark
+from dflash.measuring.gate import UNBELIEVED, alarm_line, own_line, remark
 from dflash.measuring.result import (
     Acceptance,
     Accepted,
@@ -333,7 +333,8 @@ def _status(case: Decode) -> str:
 def _remarks(case: Decode) -> list[str]:
     """What doubts a case, then what the cost model advises for a draft's own."""
     unknown = f"acceptance is unknown: {case.acceptance_unknown}" if case.acceptance_unknown else None
-    texts = (remark(case), None if case.no_draft else unknown, advice_line(case) if case.is_own else None)
+    texts = [remark(case), None if case.no_draft else unknown, advice_line(case) if case.is_own else None]
+    texts += [alarm_line(case), own_line(case)] if isinstance(case, Served) else []
     return [text for text in texts if text]
 
 

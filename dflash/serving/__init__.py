@@ -8,6 +8,7 @@ adapters    all that differs between kinds of servers
 connection  HTTP to one server, bounded in time and bytes, without secrets in what it says
 client      one prompt, one completion
 acceptance  what a server tells of acceptance, in our definitions
+conventions which of them a server breaks: its acceptance beside ours, and beside ours with each one broken
 run         a case: rounds on both servers, completions compared, figures
 results     the file of a case, as the benchmarks write it
 """

@@ -6,6 +6,7 @@ import os
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from dflash.serving.adapters import ADAPTERS, Adapter, Launch
 from dflash.serving.client import Client
@@ -14,6 +15,7 @@ from dflash.serving.draft import ServedDraft, served_draft
 from dflash.serving.options import ServerOptions
 from dflash.serving.server import Server, free_port, started
 from dflash.text.tokenizer import Tokenizer
+from dflash.weights.config_json import read_target_config
 from dflash.weights.load import draft_directory, target_directory
 from dflash.weights.snapshot import holds_weights, read_json, snapshot_hash
 
@@ -84,6 +86,8 @@ def deployment(options: ServerOptions) -> Deployment:
     target = target_directory(options.target).resolve()
     config = read_json(target, "config.json")
     elsewhere = bool(options.base_url) and not holds_weights(target)
+    if options.offline:
+        _check_offline(options, config, target)
     draft = served_draft(draft_directory(options.draft), target, options.block_size) if options.draft else None
     launch = None
     if options.base_url:
@@ -129,6 +133,19 @@ def _check(options: ServerOptions) -> str:
     for url in filter(None, (options.base_url, options.draft_base_url)):
         Connection(url, timeout_s=options.request_timeout, key=key)
     return key
+
+
+def _check_offline(options: ServerOptions, config: dict[str, Any], target: Path) -> None:
+    """What is decoded here must be what is served. Raises ServingError or ConfigError."""
+    if not options.draft:
+        raise ServingError("--offline decodes here with the draft that is served: name it with --draft")
+    if options.temperature:
+        raise ServingError(
+            f"--offline compares greedy decoding, got --temperature {options.temperature:g}: leave one of them out"
+        )
+    if not holds_weights(target):
+        raise ServingError(f"--offline decodes here with the target, and {target} holds no weights: give a snapshot")
+    read_target_config(config, str(target / "config.json"))
 
 
 def _key(variable: str) -> str:

@@ -39,6 +39,8 @@ class ServerOptions(SamplingOptions):
     """Name of the model in requests; by default what is served."""
     key_variable: str = ""
     """Variable of the environment that holds the key of the servers."""
+    offline: bool = False
+    """Decode the prompts here too, and fail where the server accepts more or less than that; says what explains it."""
     ready_timeout: Positive = 900.0
     """Seconds until a server must be ready."""
     request_timeout: Positive = 900.0

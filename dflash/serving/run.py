@@ -15,11 +15,13 @@ from typing import Any
 
 import numpy as np
 
+from dflash.config import ConfigError
+from dflash.decoding.decode import RequestError
 from dflash.host.provenance import redact
 from dflash.measuring import gate
 from dflash.measuring.interval import NO_SPEEDUP, speedup_figures
 from dflash.measuring.result import Served, TokenPlace
-from dflash.serving import acceptance
+from dflash.serving import acceptance, conventions
 from dflash.serving.adapters import Timed
 from dflash.serving.client import Client, Completion
 from dflash.serving.connection import ServingError, patiently
@@ -28,6 +30,7 @@ from dflash.serving.results import origin
 from dflash.serving.server import Server
 from dflash.text.prompts import Prompt, PromptSet, ids_sha256
 from dflash.text.tokenizer import Tokenizer
+from dflash.weights.snapshot import WeightsError
 
 # A process that dies closes its connections first.
 _DYING_S = 0.5
@@ -151,6 +154,8 @@ class ServedRun:
         """
         proven = self.deployment.no_draft is None and not self.deployment.options.sampling.temperature
         sentences = gate.failures(case, floors) if proven or floors != gate.Floors() else []
+        if case.own_unknown or (case.own and case.own.gap):
+            sentences = [*sentences, gate.own_line(case) or ""]
         if self.cut_short:
             return [f"{len(self.seconds)} of {rounds} rounds were taken, since {self.cut_short}", *sentences]
         return sentences
@@ -225,9 +230,31 @@ class ServedRun:
             no_draft=deployment.no_draft,
             interleaved=deployment.in_turn,
             **self._compared(),
+            **self._held(),
             status="ok",
         )
         return dataclasses.replace(case, status=gate.status(case))
+
+    def _held(self) -> dict[str, Any]:
+        """The alarm of an acceptance that is next to nothing; with --offline, ours beside it."""
+        rate, deployment = self.accepted["accept_rate"], self.deployment
+        told = {"alarm": "hardly-accepted" if rate is not None and rate <= gate.HARDLY_ACCEPTED else None}
+        if not deployment.options.offline:
+            return told
+        why = self.cut_short or self.accepted["acceptance_unknown"]
+        if why or self.draft is None or deployment.draft is None:
+            return told | {"own_unknown": why}
+        try:
+            own = conventions.own_figures(
+                deployment.target,
+                deployment.draft,
+                self.prompts,
+                max_new_tokens=self.max_new_tokens,
+                stop_token_ids=self.draft.client.tokenizer.stop_token_ids,
+            )
+            return told | {"own": conventions.held_to_ours(self.accepted, len(self.draft.rounds), own)}
+        except (ConfigError, WeightsError, RequestError) as error:
+            return told | {"own_unknown": str(error)}
 
     def _commands(self) -> list[str]:
         """The commands that started the servers, without secrets; empty if they were already running."""

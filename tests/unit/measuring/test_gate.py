@@ -1,13 +1,14 @@
 """Verdicts on canned cases: every sentence, and which term each blames."""
 
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import sample_runs
 
-from dflash.measuring.gate import Floors, closing_line, doubt, failures, remark, status
-from dflash.measuring.result import TokenPlace
+from dflash.measuring.gate import Floors, closing_line, doubt, failures, own_line, remark, status
+from dflash.measuring.result import BrokenConvention, OwnAcceptance, Served, TokenPlace
+from dflash.metrics import acceptance
 
 OK = sample_runs.case(
     case="block-b8-n64-draft",
@@ -61,6 +62,21 @@ def test_a_quick_run_passes_no_floor():
     assert failures(QUICK, Floors(predicted_share=0.9)) == []
     (broken,) = failures(QUICK, Floors(speedup_x=0.1))
     assert re.match("speedup_x .*without an interval.* 3 rounds", broken)
+
+
+def served(**changes):
+    broken = {name: BrokenConvention(accept_len_mean=0.2, accept_rate_per_pos=[0.2], chance=0.5) for name in "ab"}
+    own = OwnAcceptance(**acceptance([[0, 1]], 8), chance=0.001, gap=True, broken=broken)
+    common = {f.name: getattr(OK, f.name) for f in fields(OK)} | {"block_size": 8, "accept_len_mean": 0.17}
+    return Served(**common | {"own": replace(own, **changes)})
+
+
+def test_a_gap_between_a_server_and_us_is_one_sentence():
+    both = "0.17 of 7 accepted by the server, 0.50 here"
+    assert own_line(served(gap=False)) == f"{both}: no gap"
+    assert own_line(served()) == f"{both}: a gap, and none of 2 broken conventions explains it"
+    assert own_line(served(explained_by=["a"])) == f"{both}: a gap, as with a"
+    assert own_line(served(explained_by=["b", "a"])) == f"{both}: a gap, as with b (less closely: a)"
 
 
 def test_remarks():

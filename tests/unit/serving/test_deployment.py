@@ -46,6 +46,26 @@ def test_values_of_no_use_are_refused(name, value):
         ServerOptions(**{name: value})
 
 
+def test_what_can_not_be_decoded_here_is_refused_before_a_server_starts(target, tmp_path):
+    write_draft(new_draft(load_target(target).config, num_layers=2, block_size=4), tmp_path / "draft")
+    config = (target / "config.json").read_text()
+    for name, text in (("bare", config), ("strange", config.replace('"llama"', '"mamba"'))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(text)
+    (tmp_path / "strange" / "model.safetensors").write_bytes((target / "model.safetensors").read_bytes())
+    both = {"base_url": URL, "draft_base_url": "http://127.0.0.1:2", "offline": True}
+    given = both | {"target": str(target), "draft": str(tmp_path / "draft")}
+    assert deployment(ServerOptions(**given)).draft is not None
+    for change, named in (
+        ({"draft": ""}, "--draft"),
+        ({"temperature": 0.5}, "--temperature 0.5"),
+        ({"target": str(tmp_path / "bare")}, "holds no weights"),
+        ({"target": str(tmp_path / "strange")}, "mamba"),
+    ):
+        with pytest.raises((ServingError, ConfigError), match=named):
+            deployment(ServerOptions(**given | change))
+
+
 def test_a_key_is_read_from_its_variable_and_never_shown(target, monkeypatch):
     monkeypatch.setenv("MY_SERVER", KEY)
     servers = deployment(ServerOptions(target=str(target), base_url=f"{URL}/v1", key_variable="MY_SERVER"))

@@ -12,7 +12,8 @@ from hostile_server import event, head, hostile
 from stub_server import serving
 
 import dflash
-from dflash import init_draft, load_target, load_tokenizer
+from dflash import init_draft, load_target, load_tokenizer, metrics
+from dflash.config import ConfigError
 from dflash.measuring.gate import Floors, failures, remark, status
 from dflash.measuring.result import Results, TokenPlace, read_file
 from dflash.report.page import write_report
@@ -206,6 +207,64 @@ def test_acceptance_is_taken_from_the_counters_of_vllm(compared):
     case = compared("vllm", metrics=counters)
     assert case.num_drafts == 12
     assert case.accept_len_mean == 1.5
+
+
+def drafting(per_answer):
+    """A stub that counts as vLLM does: two blocks an answer, of which so many tokens are accepted."""
+    return {"metrics": {"drafts": 2, "draft_tokens": 2 * (SIZE - 1), "accepted_tokens": per_answer}}
+
+
+@pytest.fixture
+def accepted_here(monkeypatch):
+    """Says what decoding here accepts in each block, whatever is broken."""
+
+    def accepted_here(*lengths):
+        own = metrics.acceptance([lengths], SIZE)
+        monkeypatch.setattr("dflash.serving.run.conventions.own_figures", lambda *_, **__: lambda _: own)
+
+    return accepted_here
+
+
+def test_an_acceptance_next_to_nothing_is_an_alarm(compared):
+    case = compared("vllm", **drafting(0))
+    assert case.alarm == "hardly-accepted"
+    assert case.own is None
+    assert any("--offline tells which" in line for line in render(speedup_section(Results(measured=[case]))))
+    assert compared("vllm", **drafting(3)).alarm is None
+    assert compared().alarm is None
+
+
+def test_a_gap_to_ours_fails_the_run(deployment, measure, letters, accepted_here):
+    accepted_here(*[SIZE - 1] * 8)
+    with serving(letters=letters) as (a, _), serving(letters=letters, **drafting(0)) as (b, _):
+        run, case = measure(deployment("vllm", base_url=a, draft_base_url=b, offline=True))
+    assert case.own.gap
+    assert case.own.accept_len_mean == SIZE - 1
+    (said,) = run.failures(case, Floors(), 3)
+    assert said.startswith("0.00 of 3 accepted by the server, 3.00 here: a gap")
+    assert any(said in line for line in render(speedup_section(Results(measured=[case]))))
+
+
+def test_no_gap_to_ours_is_said_and_fails_nothing(deployment, measure, letters, accepted_here):
+    accepted_here(*[1, 2] * 2)
+    with serving(letters=letters) as (a, _), serving(letters=letters, **drafting(3)) as (b, _):
+        run, case = measure(deployment("vllm", base_url=a, draft_base_url=b, offline=True))
+    assert not case.own.gap
+    assert case.own.broken == {}
+    assert run.failures(case, Floors(), 3) == []
+    assert any(line.endswith("no gap") for line in render(speedup_section(Results(measured=[case]))))
+
+
+def test_what_can_not_be_held_to_ours_fails_the_run(deployment, measure, letters, monkeypatch):
+    def refuse(*_, **__):
+        raise ConfigError("no such draft")
+
+    monkeypatch.setattr("dflash.serving.run.conventions.own_figures", refuse)
+    for second, why in ((drafting(3), "no such draft"), ({}, "no growing vllm:spec_decode_num_drafts")):
+        with serving(letters=letters) as (a, _), serving(letters=letters, **second) as (b, _):
+            run, case = measure(deployment("vllm", base_url=a, draft_base_url=b, offline=True))
+        assert why in case.own_unknown
+        assert why in run.failures(case, Floors(), 3)[0]
 
 
 def test_sglang_jax_started_elsewhere_keeps_its_log(compared):
