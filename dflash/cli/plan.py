@@ -9,12 +9,25 @@ import tyro
 from flax import nnx
 from tqdm import tqdm
 
-from dflash.compiled.plan import ACCEPT_RATES, Plan, best_block_sizes, gains, hlo_writer, meshes, seconds, settings
+from dflash.compiled.plan import (
+    ACCEPT_RATES,
+    Keep,
+    Plan,
+    Setting,
+    best_block_sizes,
+    gains,
+    hlo_writer,
+    meshes,
+    seconds,
+    settings,
+    training_case,
+)
 from dflash.compiled.programs import Networks, abstract_networks
 from dflash.compiled.topology import Topology, describe
-from dflash.config import BlockSize, Checked, ConfigError, Count, DraftConfig, TargetConfig
+from dflash.config import BlockSize, Checked, Computed, ConfigError, Count, DraftConfig, TargetConfig
 from dflash.host.disk import check_writable, write_atomically
 from dflash.metrics import finite
+from dflash.training.trainer import TrainConfig
 from dflash.weights.load import draft_config, new_draft
 from dflash.weights.public import CONFIGS, public_config
 from dflash.weights.snapshot import target_config
@@ -56,10 +69,15 @@ class PlanArguments(Checked):
     """Tokens that the caches have room for, commas between several."""
     block_size: Annotated[tuple[BlockSize, ...], COMMAS] = (8,)
     """Block sizes, commas between several."""
-    dtype: str = "bfloat16"
+    dtype: Computed = "bfloat16"
     """Dtype of computation, and of the weights but the experts."""
     experts: str = ""
     """Dtype in which routed experts are held, such as float8_e5m2; by default that of the other weights."""
+    training: bool = False
+    """Instead of a decode plan a step of `train`: the draft learns from --batch rows of --context tokens, whole on each
+    device; --dp splits the rows, --tp the vocabulary."""
+    num_anchors: Count = 32
+    """With --training: anchors drawn in each row."""
     json: Path | None = None
     """Write every figure to this file."""
     hlo: Path | None = None
@@ -85,6 +103,8 @@ def _draft(args: PlanArguments, target: TargetConfig, block_size: int) -> DraftC
 
 def plan(args: Annotated[PlanArguments, tyro.conf.arg(name="")]) -> None:
     """Compile the programs of a decode for a described TPU; estimate memory, cycles, collectives and gains."""
+    if args.training and args.tp == "auto":
+        raise ConfigError("--training takes a number for --tp, the devices that split the vocabulary; got auto")
     cases = list(settings(args.batch, args.context, args.block_size))
     target = _target(args.target)
     draft = _draft(args, target, max(c.block_size for c in cases))
@@ -106,10 +126,11 @@ def plan(args: Annotated[PlanArguments, tyro.conf.arg(name="")]) -> None:
 
 def _planned(args: PlanArguments, networks: Networks, cases: list[Any]) -> dict[str, Any]:
     chip = networks.topology.chip
-    plan = Plan(networks, hlo_writer(args.hlo) if args.hlo else None)
+    keep = hlo_writer(args.hlo) if args.hlo else None
+    plan = Plan(networks, keep)
     made = []
     for setting in tqdm(cases, desc="compiling", unit="case", leave=False, disable=None):
-        case = plan.case(setting)
+        case = _training(args, networks, setting, keep) if args.training else plan.case(setting)
         made.append(case | {"gains": gains(case, chip)})
     return {
         "estimate": "by the TPU's compiler; nothing was run",
@@ -123,6 +144,18 @@ def _planned(args: PlanArguments, networks: Networks, cases: list[Any]) -> dict[
         "chip": dataclasses.asdict(chip),
         "cases": made,
     }
+
+
+def _training(args: PlanArguments, networks: Networks, setting: Setting, keep: Keep | None) -> dict[str, Any]:
+    config = TrainConfig(
+        batch_size=setting.batch,
+        num_anchors=args.num_anchors,
+        dp=networks.dp,
+        tp=networks.tp,
+        dtype=args.dtype,
+        remat=True,
+    )
+    return training_case(networks, config, setting.context, keep)
 
 
 def _auto(args: PlanArguments, topology: Topology, networks: Any, cases: list[Any]) -> dict[str, Any]:
@@ -157,7 +190,8 @@ def _lines(made: dict[str, Any], topology: Topology) -> list[str]:
         lines.append(f"fewest chips that fit: tp {auto['fewest']}; fastest step: tp {auto['fastest']} ({times})")
     for case in made["cases"]:
         lines += _case_lines(case, topology)
-    for batch, context in dict.fromkeys((c["batch"], c["context"]) for c in made["cases"]):
+    gained = [c for c in made["cases"] if c["gains"]]
+    for batch, context in dict.fromkeys((c["batch"], c["context"]) for c in gained):
         best = best_block_sizes([c for c in made["cases"] if (c["batch"], c["context"]) == (batch, context)])
         choice = ", ".join(f"{rate}: {size if size > 1 else 'greedy'}" for rate, size in best.items())
         lines.append(f"batch {batch}, context {context}: best block size by share of drafted tokens accepted: {choice}")

@@ -82,6 +82,9 @@ class Train(Checked):
     """Block size, the anchor included; by default that of init-from's draft, or 8."""
     mask_token_id: Index | None = None
     """Token whose embedding stands for a drafted slot; by default the last of the vocabulary."""
+    draft_rope: Literal["target", "default"] = "target"
+    """Rotary embedding of a new draft: the target's; or default, the target's without its scaling (YaRN), which
+    sglang-jax does not read."""
     trainer: Literal["dflash", "easydel"] = "dflash"
     """Whose loop trains; EasyDeL's makes the same steps on all devices and scores no held-out rows."""
     training: tyro.conf.OmitArgPrefixes[TrainConfig]
@@ -115,12 +118,35 @@ def _vocabulary(args: Train, cache: SequenceCache | WindowCache, target: TargetC
     return pack_tokens(frequent_tokens(cache, count, target.vocab_size), target.vocab_size)
 
 
+# What init-from's draft has already.
+_OF_A_NEW_DRAFT = (
+    "draft_layers",
+    "init_layers",
+    "conv_kernel_size",
+    "conv_group_size",
+    "selector_rank",
+    "selector_top_k",
+    "mask_token_id",
+    "draft_rope",
+)
+
+
+def _given(args: Train) -> list[str]:
+    """Options of a new draft that were given."""
+    defaults = {field.name: field.default for field in dataclasses.fields(Train)}
+    return [f"--{name.replace('_', '-')}" for name in _OF_A_NEW_DRAFT if getattr(args, name) != defaults[name]]
+
+
 def _start(args: Train, borrowed: Borrowed, cache: SequenceCache | WindowCache) -> Draft:
     """The draft before the first step."""
     if args.init_from:
         draft = read_any_draft(args.init_from, target=borrowed.config)
         if args.architecture == "dflash2" and draft.config.conv is None:
             raise ConfigError(f"architecture dflash2 is for new drafts, and {args.init_from} is a DFlash draft")
+        if given := _given(args):
+            raise ConfigError(
+                f"{', '.join(given)} shape a new draft, and {args.init_from} is one already: leave them out"
+            )
         draft = plain(draft) if args.architecture == "dflash" else draft
         draft = proposing(draft, args.draft_vocab_size)
         if args.block_size is not None:
@@ -133,6 +159,7 @@ def _start(args: Train, borrowed: Borrowed, cache: SequenceCache | WindowCache) 
         target_layer_ids=cache.feature_layer_ids,
         vocabulary=_vocabulary(args, cache, borrowed.config),
         mask_token_id=args.mask_token_id,
+        scaled_rope=args.draft_rope == "target",
         seed=args.training.seed,
         **_second(args, borrowed.config),
     )

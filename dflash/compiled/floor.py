@@ -4,13 +4,16 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from dflash.compiled.topology import Chip
+from dflash.config import DraftConfig
 from dflash.metrics import expected_awake
 from dflash.models.draft import Draft
 from dflash.models.llama import Llama
+from dflash.training.trainer import TrainConfig, abstract_batch, step_flops
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,6 +29,15 @@ class Floor:
 
     def __add__(self, other: "Floor") -> "Floor":
         return Floor(hbm_bytes=self.hbm_bytes + other.hbm_bytes, flops=self.flops + other.flops)
+
+
+def training_floor(draft: DraftConfig, config: TrainConfig, *, context: int) -> Floor:
+    """A training step on rows of `context` tokens: its products, and master weights and moments, read and written."""
+    network = nnx.eval_shape(lambda: Draft(draft, dtype=jnp.float32, rngs=nnx.Rngs(0)))
+    state = 3 * sum(nbytes for _, _, nbytes in _weights(network))
+    head = draft.num_tokens * draft.hidden_size * jnp.dtype(config.dtype).itemsize / config.tp
+    flops = step_flops(draft, abstract_batch(draft, config, context))
+    return Floor(hbm_bytes=2 * state + head, flops=flops / (config.dp * config.tp))
 
 
 def _weights(network: Llama | Draft) -> Iterator[tuple[tuple[Any, ...], float, float]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dflash.compiled.estimate import Part
-from dflash.compiled.floor import Floor, draft_floor, target_floor
+from dflash.compiled.floor import Floor, draft_floor, target_floor, training_floor
 from dflash.compiled.programs import (
     Compiled,
     Networks,
@@ -25,7 +25,11 @@ from dflash.compiled.programs import (
 from dflash.compiled.topology import Chip
 from dflash.host.disk import write_atomically
 from dflash.metrics import predicted_speedup
+from dflash.models.mesh import make_mesh
+from dflash.training.trainer import TrainConfig, lower_step
 
+# Is given each program's name and text.
+Keep = Callable[[str, str], None]
 # What one collective takes beside its bytes. The compiler has no figure for it; published ones are 1 to 5 microseconds.
 COLLECTIVE_S = 2e-6
 # Shares of drafted tokens accepted, all slots alike, for which a speed-up is given.
@@ -60,10 +64,37 @@ def _program(part: Part, whole: Compiled, floor: Floor, chip: Chip) -> dict[str,
     }
 
 
+def training_case(networks: Networks, config: TrainConfig, context: int, keep: Keep | None = None) -> dict[str, Any]:
+    """A training step of the draft on rows of `context` tokens, in the form of a case: the target is not there."""
+    n, chip = networks, networks.topology.chip
+    assert n.draft is not None
+    draft = n.draft.config
+    mesh = make_mesh(n.topology.devices, dp=n.dp, tp=n.tp)
+    name = f"train-n{config.batch_size}-c{context}-b{draft.block_size}"
+    compiled = compile_program(name, lower_step(draft, config, mesh, context=context))
+    case = {
+        "batch": config.batch_size,
+        "context": context,
+        "block_size": draft.block_size,
+        "num_anchors": config.num_anchors,
+    }
+    if isinstance(compiled, TooLarge):
+        return case | {"fits": False, "refused": [compiled.message], "bytes": {}, "programs": {}}
+    if keep is not None:
+        keep(name, compiled.text)
+    floor = training_floor(draft, config, context=context)
+    return case | {
+        "fits": compiled.hbm_bytes <= chip.hbm_bytes,
+        "refused": [],
+        "bytes": {"arguments": compiled.argument_bytes, "temporaries": compiled.temporary_bytes},
+        "programs": {"train": _program(compiled.step, compiled, floor, chip)},
+    }
+
+
 class Plan:
     """Cases of one target and draft on one mesh. Compiles each program once; `keep` is given every program's text."""
 
-    def __init__(self, networks: Networks, keep: Callable[[str, str], None] | None = None):
+    def __init__(self, networks: Networks, keep: Keep | None = None):
         assert networks.draft is not None
         self.networks, self._keep = networks, keep
         self._greedy: dict[tuple[int, int], Compiled | TooLarge] = {}
@@ -162,7 +193,7 @@ def settings(batches: Sequence[int], contexts: Sequence[int], block_sizes: Seque
                 yield Setting(batch=batch, context=context, block_size=size)
 
 
-def hlo_writer(directory: Path) -> Callable[[str, str], None]:
+def hlo_writer(directory: Path) -> Keep:
     """Writes each program's text into a directory."""
 
     def keep(name: str, text: str) -> None:

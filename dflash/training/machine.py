@@ -1,21 +1,20 @@
 """What the machine gives that trains: its own rate of matrix products, which a step's is held beside."""
 
 import time
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 
-from dflash.models.layers import precision
+from dflash.models.layers import multiply
 
 
 def matmul_rate(dtype: str = "float32", size: int = 2048, rounds: int = 5) -> float:
     """Floating point operations per second of a square matrix product on the default device: the best of some rounds.
 
-    float32 is multiplied as the networks here multiply it, without TF32 and the like.
+    It is multiplied as the networks here multiply: float32 without TF32 and the like.
     """
     data = jnp.ones((size, size), dtype)
-    product = jax.jit(partial(jnp.matmul, precision=precision(data.dtype))).lower(data, data).compile()
+    product = jax.jit(multiply).lower(data, data).compile()
     seconds = []
     for _ in range(1 + rounds):
         start = time.perf_counter()

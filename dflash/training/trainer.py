@@ -213,31 +213,41 @@ def step_program(
     )
 
 
+def abstract_batch(
+    draft: DraftConfig, config: TrainConfig, context: int, sharding: NamedSharding | None = None
+) -> Batch:
+    """The shapes and dtypes of a batch of rows of `context` tokens."""
+
+    # It stands where arrays do.
+    def at(*shape: int, dtype: Any) -> Any:
+        return jax.ShapeDtypeStruct((config.batch_size, *shape), dtype, sharding=sharding)
+
+    A, S, H = config.num_anchors, draft.block_size, draft.hidden_size
+    return Batch(
+        features=at(context, draft.num_features * H, dtype=jnp.uint16),
+        starts=at(dtype=jnp.int32),
+        anchors=at(A, dtype=jnp.int32),
+        anchor_ids=at(A, dtype=jnp.int32),
+        anchor_embedding=at(A, H, dtype=config.dtype),
+        labels=at(A, S - 1, dtype=jnp.int32),
+        mask=at(A, S - 1, dtype=jnp.float32),
+    )
+
+
 def lower_step(draft: DraftConfig, config: TrainConfig, mesh: Mesh, *, context: int) -> jax.stages.Lowered:
     """`step_program` for rows of `context` tokens, lowered for the devices of a mesh that may only be described."""
     optimizer = make_optimizer(config)
     whole, rows, vocabulary = (NamedSharding(mesh, spec) for spec in (P(), P("dp"), P("tp")))
 
-    # It stands where arrays do, in a `Batch` too.
     def at(sharding: NamedSharding, *shape: int, dtype: Any) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    B, A, S = config.batch_size, config.num_anchors, draft.block_size
-    K, H, M = draft.num_features, draft.hidden_size, draft.num_tokens
     params = nnx.state(nnx.eval_shape(lambda: Draft(draft, dtype=jnp.float32, rngs=nnx.Rngs(0))))
     state = jax.tree.map(lambda a: at(whole, *a.shape, dtype=a.dtype), (params, jax.eval_shape(optimizer.init, params)))
-    batch = Batch(
-        features=at(rows, B, context, K * H, dtype=jnp.uint16),
-        starts=at(rows, B, dtype=jnp.int32),
-        anchors=at(rows, B, A, dtype=jnp.int32),
-        anchor_ids=at(rows, B, A, dtype=jnp.int32),
-        anchor_embedding=at(rows, B, A, H, dtype=config.dtype),
-        labels=at(rows, B, A, S - 1, dtype=jnp.int32),
-        mask=at(rows, B, A, S - 1, dtype=jnp.float32),
-    )
-    head = at(vocabulary, -(-M // config.tp) * config.tp, H, dtype=config.dtype)
+    head = at(vocabulary, -(-draft.num_tokens // config.tp) * config.tp, draft.hidden_size, dtype=config.dtype)
     program = step_program(draft, config, optimizer, mesh)
-    return program.lower(state, batch, head, at(whole, H, dtype=config.dtype))
+    batch = abstract_batch(draft, config, context, rows)
+    return program.lower(state, batch, head, at(whole, draft.hidden_size, dtype=config.dtype))
 
 
 def place_target(

@@ -14,6 +14,7 @@ from dflash.config import (
     ConfigError,
     ConvConfig,
     DraftConfig,
+    RopeConfig,
     SelectorConfig,
     TargetConfig,
     build_target_layer_ids,
@@ -264,6 +265,7 @@ def new_draft(
     conv: ConvConfig | None = None,
     selector: SelectorConfig | None = None,
     vocabulary: bytes | None = None,
+    scaled_rope: bool = True,
     dtype: jnp.dtype = jnp.float32,
     seed: int = 0,
 ) -> Draft:
@@ -272,7 +274,8 @@ def new_draft(
     With `conv` and `selector` it is a DFlash 2 draft, which at first proposes what the DFlash draft of this seed would.
 
     `target_layer_ids` default to as many as there are draft layers, `mask_token_id` to the last of the vocabulary
-    (unused in most: vocabularies are padded); `vocabulary` is `DraftConfig`'s. Raises ConfigError.
+    (unused in most: vocabularies are padded); `vocabulary` is `DraftConfig`'s. Its rotary
+    embedding is the target's, without YaRN or another scaling if not `scaled_rope`. Raises ConfigError.
     """
     if block_size < 2 or num_layers < 1:
         raise ConfigError(f"a draft has at least 1 layer and blocks of 2; got {num_layers} and {block_size}")
@@ -288,7 +291,7 @@ def new_draft(
         head_dim=target.head_dim,
         max_position=target.max_position,
         rms_norm_eps=target.rms_norm_eps,
-        rope=dataclasses.replace(target.rope),
+        rope=target.rope if scaled_rope else RopeConfig(theta=target.rope.theta),
         windows=(None,) * num_layers,
         causal=(False,) * num_layers,
         block_size=block_size,

@@ -171,6 +171,10 @@ def test_a_dflash2_draft_is_trained_exported_and_decoded_with(run, made):
     assert drafts[1] == dataclasses.replace(drafts[0], conv=None, selector=None)
     code, _, err = run("train", "cache", "x", *SHORT, "--init-from", "plain", "--architecture", "dflash2")
     assert (code, "plain is a DFlash draft" in err) == (2, True)
+    shaped = ("--init-from", "plain", "--draft-layers", 3, "--draft-rope", "default")
+    code, _, err = run("train", "cache", "x", *SHORT, *shaped)
+    assert (code, "--draft-layers, --draft-rope" in err, "plain" in err) == (2, True, True)
+    assert not (made / "x").exists()
 
 
 def test_a_draft_of_few_tokens_is_trained_exported_and_decoded_with(run, made):
