@@ -7,9 +7,10 @@ import jax
 import pytest
 from flax import nnx
 
-from dflash.compiled.plan import COLLECTIVE_S, Plan, Setting, best_block_sizes, gains, meshes, seconds
+from dflash.compiled.plan import COLLECTIVE_S, Plan, Setting, best_block_sizes, gains, meshes, seconds, training_case
 from dflash.compiled.programs import abstract_networks
 from dflash.compiled.topology import CHIPS, Topology
+from dflash.training.trainer import TrainConfig
 from dflash.weights.load import new_draft
 from dflash.weights.public import public_config
 
@@ -83,4 +84,26 @@ def test_a_plan_on_this_cpu_has_every_figure_of_its_file() -> None:
         assert program["hbm_bytes"] > layers
         assert program["cycles"] >= 0.999 * program["hbm_bytes"] / CHIP.bytes_per_cycle
     assert case["programs"]["draft"]["hbm_bytes"] > 0
+    json.dumps(case, allow_nan=False)
+
+
+@pytest.mark.slow
+def test_a_training_step_on_this_cpu_has_the_figures_of_a_case() -> None:
+    whole = public_config("smollm2-135m")
+    assert whole is not None
+    target = dataclasses.replace(whole, windows=whole.windows[:4])
+    draft = nnx.eval_shape(lambda: new_draft(target, num_layers=1, block_size=4)).config
+    networks = abstract_networks(Topology(name="cpu", devices=tuple(jax.devices("cpu")), chip=CHIP), target, draft)
+    kept: dict[str, str] = {}
+    case = training_case(networks, TrainConfig(batch_size=2, num_anchors=8), 64, kept.__setitem__)
+    assert set(kept) == {"train-n2-c64-b4"}
+    assert (case["batch"], case["context"], case["num_anchors"], case["fits"]) == (2, 64, 8, True)
+    # float32 weights and two moments of a layer and fc, and the head.
+    layer = 576 * (576 + 384 + 576 + 3 * 1536) + 576 * 576
+    assert case["bytes"]["arguments"] > 4 * (3 * layer + 49152 * 576)
+    program = case["programs"]["train"]
+    products = 3 * 2 * 2 * 8 * 4 * layer + 2 * 2 * 2 * 8 * 3 * 49152 * 576
+    assert 0.9 * products < program["floor"]["flops"] < 1.5 * products
+    assert program["hbm_bytes"] > program["floor"]["hbm_bytes"] > 4 * 6 * layer
+    assert gains(case, CHIP) is None
     json.dumps(case, allow_nan=False)
