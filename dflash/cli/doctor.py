@@ -431,7 +431,12 @@ def _remedy(configs: Any, models: _Models, platform: str, here: int, room: float
 
 def token() -> Finding:
     """Whether a Hugging Face token is set; it is never shown."""
-    if huggingface_hub.get_token():
+    try:
+        found = huggingface_hub.get_token()
+    except OSError as error:
+        advice = "HF_HOME and HF_TOKEN_PATH must name a folder and a file that can be read, or be unset"
+        return Finding(name="HF token", verdict="fix", found=f"{error.filename}: {error.strerror}", advice=advice)
+    if found:
         return Finding(name="HF token", verdict="ok", found="set")
     advice = "only gated models and data sets need one: set HF_TOKEN, or run `hf auth login`"
     return Finding(name="HF token", verdict="note", found="none", advice=advice)

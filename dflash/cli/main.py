@@ -132,16 +132,21 @@ def _sentence(box: str) -> str:
     """What tyro's box says, without its frame and the help under it."""
     parts: list[list[str]] = [[]]
     for row in (line.strip("│ ") for line in box.splitlines()[1:-1]):
-        if row.startswith("──"):
+        if row.startswith(("──", "---")):  # the second where a terminal knows ASCII alone
             parts.append([])
         else:
             parts[-1].append(row.strip())
-    texts = [" ".join(part) for part in parts]
-    return "; ".join(text for text in texts if not text.startswith(("Argument help", "For full help")))
+    # Of several types each would say why the value is not its own.
+    texts = [" ".join(part).partition("Got errors:")[0].strip() for part in parts]
+    return "; ".join(text for text in texts if text and not text.startswith(("Argument help", "For full help")))
 
 
 def main() -> int:
     """Exit code 0; 1 for an audit's defect or a host that needs fixing; 2, with one sentence, for a user's mistake."""
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that can't show a character, as one that is said to be ASCII, must not end a command.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         read_command(sys.argv[1:])()
     except USER_ERRORS as error:

@@ -1,6 +1,7 @@
 """A snapshot directory: config.json and safetensors files, checked by their headers, written atomically."""
 
 import dataclasses
+import errno
 import hashlib
 import json
 import shutil
@@ -140,8 +141,9 @@ def write_snapshot(
     See `write_draft` for the record. Raises WeightsError when `directory` exists.
     """
     directory = Path(directory)
+    taken = WeightsError(f"a draft is written to a new directory; {directory} exists: remove it or name another")
     if directory.exists():
-        raise WeightsError(f"a draft is written to a new directory; {directory} exists: remove it or name another")
+        raise taken
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
@@ -156,8 +158,11 @@ def write_snapshot(
             file.chmod(0o644)
         temporary.chmod(0o755)
         temporary.rename(directory)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        # Another process may have written it in the meantime.
+        if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise taken from None
         raise
 
 

@@ -1,5 +1,6 @@
 """Compiles `kernels.cc` into a library in the user's cache folder, once per kind of CPU, compiler and jaxlib."""
 
+import ctypes
 import hashlib
 import os
 import platform
@@ -24,14 +25,26 @@ class BuildError(Exception):
 
 
 def library() -> Path:
-    """The compiled kernels, from the cache folder or compiled now. Raises BuildError if that fails."""
+    """The compiled kernels: from the cache folder, or compiled now where that has none that can be loaded.
+
+    Raises BuildError if that fails.
+    """
     compiler = _compiler()
     flags = _flags()
     folder = _folder()
     path = folder / f"{_key(compiler, flags)}.so"
-    if not path.exists():
+    if not _loads(path):
         _compile(compiler, flags, path)
     return path
+
+
+def _loads(path: Path) -> bool:
+    """Whether a library is there and whole: one that lost its end would turn the kernels off for good."""
+    try:
+        ctypes.CDLL(str(path))
+    except OSError:
+        return False
+    return True
 
 
 def _folder() -> Path:

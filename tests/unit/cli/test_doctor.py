@@ -261,6 +261,16 @@ def test_a_token_is_never_shown(monkeypatch):
     assert secret not in repr(told)
 
 
+def test_a_token_that_cannot_be_read_is_a_finding(monkeypatch):
+    def broken():
+        raise NotADirectoryError(20, "Not a directory", "/home/x/token")
+
+    monkeypatch.setattr(doctor.huggingface_hub, "get_token", broken)
+    found = doctor.token()
+    assert (found.verdict, found.found) == ("fix", "/home/x/token: Not a directory")
+    assert "HF_HOME" in found.advice
+
+
 def test_the_command_ends_with_1_when_something_needs_fixing(monkeypatch, capsys):
     bad = doctor.Finding(name="devices", verdict="fix", found="none", advice="buy one")
     good = doctor.Finding(name="python", verdict="ok", found="3.11.7")

@@ -1,5 +1,6 @@
 """The command line: the same text streamed or whole, one line of figures or of JSON, one sentence for a mistake."""
 
+import io
 import json
 import os
 import re
@@ -365,6 +366,20 @@ def test_a_word_that_is_no_command_is_refused_by_the_parser(run, folder):
     code, out, err = generate(run, folder, "--mode", "fast")
     assert (code, out) == (2, "")
     assert "cached_block_verify" in err
+
+
+def test_a_terminal_that_knows_ascii_alone_ends_no_command(monkeypatch):
+    streams = {name: io.TextIOWrapper(io.BytesIO(), encoding="ascii") for name in ("stdout", "stderr")}
+    for name, stream in streams.items():
+        monkeypatch.setattr(sys, name, stream)
+    monkeypatch.setattr("sys.argv", ["dflash", "generate", "hi", "--block-size", "é"])
+    assert cli.main() == 2
+    print("é", flush=True)
+    assert streams["stdout"].buffer.getvalue() == b"\\xe9\n"
+    streams["stderr"].flush()
+    said = streams["stderr"].buffer.getvalue().decode("ascii")
+    assert said.startswith("dflash: Error parsing --block-size")
+    assert not any(words in said for words in ("---- ", "Got errors", "helptext"))
 
 
 def test_help_names_every_option(run):

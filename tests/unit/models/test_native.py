@@ -240,3 +240,19 @@ def test_the_library_is_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     written = path.stat().st_mtime_ns
     assert build.library() == path
     assert path.stat().st_mtime_ns == written
+
+
+def test_a_library_that_was_cut_short_is_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    if _refused():
+        return
+    monkeypatch.setenv("DFLASH_CACHE_DIR", str(tmp_path))
+    made = []
+
+    def compile_badly(compiler: list[str], flags: list[str], path: Path) -> None:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"\x7fELF")
+        made.append(path)
+
+    monkeypatch.setattr(build, "_compile", compile_badly)
+    assert build.library() == build.library()
+    assert len(made) == 2

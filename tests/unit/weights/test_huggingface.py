@@ -393,3 +393,20 @@ assert xla_bridge._backends  # else the check above sees nothing in this jax
 
 def test_importing_opens_no_device_and_needs_no_torch():
     assert {"dflash.cli", "dflash.decoding.decode", "dflash.weights.huggingface"} <= set(run_python(IMPORT_ALL))
+
+
+def test_of_two_that_write_one_directory_the_second_is_refused(tmp_path, monkeypatch):
+    """The first comes between the check and the rename of the second."""
+    draft = dflash.init_draft(load_target(write_tiny_target(tmp_path / "target")), num_layers=1)
+    save = snapshot_module._save_shards
+
+    def overtaken(temporary, shards):
+        monkeypatch.setattr(snapshot_module, "_save_shards", save)
+        write_draft(draft, tmp_path / "draft")
+        save(temporary, shards)
+
+    monkeypatch.setattr(snapshot_module, "_save_shards", overtaken)
+    with pytest.raises(WeightsError, match=r"a new directory; .*draft exists"):
+        write_draft(draft, tmp_path / "draft")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["draft", "target"]
+    assert read_draft(tmp_path / "draft").config == draft.config
