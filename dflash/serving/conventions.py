@@ -19,7 +19,7 @@ from flax import nnx
 from jax import Array
 
 from dflash import metrics
-from dflash.decoding.decode import decode
+from dflash.decoding.decode import RequestError, decode
 from dflash.measuring.result import BrokenConvention, OwnAcceptance
 from dflash.models.draft import Draft, DraftAttention, Rope
 from dflash.models.kv_cache import KVCache
@@ -211,7 +211,10 @@ def own_figures(
             return None
         groups = [prompts[first : first + _ROWS] for first in range(0, len(prompts), _ROWS)]
         results = [decode(target, run, group, block_size=block_size, **settings) for group in groups]
-        return metrics.acceptance([row for result in results for row in result.accept_lens], block_size)
+        lengths = [row for result in results for row in result.accept_lens]
+        if not any(lengths):
+            raise RequestError("acceptance is that of blocks, and each answer is its first token alone: ask for more")
+        return metrics.acceptance(lengths, block_size)
 
     return figures
 
@@ -223,13 +226,13 @@ def chance(own: Figures, served: Figures, rounds: int) -> float:
     server reports them (blocks shuffled, acceptance per slot), else by the mean.
     """
     ours = np.array(own["accept_histogram"])
-    if served["accept_histogram"] is None:
+    theirs = np.rint(np.array(served["accept_histogram"] or [0]) / rounds).astype(int)
+    if not theirs.any():
         lengths, n = np.arange(len(ours)), ours.sum()
         mean = ours @ lengths / n
         variance = max(ours @ (lengths - mean) ** 2 / n, 1 / n)
         error = math.sqrt(variance / n + variance * rounds / served["num_drafts"])
         return math.erfc(abs(served["accept_len_mean"] - mean) / error / math.sqrt(2))
-    theirs = np.rint(np.array(served["accept_histogram"]) / rounds).astype(int)
     both, count = ours + theirs, int(theirs.sum())
     shuffled = np.random.default_rng(0).multivariate_hypergeometric(both, count, size=_SHUFFLES)
     reached = _distances(shuffled, both) >= _distances(theirs[None], both) - 1e-9

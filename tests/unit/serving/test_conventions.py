@@ -16,7 +16,8 @@ from flax import nnx
 from learning import train, write_sequences
 from safetensors.numpy import load_file, save_file
 
-from dflash import decode, load_target, metrics
+from dflash import decode, load_target, metrics, write_draft
+from dflash.decoding.decode import RequestError
 from dflash.measuring.gate import Floors
 from dflash.serving.adapters import ADAPTERS, Timed
 from dflash.serving.connection import Connection
@@ -64,6 +65,10 @@ def test_the_same_prompts_again_prove_no_more():
     assert chance(figures(*ACCEPTED), figures(*fewer * 9), 9) == once > LEVEL
 
 
+def test_rounds_that_share_no_accept_length_are_compared_by_their_mean():
+    assert chance(figures(*ACCEPTED), figures(0, 1, 7), 3) > LEVEL
+
+
 def test_slots_tell_what_the_mean_does_not():
     """The same mean, all of it in the first slot."""
     even = [1] * 50 + [0] * 50
@@ -87,6 +92,15 @@ def test_a_gap_that_nothing_explains_has_no_name():
     assert held.gap
     assert held.explained_by == []
     assert set(held.broken) == {c.name for c in CONVENTIONS}
+
+
+def test_answers_without_a_block_are_refused(tmp_path):
+    target_dir = write_tiny_target(tmp_path / "target")
+    write_draft(new_draft(load_target(target_dir).config, num_layers=1, block_size=4), tmp_path / "draft")
+    served = served_draft(tmp_path / "draft", target_dir)
+    own = own_figures(target_dir, served, [[3, 4]], max_new_tokens=1, stop_token_ids=())
+    with pytest.raises(RequestError, match="ask for more"):
+        own(None)
 
 
 # ---- a server that breaks one
