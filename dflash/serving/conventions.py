@@ -19,7 +19,7 @@ from flax import nnx
 from jax import Array
 
 from dflash import metrics
-from dflash.decoding.decode import decode
+from dflash.decoding.decode import RequestError, decode
 from dflash.measuring.result import BrokenConvention, OwnAcceptance
 from dflash.models.draft import Draft, DraftAttention, Rope
 from dflash.models.kv_cache import KVCache
@@ -211,7 +211,10 @@ def own_figures(
             return None
         groups = [prompts[first : first + _ROWS] for first in range(0, len(prompts), _ROWS)]
         results = [decode(target, run, group, block_size=block_size, **settings) for group in groups]
-        return metrics.acceptance([row for result in results for row in result.accept_lens], block_size)
+        lengths = [row for result in results for row in result.accept_lens]
+        if not any(lengths):
+            raise RequestError("acceptance is that of blocks, and each answer is its first token alone: ask for more")
+        return metrics.acceptance(lengths, block_size)
 
     return figures
 
@@ -220,32 +223,29 @@ def chance(own: Figures, served: Figures, rounds: int) -> float:
     """How often two samples of the same acceptance differ by as much as these two.
 
     `served` is summed over so many rounds of the same prompts, which say no more than one. By accept lengths if the
-    server reports them (shuffled blocks, the G statistic), else by the mean.
+    server reports them (blocks shuffled, acceptance per slot), else by the mean.
     """
     ours = np.array(own["accept_histogram"])
-    if served["accept_histogram"] is None:
+    theirs = np.rint(np.array(served["accept_histogram"] or [0]) / rounds).astype(int)
+    if not theirs.any():
         lengths, n = np.arange(len(ours)), ours.sum()
         mean = ours @ lengths / n
         variance = max(ours @ (lengths - mean) ** 2 / n, 1 / n)
         error = math.sqrt(variance / n + variance * rounds / served["num_drafts"])
         return math.erfc(abs(served["accept_len_mean"] - mean) / error / math.sqrt(2))
-    theirs = np.rint(np.array(served["accept_histogram"]) / rounds).astype(int)
     both, count = ours + theirs, int(theirs.sum())
     shuffled = np.random.default_rng(0).multivariate_hypergeometric(both, count, size=_SHUFFLES)
-    reached = _difference(shuffled, both) >= _difference(theirs[None], both) - 1e-9
+    reached = _distances(shuffled, both) >= _distances(theirs[None], both) - 1e-9
     return float((1 + reached.sum()) / (1 + _SHUFFLES))
 
 
-def _difference(parts: np.ndarray, both: np.ndarray) -> np.ndarray:
-    """The G statistic of how each row [N, S] of counts stands to the rest of `both` [S] -> [N]."""
+def _distances(parts: np.ndarray, both: np.ndarray) -> np.ndarray:
+    """How far the acceptance per slot of each row [N, S] of accept lengths is from that of the rest of `both` [S]."""
 
-    def information(counts: np.ndarray) -> np.ndarray:
-        return (counts * np.log(np.maximum(counts, 1))).sum(axis=-1)
+    def per_slot(counts: np.ndarray) -> np.ndarray:
+        return counts[:, ::-1].cumsum(axis=1)[:, :-1] / counts.sum(axis=1, keepdims=True)
 
-    rest = both - parts
-    sizes = np.stack([parts.sum(axis=-1), rest.sum(axis=-1)], axis=-1)
-    total = information(both.sum(keepdims=True)) - information(both)
-    return 2 * (information(parts) + information(rest) - information(sizes) + total)
+    return np.linalg.norm(per_slot(parts) - per_slot(both - parts), axis=1)
 
 
 def held_to_ours(served: Figures, rounds: int, own: Callable[[Convention | None], Figures | None]) -> OwnAcceptance:
