@@ -24,7 +24,8 @@ def precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
 
 
 def _multiply_xla(weight: Array, x: Array) -> Array:
-    if weight.dtype == x.dtype == jnp.bfloat16:
+    # Fewer columns are a step of decoding: it waits for memory, and sums as it does for any other number of them.
+    if weight.dtype == x.dtype == jnp.bfloat16 and x.shape[1] > native.MAX_COLUMNS:
         return bfloat16.product(weight, x)
     return jnp.matmul(weight, x, precision=precision(x.dtype))
 

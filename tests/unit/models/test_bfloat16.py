@@ -7,8 +7,9 @@ import pytest
 
 from dflash.models import bfloat16
 from dflash.models.layers import multiply
+from dflash.models.native import MAX_COLUMNS
 
-OUT, IN, N = 24, 40, 17
+OUT, IN, N = 24, 40, MAX_COLUMNS + 1
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +45,11 @@ def test_a_cpu_multiplies_into_float32_and_others_as_before(operands, platform, 
         assert f"x{result}>" in of_result
 
 
-def test_a_mixed_product_is_not_taken(operands):
+def test_mixed_products_and_steps_of_decoding_stay_as_they_are(operands):
     weight, x, _ = operands
     assert multiply(weight, x.astype(jnp.float32)).dtype == jnp.float32
+    step = jax.jit(multiply).lower(weight, x[:, :MAX_COLUMNS]).as_text()
+    assert "-> tensor<24x64xbf16>" in step
 
 
 def test_what_xla_compiles_for_a_cpu_reads_every_left_operand_by_rows(operands):
