@@ -25,7 +25,7 @@ def _dot(equation: str, left: Array, right: Array) -> Array:
     return on_cpu(wide, on_any)(left, right)
 
 
-def _transposed(weight: Array) -> Array:
+def transposed(weight: Array) -> Array:
     """weight.T, written out on a CPU: else XLA multiplies by the weight as it lies, which is the slow way."""
     return on_cpu(lambda w: with_layout_constraint(w.T, _ROWS), jnp.transpose)(weight)
 
@@ -42,7 +42,7 @@ def _forward(weight: Array, x: Array) -> tuple[Array, tuple[Array, Array]]:
 
 def _backward(operands: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
     weight, x = operands
-    return _dot("on,in->oi", cotangent, x), _dot("io,on->in", _transposed(weight), cotangent)
+    return _dot("on,in->oi", cotangent, x), _dot("io,on->in", transposed(weight), cotangent)
 
 
 product.defvjp(_forward, _backward)

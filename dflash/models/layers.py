@@ -205,6 +205,11 @@ def _attend_xla(q: Array, keys: Array, values: Array, visible: Array, sinks: Arr
     return mixed.astype(q.dtype).transpose(1, 2, 4, 0, 3)
 
 
+def _attend_wide(q: Array, keys: Array, values: Array, visible: Array, sinks: Array | None) -> Array:
+    """In float32: XLA's products of bfloat16 with a batch axis are slow on a CPU."""
+    return _attend_xla(*(x.astype(jnp.float32) for x in (q, keys, values)), visible, sinks).astype(q.dtype)
+
+
 _attend_native = native.on_cpu(native.differentiable_as(_attend_xla)(native.attention), _attend_xla)
 
 
@@ -214,8 +219,12 @@ def attend(q: Array, keys: Array, values: Array, visible: Array, sinks: Array | 
     q [G, R, D, B, T] (G key heads, R query heads per key head), keys [B, G, D, S], values [B, G, S, D],
     visible bool [B, T, S], sinks [G, R] (a logit per head that takes weight and gives nothing) -> [G, R, D, B, T].
     """
-    ours = native.takes(q.shape[3] * q.shape[4], q, keys, values, *(() if sinks is None else (sinks,)))
-    return (_attend_native if ours else _attend_xla)(q, keys, values, visible, sinks)
+    columns = q.shape[3] * q.shape[4]
+    if native.takes(columns, q, keys, values, *(() if sinks is None else (sinks,))):
+        return _attend_native(q, keys, values, visible, sinks)
+    if q.dtype == jnp.bfloat16 and columns > native.MAX_COLUMNS:
+        return native.on_cpu(_attend_wide, _attend_xla)(q, keys, values, visible, sinks)
+    return _attend_xla(q, keys, values, visible, sinks)
 
 
 def rows_of(table: Array, ids: Array, size: int) -> Array:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from dflash.models.bfloat16 import transposed
 from dflash.models.layers import precision
 
 Weighting = Literal["uniform", "decay", "dpace"]
@@ -95,6 +96,7 @@ def _run(x: Array, labels: Array, head: Array, chunk: int, axis: str | None, V: 
     offset = _first_row(head, axis)
     dtype = jnp.promote_types(x.dtype, head.dtype)
     dot = functools.partial(jnp.einsum, precision=precision(dtype), preferred_element_type=jnp.float32)
+    turned = transposed if dtype == jnp.bfloat16 else jnp.transpose
     nothing = _Running(
         top=jnp.full(N, _LOWEST, jnp.float32),
         best=jnp.zeros(N, jnp.int32),
@@ -126,7 +128,7 @@ def _run(x: Array, labels: Array, head: Array, chunk: int, axis: str | None, V: 
             best=jnp.where(highest > seen.top, first, seen.best),
             total=seen.total * shrink + weights.sum(axis=0),
             gold=jnp.where(here, gold, seen.gold),
-            rows=seen.rows * shrink + dot("vh,vn->hn", part, weights.astype(dtype)) if gradient else seen.rows,
+            rows=seen.rows * shrink + dot("hv,vn->hn", turned(part), weights.astype(dtype)) if gradient else seen.rows,
         )
 
     # The first chunk is outside the loop, so that the carry varies over the same mesh axes before and after a step.
