@@ -158,6 +158,11 @@ def step(module: Module, inner_trips: float = 1.0) -> Part:
     return Part(costs=tuple(_costs(module, body, 1.0, inner_trips)))
 
 
+def whole(module: Module, inner_trips: float = 1.0) -> Part:
+    """All that a program runs; loops whose length the compiler does not know count `inner_trips` times."""
+    return Part(costs=tuple(_costs(module, module.entry, 1.0, inner_trips)))
+
+
 def before_loop(module: Module) -> Part:
     """What runs once per call, around the loop; nothing for a program without one."""
     loop = _main_loop(module)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from dflash.compiled.estimate import Part
+from dflash.compiled.estimate import Part, whole
 from dflash.compiled.floor import Floor, draft_floor, target_floor, training_floor
 from dflash.compiled.programs import (
     Compiled,
@@ -52,14 +52,14 @@ def seconds(program: dict[str, Any], chip: Chip) -> float:
     return program["cycles"] / chip.clock_hz + exchanged
 
 
-def _program(part: Part, whole: Compiled, floor: Floor, chip: Chip) -> dict[str, Any]:
+def _program(part: Part, floor: Floor, chip: Chip, before_loop: Part | None = None) -> dict[str, Any]:
     return {
         "cycles": part.cycles(chip.bytes_per_cycle),
         "floor_cycles": floor.cycles(chip),
         "floor": dataclasses.asdict(floor),
         "hbm_bytes": part.hbm_bytes,
         "unestimated": {name: list(counts) for name, counts in part.unestimated.items()},
-        "before_loop_bytes": whole.before_loop.hbm_bytes,
+        "before_loop_bytes": 0.0 if before_loop is None else before_loop.hbm_bytes,
         "collectives": {kind: list(counts) for kind, counts in part.collectives.items()},
     }
 
@@ -82,12 +82,15 @@ def training_case(networks: Networks, config: TrainConfig, context: int, keep: K
         return case | {"fits": False, "refused": [compiled.message], "bytes": {}, "programs": {}}
     if keep is not None:
         keep(name, compiled.text)
+    # The first chunk of the vocabulary is outside its loop.
+    chunks = math.ceil(draft.num_tokens / config.tp / config.objective.chunk) - 1
+    step = whole(compiled.module, chunks)
     floor = training_floor(draft, config, context=context)
     return case | {
         "fits": compiled.hbm_bytes <= chip.hbm_bytes,
         "refused": [],
         "bytes": {"arguments": compiled.argument_bytes, "temporaries": compiled.temporary_bytes},
-        "programs": {"train": _program(compiled.step, compiled, floor, chip)},
+        "programs": {"train": _program(step, floor, chip)},
     }
 
 
@@ -141,16 +144,16 @@ class Plan:
     def _of_greedy(self, greedy: Compiled, setting: Setting) -> dict[str, Any]:
         n, chip = self.networks, self.networks.topology.chip
         floor = target_floor(n.target, batch=setting.batch, tokens=1, context=setting.context)
-        return {"step": _program(greedy.step, greedy, floor, chip)}
+        return {"step": _program(greedy.step, floor, chip, greedy.before_loop)}
 
     def _of_block(self, block: Compiled, setting: Setting) -> dict[str, Any]:
         n, chip = self.networks, self.networks.topology.chip
         assert n.draft is not None
         sizes = {"batch": setting.batch, "tokens": setting.block_size, "context": setting.context}
-        whole = block.step
-        parts = {"verify": whole.within("verify"), "draft": whole.outside("verify")}
+        step = block.step
+        parts = {"verify": step.within("verify"), "draft": step.outside("verify")}
         floors = {"verify": target_floor(n.target, **sizes), "draft": draft_floor(n.target, n.draft, **sizes)}
-        return {name: _program(part, block, floors[name], chip) for name, part in parts.items()}
+        return {name: _program(part, floors[name], chip, block.before_loop) for name, part in parts.items()}
 
 
 def gains(case: dict[str, Any], chip: Chip) -> dict[str, Any] | None:

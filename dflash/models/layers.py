@@ -207,7 +207,8 @@ def _attend_xla(q: Array, keys: Array, values: Array, visible: Array, sinks: Arr
 
 def _attend_wide(q: Array, keys: Array, values: Array, visible: Array, sinks: Array | None) -> Array:
     """In float32: XLA's products of bfloat16 with a batch axis are slow on a CPU."""
-    return _attend_xla(*(x.astype(jnp.float32) for x in (q, keys, values)), visible, sinks).astype(q.dtype)
+    q32, k32, v32 = (x.astype(jnp.float32) for x in (q, keys, values))
+    return _attend_xla(q32, k32, v32, visible, sinks).astype(q.dtype)
 
 
 _attend_native = native.on_cpu(native.differentiable_as(_attend_xla)(native.attention), _attend_xla)

@@ -105,5 +105,8 @@ def test_a_training_step_on_this_cpu_has_the_figures_of_a_case() -> None:
     products = 3 * 2 * 2 * 8 * 4 * layer + 2 * 2 * 2 * 8 * 3 * 49152 * 576
     assert 0.9 * products < program["floor"]["flops"] < 1.5 * products
     assert program["hbm_bytes"] > program["floor"]["hbm_bytes"] > 4 * 6 * layer
+    # Every chunk of the head is read, however the compiler writes the loop.
+    assert program["hbm_bytes"] > 2 * 4 * 49152 * 576
+    assert program["before_loop_bytes"] == 0
     assert gains(case, CHIP) is None
     json.dumps(case, allow_nan=False)
