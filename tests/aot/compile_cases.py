@@ -108,7 +108,7 @@ def lowered(case: Case) -> Any:
 def compiled(case: Case) -> Compiled:
     """What the compiler makes of a case; fails where that does not fit the chip."""
     made = compile_program(case.id, lowered(case))
-    assert not isinstance(made, TooLarge), made.said
+    assert not isinstance(made, TooLarge), made.message
     return made
 
 

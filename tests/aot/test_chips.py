@@ -17,7 +17,7 @@ def test_a_program_that_needs_more_than_the_chip_has_is_refused_with_the_chips_s
     huge = jax.ShapeDtypeStruct((2**36,), jnp.bfloat16, sharding=SingleDeviceSharding(there.devices[0]))
     refused = compile_program("huge", jax.jit(lambda x: x * 2).lower(huge))
     assert isinstance(refused, TooLarge)
-    assert f"({there.chip.hbm_bytes / 2**30:.2f}G)" in refused.said
+    assert f"({there.chip.hbm_bytes / 2**30:.2f}G)" in refused.message
 
 
 @pytest.mark.parametrize("name", NAMES)
