@@ -197,7 +197,7 @@ FAULTS = [
     Fault(
         "a file that is written where it lies",
         "host/disk.py",
-        'temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(6)}.tmp")',
+        "temporary = _beside(path)",
         "temporary = path.unlink(missing_ok=True) or path",
         "host/test_disk.py",
         "fails_leaves_what_was_there",
