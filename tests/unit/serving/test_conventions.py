@@ -27,13 +27,15 @@ from dflash.serving.draft import served_draft
 from dflash.serving.options import ServerOptions
 from dflash.serving.run import _at_once, served_run
 from dflash.serving.server import free_port, started
+from dflash.text.prompts import Prompt, PromptSet
 from dflash.weights.export import export_draft
 from dflash.weights.load import new_draft
 from dflash.weights.tiny import write_tiny_target
 
 VOCAB, BLOCK, LAYERS, PROMPTS, BUDGET = 32, 8, (1, 2), 32, 40
 SERVER = Path(__file__).parents[1] / "reference_server.py"
-TOKENIZER = SimpleNamespace(stop_token_ids=())
+# Prompts here are ids; as text they are their digits.
+TOKENIZER = SimpleNamespace(stop_token_ids=(), encode_raw=lambda text: [int(word) for word in text.split()])
 # The draft has no window, and is not causal.
 BROKEN = [c.name for c in CONVENTIONS if c.name not in ("the block not causal", "no sliding window")]
 
@@ -205,9 +207,11 @@ def test_a_run_that_is_held_to_ours_names_it_too(lab, start):
         urls = {"base_url": plain.url, "draft_base_url": drafting.url, "served_model": name}
         options = ServerOptions(server="vllm", target=str(lab.target), draft=str(lab.draft), offline=True, **urls)
         sizes = {"max_new_tokens": BUDGET, "concurrency": 1, "rounds": 2}
-        with served_run(deployment(options), TOKENIZER, lab.prompts[:16], **sizes) as run:
+        texts = [" ".join(map(str, ids)) for ids in lab.prompts[:16]]
+        prompts = tuple(Prompt(id=text, category="own", text=text) for text in texts)
+        with served_run(deployment(options), TOKENIZER, PromptSet(name="own", prompts=prompts), **sizes) as run:
             run.measure(2)
-    case = run.result({"prompts": "random", "prompts_sha256": None})
+    case = run.result({"prompts": "random"})
     assert case.lossless
     assert case.own.explained_by[0] == name
     assert name in run.failures(case, Floors(), 2)[0]
