@@ -249,8 +249,8 @@ def available_memory() -> int:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
         lines = []
-    told = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    return told[0] if told else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    available = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    return available[0] if available else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def space(caches: Path, results: Path) -> list[Finding]:

@@ -155,7 +155,7 @@ def _training(args: PlanArguments, networks: Networks, setting: Setting, keep: K
         dtype=args.dtype,
         remat=True,
     )
-    return training_case(networks, config, setting.context, keep)
+    return training_case(networks, config, setting, keep)
 
 
 def _auto(args: PlanArguments, topology: Topology, networks: Any, cases: list[Any]) -> dict[str, Any]:

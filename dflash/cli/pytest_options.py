@@ -283,13 +283,10 @@ def protocol_name(options: Any) -> str:
 def take_prompts(options: Any, source: str) -> PromptSet:
     """The prompts of a source that are measured. Raises PromptError."""
     prompt_set = open_prompts(options, source)
-    if options.protocol == "zlab":
-        return (
-            prompt_set
-            if len(prompt_set.prompts) <= options.num_prompts
-            else prompt_set.take(options.num_prompts, seed=ZLAB_SEED)
-        )
-    return prompt_set.take(options.num_prompts)
+    if options.protocol != "zlab":
+        return prompt_set.take(options.num_prompts)
+    smaller = len(prompt_set.prompts) <= options.num_prompts
+    return prompt_set if smaller else prompt_set.take(options.num_prompts, seed=ZLAB_SEED)
 
 
 FLAGS = {

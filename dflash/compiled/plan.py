@@ -64,20 +64,17 @@ def _program(part: Part, floor: Floor, chip: Chip, before_loop: Part | None = No
     }
 
 
-def training_case(networks: Networks, config: TrainConfig, context: int, keep: Keep | None = None) -> dict[str, Any]:
-    """A training step of the draft on rows of `context` tokens, in the form of a case: the target is not there."""
+def training_case(
+    networks: Networks, config: TrainConfig, setting: Setting, keep: Keep | None = None
+) -> dict[str, Any]:
+    """A training step of the draft in blocks and on rows of a setting's size, as a case: the target is not there."""
     n, chip = networks, networks.topology.chip
     assert n.draft is not None
-    draft = n.draft.config
+    draft, context = dataclasses.replace(n.draft.config, block_size=setting.block_size), setting.context
     mesh = make_mesh(n.topology.devices, dp=n.dp, tp=n.tp)
     name = f"train-n{config.batch_size}-c{context}-b{draft.block_size}"
     compiled = compile_program(name, lower_step(draft, config, mesh, context=context))
-    case = {
-        "batch": config.batch_size,
-        "context": context,
-        "block_size": draft.block_size,
-        "num_anchors": config.num_anchors,
-    }
+    case = dataclasses.asdict(setting) | {"num_anchors": config.num_anchors}
     if isinstance(compiled, TooLarge):
         return case | {"fits": False, "refused": [compiled.message], "bytes": {}, "programs": {}}
     if keep is not None:

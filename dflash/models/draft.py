@@ -10,6 +10,7 @@ over a block's slots and a choice among each slot's candidates.
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -41,6 +42,13 @@ def proposed_tokens(config: DraftConfig) -> np.ndarray | None:
     return np.flatnonzero(np.unpackbits(np.frombuffer(config.vocabulary, np.uint8), bitorder="little")).astype(np.int32)
 
 
+def _view(draft: "Draft", **changes: Any) -> "Draft":
+    """Another module over the same arrays, with changes to the config."""
+    view: Draft = nnx.merge(*nnx.split(draft))
+    view.config = dataclasses.replace(draft.config, **changes)
+    return view
+
+
 def proposing(draft: "Draft", count: DraftVocab | None) -> "Draft":
     """A draft with the same weights that proposes `count` tokens of the vocabulary, or all; None leaves it as it is.
 
@@ -59,16 +67,12 @@ def proposing(draft: "Draft", count: DraftVocab | None) -> "Draft":
         first = np.arange(0) if trained is None else trained
         order = np.concatenate([first, np.setdiff1d(np.arange(size), first)])
         vocabulary = pack_tokens(order[:count], size)
-    # Another module over the same arrays.
-    view: Draft = nnx.merge(*nnx.split(draft))
-    view.config = dataclasses.replace(config, vocabulary=vocabulary)
-    return view
+    return _view(draft, vocabulary=vocabulary)
 
 
 def plain(draft: "Draft") -> "Draft":
     """A draft with the same layers, without a DFlash 2 draft's convolutions and selector."""
-    view: Draft = nnx.merge(*nnx.split(draft))
-    view.config = dataclasses.replace(draft.config, conv=None, selector=None)
+    view = _view(draft, conv=None, selector=None)
     view.selector = None
     for layer in view.layers:
         layer.attention_conv = layer.mlp_conv = None

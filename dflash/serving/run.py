@@ -238,12 +238,12 @@ class ServedRun:
     def _held(self) -> dict[str, Any]:
         """The alarm of an acceptance that is next to nothing; with --offline, ours beside it."""
         rate, deployment = self.accepted["accept_rate"], self.deployment
-        told = {"alarm": "hardly-accepted" if rate is not None and rate <= gate.HARDLY_ACCEPTED else None}
+        figures = {"alarm": "hardly-accepted" if rate is not None and rate <= gate.HARDLY_ACCEPTED else None}
         if not deployment.options.offline:
-            return told
+            return figures
         why = self.cut_short or self.accepted["acceptance_unknown"]
         if why or self.draft is None or deployment.draft is None:
-            return told | {"own_unknown": why}
+            return figures | {"own_unknown": why}
         try:
             own = conventions.own_figures(
                 deployment.target,
@@ -252,9 +252,9 @@ class ServedRun:
                 max_new_tokens=self.max_new_tokens,
                 stop_token_ids=self.draft.client.tokenizer.stop_token_ids,
             )
-            return told | {"own": conventions.held_to_ours(self.accepted, len(self.draft.rounds), own)}
+            return figures | {"own": conventions.held_to_ours(self.accepted, len(self.draft.rounds), own)}
         except (ConfigError, WeightsError, RequestError) as error:
-            return told | {"own_unknown": str(error)}
+            return figures | {"own_unknown": str(error)}
 
     def _commands(self) -> list[str]:
         """The commands that started the servers, without secrets; empty if they were already running."""

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from dflash.compiled.plan import COLLECTIVE_S, Plan, Setting, best_block_sizes, gains, meshes, seconds, training_case
-from dflash.compiled.programs import abstract_networks
+from dflash.compiled.programs import Networks, abstract_networks
 from dflash.compiled.topology import CHIPS, Topology
 from dflash.training.trainer import TrainConfig
 from dflash.weights.load import new_draft
@@ -55,15 +55,19 @@ def test_auto_tries_powers_of_two_that_fit_beside_dp() -> None:
     assert meshes(4, 8) == []
 
 
-@pytest.mark.slow
-def test_a_plan_on_this_cpu_has_every_figure_of_its_file() -> None:
+def _networks() -> Networks:
+    """Four layers of SmolLM2-135M and a draft of one, on this process's CPU."""
     whole = public_config("smollm2-135m")
     assert whole is not None
     target = dataclasses.replace(whole, windows=whole.windows[:4])
     draft = nnx.eval_shape(lambda: new_draft(target, num_layers=1, block_size=4)).config
-    here = Topology(name="cpu", devices=tuple(jax.devices("cpu")), chip=CHIP)
+    return abstract_networks(Topology(name="cpu", devices=tuple(jax.devices("cpu")), chip=CHIP), target, draft)
+
+
+@pytest.mark.slow
+def test_a_plan_on_this_cpu_has_every_figure_of_its_file() -> None:
     kept: dict[str, str] = {}
-    plan = Plan(abstract_networks(here, target, draft), kept.__setitem__)
+    plan = Plan(_networks(), kept.__setitem__)
     case = plan.case(Setting(batch=2, context=128, block_size=4))
     assert set(kept) == {"greedy-n2-c128", "cached_block_verify-n2-c128-b4"}
     assert case["fits"]
@@ -89,13 +93,10 @@ def test_a_plan_on_this_cpu_has_every_figure_of_its_file() -> None:
 
 @pytest.mark.slow
 def test_a_training_step_on_this_cpu_has_the_figures_of_a_case() -> None:
-    whole = public_config("smollm2-135m")
-    assert whole is not None
-    target = dataclasses.replace(whole, windows=whole.windows[:4])
-    draft = nnx.eval_shape(lambda: new_draft(target, num_layers=1, block_size=4)).config
-    networks = abstract_networks(Topology(name="cpu", devices=tuple(jax.devices("cpu")), chip=CHIP), target, draft)
+    networks = _networks()
     kept: dict[str, str] = {}
-    case = training_case(networks, TrainConfig(batch_size=2, num_anchors=8), 64, kept.__setitem__)
+    setting = Setting(batch=2, context=64, block_size=4)
+    case = training_case(networks, TrainConfig(batch_size=2, num_anchors=8), setting, kept.__setitem__)
     assert set(kept) == {"train-n2-c64-b4"}
     assert (case["batch"], case["context"], case["num_anchors"], case["fits"]) == (2, 64, 8, True)
     # float32 weights and two moments of a layer and fc, and the head.
