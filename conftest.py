@@ -297,7 +297,8 @@ class _Stops:
         self.code: int | None = None
         self._heeding = contextlib.ExitStack()
 
-    def pytest_sessionstart(self) -> None:
+    def pytest_sessionstart(self, session: pytest.Session) -> None:
+        self._session = session
         self._heeding.enter_context(stopping.unwinding())
 
     def pytest_runtest_logfinish(self) -> None:
@@ -311,13 +312,18 @@ class _Stops:
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> Generator[None, Any, Any]:
-        if self.code is not None:
+        if self.code is None:
+            stopping.defer()
+        else:
             _drop_unmeasured(session.config)
         done = yield
         session.exitstatus = session.exitstatus if self.code is None else self.code
         return done
 
+    @pytest.hookimpl(trylast=True)
     def pytest_unconfigure(self) -> None:
+        if self.code is None and (code := stopping.deferred()) is not None:
+            self._session.exitstatus = code
         self._heeding.close()
 
 

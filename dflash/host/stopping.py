@@ -70,6 +70,16 @@ def ignore() -> None:
     _heed(signal.SIG_IGN)
 
 
+def defer() -> None:
+    """From here on a signal only says its line: what is being written is written whole, and `deferred` has the code."""
+    _heed(_note)
+
+
+def deferred() -> int | None:
+    """The exit code of a signal that has not ended anything yet."""
+    return 128 + _received[0] if _received else None
+
+
 def _leave(number: int, _: FrameType | None) -> NoReturn:
     os.write(2, f"{_LINE}\n".encode())
     os._exit(128 + number)
@@ -78,6 +88,12 @@ def _leave(number: int, _: FrameType | None) -> NoReturn:
 def _raise(number: int, _: FrameType | None) -> NoReturn:
     _received.append(number)
     raise Stopped(number)
+
+
+def _note(number: int, _: FrameType | None) -> None:
+    if not _received:
+        os.write(2, f"{_LINE}\n".encode())
+    _received.append(number)
 
 
 def _heed(handler: Handler) -> dict[int, Handler]:

@@ -204,3 +204,37 @@ def test_a_signal_before_the_first_round_is_no_traceback(start, target, tmp_path
     assert "Traceback" not in out + told
     assert out.count("Stopped") == 1
     assert not (tmp_path / "x.json").exists()
+
+
+# Sends the signal within a hook of pytest's, between the plugins that wrap it.
+IN_A_HOOK = """
+import os, pytest
+
+
+@pytest.hookimpl(tryfirst=True)
+def HOOK():
+    os.kill(os.getpid(), NUMBER)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("hook", "number"),
+    [
+        ("pytest_collection_modifyitems", signal.SIGINT),
+        ("pytest_runtest_setup", signal.SIGHUP),
+        ("pytest_runtest_makereport", signal.SIGINT),
+        ("pytest_runtest_logreport", signal.SIGTERM),
+        ("pytest_sessionfinish", signal.SIGTERM),
+        ("pytest_terminal_summary", signal.SIGINT),
+        ("pytest_unconfigure", signal.SIGHUP),
+    ],
+)
+def test_a_signal_within_a_hook_of_pytest_is_no_traceback(start, tmp_path, hook, number):
+    (tmp_path / "in_a_hook.py").write_text(IN_A_HOOK.replace("HOOK", hook).replace("NUMBER", str(int(number))))
+    words = ("-m", "pytest", ROOT / "tests" / "unit" / "test_metrics.py", "-c", ROOT / "pytest.ini", "--rootdir", ROOT)
+    process = start(*words, "-p", "in_a_hook", "-p", "no:cacheprovider", "-k", "pooled")
+    out, told = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == CODES[number], out + told
+    assert "Traceback" not in out + told
+    assert out.count("Stopped") + told.count("dflash: interrupted") == 1
