@@ -104,21 +104,21 @@ def drafted_tokens(
     return draft.choose(slots, scores, anchors, 1 / draws.rule.temperature)
 
 
-def propose(target: Llama, draft: Draft, head: Array | None, state: State, block_size: int) -> Array:
-    """[anchor, drafted tokens] int32 [B, S] of every row. `head` is `draft_head`'s."""
+def propose(target: Llama, draft: Draft, head: Array | None, state: State, block_size: int) -> tuple[Array, KVCache]:
+    """[anchor, drafted tokens] int32 [B, S] of every row, and the draft's cache. `head` is `draft_head`'s."""
     assert state.draft_cache is not None
     batch = state.anchor.shape[0]
     masks = jnp.full((batch, block_size - 1), draft.config.mask_token_id, jnp.int32)
     block = jnp.concatenate([state.anchor[:, None], masks], axis=1)
     with jax.named_scope("propose"):
         x = draft.masked(target.embed(block).astype(draft.dtype), block_size)
-        x = draft.block(x, state.draft_cache)
+        x, draft_cache = draft.block(x, state.draft_cache)
         positions = state.draft_cache.positions(block_size)
         drafted = drafted_tokens(target, draft, head, x, state.anchor, state.draws, positions)
     places = state.count[:, None] + jnp.arange(block_size - 1)
     scripted = jnp.take_along_axis(state.script, jnp.minimum(places, state.script.shape[1] - 1), axis=1)
     drafted = jnp.where(scripted >= 0, scripted, drafted)
-    return jnp.concatenate([state.anchor[:, None], drafted], axis=1)
+    return jnp.concatenate([state.anchor[:, None], drafted], axis=1), draft_cache
 
 
 def _advance(state: State, predictions: Array, accepted: Array, cache: KVCache, draft_cache: KVCache | None) -> State:
@@ -154,12 +154,11 @@ def _step(mode: str, block_size: int, target: Llama, draft: Draft | None, head: 
         token = next_tokens(target, state.draws, x, state.cache.positions(1))
         return _advance(state, token, nothing, cache, None)
     assert draft is not None
-    assert state.draft_cache is not None
-    candidates = propose(target, draft, head, state, block_size)
+    candidates, draft_cache = propose(target, draft, head, state, block_size)
     layer_ids = draft.config.target_layer_ids
     predictions, accepted, features, cache = verify(target, state.draws, layer_ids, state.cache, state.done, candidates)
     with jax.named_scope("commit"):
-        draft_cache = draft.append_context(features, state.draft_cache)
+        draft_cache = draft.append_context(features, draft_cache)
         return _advance(state, predictions, accepted, cache, draft_cache)
 
 
@@ -301,12 +300,13 @@ class Programs:
         state = jax.eval_shape(empty)
         specs = state_specs(state)
         of_weights = (*(None if w is None else mesh.weight_specs(w) for w in weights[:2]), HEAD)
-        where = places(target, state, specs)
+        where, options = places(target, state, specs), mesh.compiler_options(target)
 
         def lower(function: Callable[..., State], arguments: tuple[Any, ...], in_specs: tuple[Any, ...]) -> Lowered:
             spread = mesh.spread(function, target.mesh, in_specs, specs)
             given = next((i for i, a in enumerate(arguments) if isinstance(a, State)), ())
-            return jax.jit(spread, donate_argnums=given, out_shardings=where).lower(*arguments)
+            jitted = jax.jit(spread, donate_argnums=given, out_shardings=where, compiler_options=options)
+            return jitted.lower(*arguments)
 
         B = shape.batch
         state = mesh.abstract(state, where)

@@ -130,8 +130,10 @@ def _compiled(
     if where is not None:
         cache = jax.device_put(cache, where)
         arrays = tuple(jax.device_put(array, mesh.sharding_of(network, spec)) for array, spec in inputs)
-    program = jax.jit(spread, donate_argnums=1, out_shardings=(None, where)).lower(weights[0], cache, *arrays)
-    return _Step(program=program.compile(), weights=weights[0], caches=cache, inputs=arrays)
+    options = mesh.compiler_options(network)
+    jitted = jax.jit(spread, donate_argnums=1, out_shardings=(None, where), compiler_options=options)
+    program = jitted.lower(weights[0], cache, *arrays).compile()
+    return _Step(program=program, weights=weights[0], caches=cache, inputs=arrays)
 
 
 def verify_step(
@@ -191,7 +193,7 @@ def draft_step(
 
     def run(weights: Any, cache: KVCache, block: Array, features: Array, draws: Draws | None) -> tuple[Array, KVCache]:
         target, draft = nnx.merge(target_graph, weights[0]), nnx.merge(draft_graph, weights[1])
-        x = draft.block(draft.masked(target.embed(block).astype(draft.dtype), block_size), cache)
+        x, cache = draft.block(draft.masked(target.embed(block).astype(draft.dtype), block_size), cache)
         drafted = drafted_tokens(target, draft, weights[2], x, block[:, 0], draws, cache.positions(block_size))
         return drafted, draft.append_context([features] * len(ids), cache)
 

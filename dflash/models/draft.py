@@ -203,24 +203,30 @@ class Draft(nnx.Module):
             cache = cache.append(i, *layer.attention.keys_values(context, rope))
         return cache
 
-    def block(self, x: Array, cache: KVCache) -> Array:
+    def block(self, x: Array, cache: KVCache) -> tuple[Array, KVCache]:
         """Embedded block [H, B*T] (anchor and masks) over the committed context -> hidden after the norm [H, B*T].
 
-        The block's own keys are written beyond the committed ones and never committed, so the caller's cache stays as
-        it was.
+        The block's own keys are written beyond the committed ones and never committed. The cache with them comes back:
+        who goes on with it, and not with the one before, needs no copy.
         """
         T = x.shape[1] // cache.lengths.shape[0]
         rope = self._rope(cache.positions(T))
-        for i, layer in enumerate(self.layers):
-            x = layer(x, T, partial(self._attend_to, i, rope, cache))
-        return self.norm(x)
 
-    def _attend_to(self, i: int, rope: Rope, cache: KVCache, normed: Array) -> Array:
+        def attend(i: int, normed: Array) -> Array:
+            nonlocal cache
+            mixed, cache = self._attend_to(i, rope, cache, normed)
+            return mixed
+
+        for i, layer in enumerate(self.layers):
+            x = layer(x, T, partial(attend, i))
+        return self.norm(x), cache
+
+    def _attend_to(self, i: int, rope: Rope, cache: KVCache, normed: Array) -> tuple[Array, KVCache]:
         """Layer i's attention of a block's columns [H, B*T] over the committed context and the block -> [H, B*T]."""
         attention = self.layers[i].attention
-        filled = cache.append(i, *attention.keys_values(normed, rope))
-        visible = filled.visible(i, rope[0].shape[2], self.config.causal[i])
-        return attention.mix(normed, rope, filled.keys[i], filled.values[i], visible)
+        cache = cache.append(i, *attention.keys_values(normed, rope))
+        visible = cache.visible(i, rope[0].shape[2], self.config.causal[i])
+        return attention.mix(normed, rope, cache.keys[i], cache.values[i], visible), cache
 
     def choose(self, x: Array, logits: Array, anchors: Array, scale: float = 1.0) -> Array:
         """Drafted columns [H, B*T] and their logits [M, B*T], after anchors int32 [B] -> tokens int32 [B, T].

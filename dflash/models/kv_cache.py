@@ -139,31 +139,41 @@ def empty_cache(network: mesh.Network, *, batch: int, capacity: int, block: int)
     )
 
 
+# A TPU's memory is read in rows of so many numbers: shorter ones are padded.
+_LANES = 128
+# How keys [B, G, D, S] and values [B, G, S, D] lie in memory: each token in one piece, or each channel.
+_TOKENS = ((0, 1, 3, 2), (0, 1, 2, 3))
+_CHANNELS = ((0, 1, 2, 3), (0, 1, 3, 2))
+
+
 def places(network: mesh.Network, tree: Any, specs: Any) -> Any:
     """Where a pytree with caches of this split (`KVCache.specs`) lies beside a network; None: where jax puts it.
 
-    On a TPU or GPU values lie in memory as they are declared, and so do keys that are written as one slice; those that
-    are written by head and token lie as [B, G, S, D], so that a token is in one piece. Then no program transposes a
-    cache. A CPU reads them as they are declared.
+    On a TPU or GPU a token lies in one piece, as it is written by head and token. Of a cache that is written as one
+    slice the keys lie by channel, and so do a TPU's values where heads are narrow. Then no program transposes a cache.
+    A CPU reads them as they are declared.
     """
     anywhere = mesh.sharding_of(network, P())
     if anywhere is None or (network.mesh is None and _platform(anywhere) == "cpu"):
         return None
-    accelerated = _platform(anywhere) != "cpu"
+    platform = _platform(anywhere)
 
     def place(spec: Any, order: tuple[int, ...] | None = None) -> Any:
         sharding = mesh.sharding_of(network, spec)
-        return Format(Layout(order), sharding) if accelerated and order else sharding
+        return Format(Layout(order), sharding) if platform != "cpu" and order else sharding
 
     def of(split: Any, part: Any) -> Any:
         if not isinstance(part, KVCache):
             return place(split)
-        rows = part.lengths.shape[0] // mesh.ways(network.mesh, mesh.DP)
-        orders = [(0, 1, 2, 3) if part.is_slice(i, rows) else (0, 1, 3, 2) for i in range(len(part.keys))]
+        rows, layers = part.lengths.shape[0] // mesh.ways(network.mesh, mesh.DP), len(part.keys)
+        slices = [part.is_slice(i, rows) for i in range(layers)]
+        narrow = platform == "tpu" and part.values[0].shape[3] < _LANES
+        of_keys = [(_CHANNELS if is_slice else _TOKENS)[0] for is_slice in slices]
+        of_values = [(_CHANNELS if is_slice and narrow else _TOKENS)[1] for is_slice in slices]
         return dataclasses.replace(
             split,
-            keys=tuple(map(place, split.keys, orders)),
-            values=tuple(place(value, (0, 1, 2, 3)) for value in split.values),
+            keys=tuple(map(place, split.keys, of_keys)),
+            values=tuple(map(place, split.values, of_values)),
             lengths=place(split.lengths),
         )
 

@@ -274,6 +274,22 @@ def sharding_of(network: Network, split: P) -> jax.sharding.Sharding | None:
     return jax.sharding.SingleDeviceSharding(devices[0]) if len(devices) == 1 else None
 
 
+# KiB of a chip's own memory (128 MiB on both) that one instruction may take; libtpu's default is an eighth of it. With
+# half a product reads further ahead, and what is left is too small for the keys of a large batch, which the compiler
+# would otherwise bring there, change, and write back whole at each step.
+_SCOPED_VMEM_KIB = {"TPU v5 lite": 65536, "TPU v6 lite": 65536}
+
+
+def compiler_options(network: Network) -> dict[str, str] | None:
+    """What the compiler is told for the devices of a network: `compiler_options` of `jax.jit`; None: its defaults."""
+    sharding = sharding_of(network, P())
+    if sharding is None:
+        return None
+    device: Any = next(iter(sharding.device_set))
+    limit = _SCOPED_VMEM_KIB.get(device.device_kind)
+    return None if limit is None else {"xla_tpu_scoped_vmem_limit_kib": str(limit)}
+
+
 def abstract(tree: Any, where: Any) -> Any:
     """Shapes and dtypes of a pytree of arrays placed like this (a prefix of shardings or formats; None: anywhere)."""
     if where is None:

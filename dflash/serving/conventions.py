@@ -85,7 +85,7 @@ class _Late(Draft):
     def _positions(self, cache: KVCache, slots: int) -> Array:
         return cache.positions(slots) + 1
 
-    def _attend_to(self, i: int, rope: Rope, cache: KVCache, normed: Array) -> Array:
+    def _attend_to(self, i: int, rope: Rope, cache: KVCache, normed: Array) -> tuple[Array, KVCache]:
         return super()._attend_to(i, self._rope(self._positions(cache, rope[0].shape[2])), cache, normed)
 
 
@@ -102,15 +102,15 @@ class _FromZero(_Late):
 class _WithoutNewest(Draft):
     """The block overwrites what it may not see; its positions stay."""
 
-    def _attend_to(self, i: int, rope: Rope, cache: KVCache, normed: Array) -> Array:
+    def _attend_to(self, i: int, rope: Rope, cache: KVCache, normed: Array) -> tuple[Array, KVCache]:
         seen = dataclasses.replace(cache, lengths=cache.lengths - 1)
-        return super()._attend_to(i, rope, seen, normed)
+        return super()._attend_to(i, rope, seen, normed)[0], cache
 
 
 class _WithoutContext(Draft):
-    def _attend_to(self, i: int, rope: Rope, cache: KVCache, normed: Array) -> Array:
+    def _attend_to(self, i: int, rope: Rope, cache: KVCache, normed: Array) -> tuple[Array, KVCache]:
         seen = dataclasses.replace(cache, lengths=jnp.zeros_like(cache.lengths))
-        return super()._attend_to(i, rope, seen, normed)
+        return super()._attend_to(i, rope, seen, normed)[0], cache
 
 
 def _as(kind: type[Draft], draft: Draft, changes: Mapping[str, Any] | None = None) -> Draft:

@@ -1,8 +1,7 @@
 """Every program of the harness at its real size, as the TPU's compiler makes it: memory, moves, collectives, cycles.
 
-Bars are those of issue 14, in millions of cycles of a step (sum over instructions of the larger of HBM bytes and
-matrix cycles; collectives apart). A bar that is not reached yet is a strict xfail with the figure: it fails when it is
-reached, so that it goes.
+Bars are in millions of cycles of a step (sum over instructions of the larger of HBM bytes and matrix cycles;
+collectives apart).
 """
 
 import itertools
@@ -66,20 +65,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     }
     cases = [*FIRST, *(OTHERS + _grid() if metafunc.config.option.aot_grid else [])]
     cases = [c for c in cases if test not in barred or c in barred[test]]
-    metafunc.parametrize("case", [pytest.param(c, id=c.id, marks=_not_yet(test, c)) for c in cases])
-
-
-def _not_yet(test: str, case: Case) -> list[pytest.MarkDecorator]:
-    reason = NOT_YET.get((test, case))
-    return [] if reason is None else [pytest.mark.xfail(strict=True, reason=reason)]
-
-
-# (test, case) -> what is reached today.
-NOT_YET: dict[tuple[str, Case], str] = {
-    ("test_no_weight_and_no_cache_is_moved", QWEN_1_BLOCK): "keys are laid out anew before the loop: 0.47 GB",
-    ("test_no_weight_and_no_cache_is_moved", OSS_CHIP): "keys are laid out anew before the loop: 0.30 GB",
-    ("test_cycles_of_a_step", QWEN_32): "32.7 M: keys go through VMEM and back, 2.9 GB more than are read",
-}
+    metafunc.parametrize("case", [pytest.param(c, id=c.id) for c in cases])
 
 
 def test_it_fits(case: Case) -> None:

@@ -130,7 +130,7 @@ def test_a_checkpoint_proposes_what_its_draft_proposed(case_of, tmp_path):
         options = {"mode": "cached_block_verify", "block_size": None, "max_new_tokens": 8, "stop_token_ids": ()}
         request = check_request(target, draft, prompts, **options)
         state = prefill(build_decoder(target, request), request)
-        return np.asarray(jax.jit(lambda s: propose(target, draft, draft_head(target, draft), s, BLOCK))(state))
+        return np.asarray(jax.jit(lambda s: propose(target, draft, draft_head(target, draft), s, BLOCK)[0])(state))
 
     blocks = first_block(draft)
     assert len(np.unique(blocks[:, 1:])) > len(blocks), "a draft that repeats itself proves nothing"

@@ -75,7 +75,11 @@ class Drive:
         return cache.commit(jnp.array(keep))
 
     def block(self, cache, i):
-        return np.asarray(self._block(self.weights, self.blocks[i].reshape(HIDDEN, -1), cache))
+        return self.block_and_cache(cache, i)[0]
+
+    def block_and_cache(self, cache, i):
+        hidden, cache = self._block(self.weights, self.blocks[i].reshape(HIDDEN, -1), cache)
+        return np.asarray(hidden), cache
 
     def uncached(self, lengths, i, *, garbage=0.0, start=0, weights=None):
         real = np.arange(LONGEST) < np.asarray(lengths)[:, None]
@@ -125,8 +129,8 @@ def test_what_is_not_committed_changes_nothing(drive):
         lengths += keep
         expected = drive.block(clean, i)
         np.testing.assert_array_equal(drive.block(dirty, i), expected)
-        # A block leaves the caller's cache as it was, and one that is committed by mistake can be taken back.
-        drive.block(dirty, i - 1)
+        # A block commits nothing, and one that is committed by mistake can be taken back.
+        _, dirty = drive.block_and_cache(dirty, i - 1)
         np.testing.assert_array_equal(drive.block(dirty, i), expected)
         again = drive.append(dirty, BLOCK, (0, 0, 0), garbage=-7.0)
         np.testing.assert_array_equal(drive.block(again, i), expected)

@@ -107,7 +107,7 @@ def run_blocks(draft, target, inputs):
     def propose(weights, cache, context, keep, block):
         draft, target = nnx.merge(graph, weights)
         cache = draft.append_context(list(context), cache).commit(keep)
-        x = draft.block(target.embed(block), cache)
+        x, cache = draft.block(target.embed(block), cache)
         return cache, x.T, target.logits(x).T
 
     # Contexts come in pieces of one size, as the decode loop appends them; only the last keeps less than it appends.
