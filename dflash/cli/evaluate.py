@@ -30,7 +30,7 @@ class Evaluate(Checked):
     cache_dir: Annotated[Path, tyro.conf.Positional]
     """Teacher cache, in either form."""
     draft: Annotated[str, tyro.conf.Positional]
-    """DFlashDraftModel directory, run directory, a directory of runs (its latest), or smollm2-135m."""
+    """DFlashDraftModel directory, run directory, a directory of runs (its latest), or smollm2-135m[-plain]."""
     target: str = "smollm2-135m"
     """Snapshot directory of the target that the cache was made with."""
     rows: Literal["held_out", "train", "all"] = "held_out"

@@ -25,7 +25,7 @@ class Export:
     """What `export` takes."""
 
     run_dir: Annotated[str, tyro.conf.Positional]
-    """Run directory, or a directory of runs (its latest), or a DFlashDraftModel directory, or smollm2-135m."""
+    """Run directory, or a directory of runs (its latest), or a DFlashDraftModel directory, or smollm2-135m[-plain]."""
     out_dir: Annotated[Path, tyro.conf.Positional]
     """New draft directory: config.json, safetensors, and training.json with the run's record."""
     format: Consumer = "z-lab"

@@ -31,8 +31,9 @@ class Generate(TargetOptions):
     prompt: Annotated[str, tyro.conf.Positional]
     """What to ask, as a user's message."""
     draft: str = ""
-    """DFlashDraftModel or run directory, smollm2-135m (the draft that comes with the project, and the default for the
-    target of that name), or `untrained` to see the machinery; other targets are decoded greedily without one."""
+    """DFlashDraftModel or run directory, smollm2-135m (a draft that comes with the project, and the default for the
+    target of that name; -plain is the other), or `untrained` to see the machinery; other targets are
+    decoded greedily without one."""
     mode: Annotated[
         str | None, tyro.conf.arg(metavar=f"{{{','.join(m for m, mode in MODES.items() if mode.cached)}}}")
     ] = None

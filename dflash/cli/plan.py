@@ -54,7 +54,7 @@ class PlanArguments(Checked):
     """Snapshot directory of the target (its config.json is enough), or a name that needs no weights: gpt-oss-20b,
     gpt-oss-120b, qwen3-4b, qwen3-8b, llama-3.1-8b, smollm2-135m."""
     draft: str = ""
-    """Directory of the draft, or smollm2-135m; else an untrained one of --draft-layers layers."""
+    """Directory of the draft, or smollm2-135m[-plain]; else an untrained one of --draft-layers layers."""
     draft_layers: Count = 5
     """Layers of an untrained draft."""
     topology: str = "v6e:2x4"

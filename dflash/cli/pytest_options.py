@@ -125,8 +125,9 @@ def all_options(root: Path) -> list[Option]:
         ),
         Option(
             "--draft", "DRAFT_RUN_DIR", None, listed(name), "DIR,DIR",
-            "drafts: a DFlashDraftModel or run directory (write --draft=DIR), smollm2-135m (the trained one in the "
-            "package, and the default for the target of that name), or untrained (the default for every other)",
+            "drafts: a DFlashDraftModel or run directory (write --draft=DIR), smollm2-135m (a trained one in the "
+            "package, and the default for the target of that name; -plain is the other), or untrained (the default for "
+            "every other)",
         ),
         Option(
             "--teacher-cache", "CACHE_DIR", None, name, "DIR",

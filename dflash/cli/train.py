@@ -59,7 +59,7 @@ class Train(Checked):
     """Snapshot directory of the target that the cache was made with, for its embedding and head; by default the one
     that the cache names."""
     init_from: str = ""
-    """Draft to start from (a DFlashDraftModel or run directory, or smollm2-135m) instead of random weights."""
+    """Draft to start from (a DFlashDraftModel or run directory, or smollm2-135m[-plain]) instead of random weights."""
     draft_layers: Count = 2
     """Layers of a new draft."""
     init_layers: tuple[Index, ...] = ()

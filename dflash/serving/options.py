@@ -21,8 +21,8 @@ class ServerOptions(SamplingOptions):
     target: str = "smollm2-135m"
     """Snapshot directory of the target, which is served; its tokenizer is used here."""
     draft: str = ""
-    """DFlashDraftModel directory; without one the target alone is measured, smollm2-135m too: no server can read the
-    draft that comes with it."""
+    """DFlashDraftModel directory, or smollm2-135m-plain, the draft for servers that comes with the project; without one
+    the target alone is measured."""
     block_size: BlockSize | None = None
     """Block size, the anchor included; by default the draft's own."""
     server_python: str = sys.executable

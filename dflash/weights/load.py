@@ -34,8 +34,9 @@ from dflash.weights.snapshot import WeightsError
 
 # Instead of a directory: a draft with random weights.
 UNTRAINED = "untrained"
-# The trained draft that comes with the project; it has the name of its target.
-SHIPPED_DRAFT = Path(__file__).parent / f"{smollm2.NAME}-draft"
+# The trained drafts that come with the project. The one with the name of its target is its default; the other is plain
+# DFlash, for servers that know no DFlash 2.
+SHIPPED_DRAFTS = {name: Path(__file__).parent / f"{name}-draft" for name in (smollm2.NAME, f"{smollm2.NAME}-plain")}
 
 
 def target_directory(name_or_dir: str | Path) -> Path:
@@ -49,18 +50,20 @@ def target_directory(name_or_dir: str | Path) -> Path:
 
 
 def draft_directory(name_or_dir: str | Path) -> Path:
-    """The directory of a draft, or its name on the hub; `smollm2-135m` is the trained one that comes with the project.
+    """The directory of a draft, or its name on the hub.
 
-    Raises WeightsError if that one is missing from this installation, HubError like `target_directory`.
+    `smollm2-135m` and `smollm2-135m-plain` are the trained ones that come with the project. Raises WeightsError if they
+    are missing from this installation, HubError like `target_directory`.
     """
-    if str(name_or_dir) != smollm2.NAME:
+    shipped = SHIPPED_DRAFTS.get(str(name_or_dir))
+    if shipped is None:
         return named.directory_of(name_or_dir)
-    if not snapshot.holds_weights(SHIPPED_DRAFT):
+    if not snapshot.holds_weights(shipped):
         raise WeightsError(
-            f"the draft {smollm2.NAME} comes with the project, and this installation has no weights at "
-            f"{SHIPPED_DRAFT}: install it again from a full checkout, or name another draft's directory or {UNTRAINED}"
+            f"the draft {name_or_dir} comes with the project, and this installation has no weights at "
+            f"{shipped}: install it again from a full checkout, or name another draft's directory or {UNTRAINED}"
         )
-    return SHIPPED_DRAFT
+    return shipped
 
 
 def default_draft(target: str) -> str | None:
@@ -174,13 +177,13 @@ def find_draft(name_or_dir: str | Path) -> tuple[Dialect, Path]:
     if match is None:
         raise WeightsError(
             f"{path} holds no draft: name a DFlashDraftModel directory (config.json and model.safetensors), a "
-            f"run-<step> directory or the folder of them, {smollm2.NAME}, or {UNTRAINED}"
+            f"run-<step> directory or the folder of them, {', '.join(SHIPPED_DRAFTS)}, or {UNTRAINED}"
         )
     return match
 
 
 def read_any_draft(name_or_dir: str | Path, dtype: str = "float32", target: TargetConfig | None = None) -> Draft:
-    """A draft of any form in `DIALECTS`: a `DFlashDraftModel` directory, a run, a root of runs, or `smollm2-135m`.
+    """A draft of any form in `DIALECTS`: a `DFlashDraftModel` directory, a run, a root of runs, or a shipped one.
 
     A root gives its latest complete run. Forms that leave settings to the target take them of `target`, or without one
     of the directory of the target that they recorded. Raises ConfigError, also when the draft does not fit the

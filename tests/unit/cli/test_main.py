@@ -164,7 +164,7 @@ def test_json_is_one_line(run, folder, draft_folder, expected, check_provenance)
 def built_in(folder, draft_folder, monkeypatch):
     """What smollm2-135m names, target and draft: tiny ones here."""
     monkeypatch.setattr(smollm2, "snapshot_dir", lambda: folder)
-    monkeypatch.setattr(load, "SHIPPED_DRAFT", draft_folder)
+    monkeypatch.setitem(load.SHIPPED_DRAFTS, "smollm2-135m", draft_folder)
     return smollm2.NAME
 
 
@@ -338,7 +338,7 @@ def test_a_mask_token_outside_the_vocabulary_is_refused(run, folder, draft_folde
 
 
 def test_an_installation_without_the_draft_is_told_and_decodes_without_it(run, built_in, monkeypatch, tmp_path):
-    monkeypatch.setattr(load, "SHIPPED_DRAFT", tmp_path / "gone")
+    monkeypatch.setitem(load.SHIPPED_DRAFTS, "smollm2-135m", tmp_path / "gone")
     refused(generate(run, built_in), "comes with the project", "gone", "untrained")
     for more in (["--mode", "greedy"], ["--draft", "untrained"]):
         assert generate(run, built_in, *more)[0] == 0

@@ -127,7 +127,7 @@ def test_an_exported_draft_is_the_run_and_says_how_it_was_made(run, made, folder
 
 def test_the_draft_that_comes_with_the_project_is_taken_by_its_name(run, made, monkeypatch):
     assert run("export", "runs", "shipped", "--dtype", "float32")[0] == 0
-    monkeypatch.setattr(load, "SHIPPED_DRAFT", made / "shipped")
+    monkeypatch.setitem(load.SHIPPED_DRAFTS, "smollm2-135m", made / "shipped")
     figures = [run("evaluate", "cache", draft)[1] for draft in ("shipped", "smollm2-135m")]
     assert figures[0] == figures[1] != ""
     assert run("export", "smollm2-135m", "again", "--dtype", "float32")[0] == 0

@@ -88,7 +88,7 @@ def test_a_server_gets_no_draft_that_is_not_named(target, monkeypatch, tmp_path)
     parts = {"conv": ConvConfig(kernel_size=3, group_size=16), "selector": SelectorConfig(rank=8, top_k=5)}
     second = new_draft(config, num_layers=1, block_size=4, **parts)
     write_draft(second, tmp_path / "draft")
-    monkeypatch.setattr(load, "SHIPPED_DRAFT", tmp_path / "draft")
+    monkeypatch.setitem(load.SHIPPED_DRAFTS, "smollm2-135m", tmp_path / "draft")
     monkeypatch.setattr(smollm2, "snapshot_dir", lambda: target)
     named = {"target": "smollm2-135m", "base_url": URL, "draft_base_url": "http://127.0.0.1:2"}
     assert deployment(ServerOptions(**named)).draft is None

@@ -56,12 +56,12 @@ def test_draft_directory(monkeypatch, tmp_path):
     assert draft_directory(tmp_path) == draft_directory(str(tmp_path)) == tmp_path
     assert draft_directory("./smollm2-135m") == Path("smollm2-135m")
     (tmp_path / "model.safetensors").write_bytes(b"")
-    monkeypatch.setattr(load, "SHIPPED_DRAFT", tmp_path)
+    monkeypatch.setitem(load.SHIPPED_DRAFTS, "smollm2-135m", tmp_path)
     assert draft_directory("smollm2-135m") == tmp_path
 
 
 def test_an_installation_without_the_draft_says_so(monkeypatch, tmp_path):
-    monkeypatch.setattr(load, "SHIPPED_DRAFT", tmp_path / "gone")
+    monkeypatch.setitem(load.SHIPPED_DRAFTS, "smollm2-135m", tmp_path / "gone")
     for read in (draft_directory, read_any_draft, draft_hash, own_run):
         with pytest.raises(WeightsError, match=r"no weights at .*gone: install .*untrained"):
             read("smollm2-135m")
@@ -141,7 +141,7 @@ def test_load_draft(target, folder, tmp_path):
 def test_a_draft_by_its_name_is_the_one_of_its_directory(target, folder, monkeypatch, tmp_path):
     directory = tmp_path / "draft"
     write_draft(init_draft(target, num_layers=1, seed=5), directory)
-    monkeypatch.setattr(load, "SHIPPED_DRAFT", directory)
+    monkeypatch.setitem(load.SHIPPED_DRAFTS, "smollm2-135m", directory)
     assert same_weights(load_draft("smollm2-135m", target), load_draft(directory, target))
     assert same_weights(read_any_draft("smollm2-135m"), read_any_draft(directory))
     assert own_run("smollm2-135m") is None

@@ -1,6 +1,6 @@
-"""The trained draft that comes with the project, opened as a stranger would: whole, small, and true to its record.
+"""The trained drafts that come with the project, opened as a stranger would: whole, small, and true to their records.
 
-Nothing here is skipped where it is missing: a checkout without it is broken.
+Nothing here is skipped where one is missing: a checkout without it is broken.
 """
 
 import json
@@ -14,50 +14,61 @@ from dflash.config import check_draft
 from dflash.text.prompts import load_prompts
 from dflash.weights.config_json import read_draft_config
 from dflash.weights.huggingface import check_draft_tensors
-from dflash.weights.load import SHIPPED_DRAFT, draft_directory, draft_hash
+from dflash.weights.load import SHIPPED_DRAFTS, draft_directory, draft_hash
 from dflash.weights.snapshot import read_json, snapshot_hash, target_config
 
-PACKAGE = SHIPPED_DRAFT.parents[1]
+PACKAGE = SHIPPED_DRAFTS["smollm2-135m"].parents[1]
 LARGEST = 40_000_000
 HASH = re.compile(r"\b[0-9a-f]{64}\b")
 # At the start, or behind what may stand before a path; a URL's slashes follow a colon, a fraction's a digit.
 ABSOLUTE = re.compile(r"""(?:^|[\s"'`=(\[])(?:/\w|~/|[A-Za-z]:\\)""", re.MULTILINE)
 
 
-def record():
-    return json.loads((SHIPPED_DRAFT / "training.json").read_text(encoding="utf-8"))
+@pytest.fixture(params=SHIPPED_DRAFTS)
+def name(request):
+    return request.param
 
 
-def files():
-    return {p for p in SHIPPED_DRAFT.rglob("*") if p.is_file()}
+def record(name):
+    return json.loads((SHIPPED_DRAFTS[name] / "training.json").read_text(encoding="utf-8"))
 
 
-def config():
-    return read_draft_config(read_json(SHIPPED_DRAFT, "config.json"), str(SHIPPED_DRAFT))
+def files(name):
+    return {p for p in SHIPPED_DRAFTS[name].rglob("*") if p.is_file()}
 
 
-def test_it_is_found_by_its_name_and_whole():
-    assert draft_directory("smollm2-135m") == SHIPPED_DRAFT
-    assert {"README.md", "config.json", "training.json"} <= {p.name for p in SHIPPED_DRAFT.iterdir()}
-    check_draft_tensors(SHIPPED_DRAFT, config())
+def config(name):
+    return read_draft_config(read_json(SHIPPED_DRAFTS[name], "config.json"), str(SHIPPED_DRAFTS[name]))
 
 
-def test_it_is_small():
-    assert 0 < sum(p.stat().st_size for p in files()) <= LARGEST
+def test_it_is_found_by_its_name_and_whole(name):
+    assert draft_directory(name) == SHIPPED_DRAFTS[name]
+    assert {"README.md", "config.json", "training.json"} <= {p.name for p in SHIPPED_DRAFTS[name].iterdir()}
+    check_draft_tensors(SHIPPED_DRAFTS[name], config(name))
 
 
-def test_a_wheel_holds_all_of_it():
+def test_one_of_them_is_for_servers():
+    """They know no DFlash 2, and no reduced vocabulary."""
+    plain = config("smollm2-135m-plain")
+    assert (plain.conv, plain.selector, plain.draft_vocab_size) == (None, None, None)
+
+
+def test_it_is_small(name):
+    assert 0 < sum(p.stat().st_size for p in files(name)) <= LARGEST
+
+
+def test_a_wheel_holds_all_of_it(name):
     project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))
     patterns = project["tool"]["setuptools"]["package-data"]["dflash"]
-    assert set() < files() <= {p for pattern in patterns for p in PACKAGE.glob(pattern)}
+    assert set() < files(name) <= {p for pattern in patterns for p in PACKAGE.glob(pattern)}
 
 
-def test_its_record_is_of_these_weights():
-    assert record()["draft_sha256"] == draft_hash("smollm2-135m")
+def test_its_record_is_of_these_weights(name):
+    assert record(name)["draft_sha256"] == draft_hash(name)
 
 
-def test_its_record_says_how_it_was_trained():
-    told = record()
+def test_its_record_says_how_it_was_trained(name):
+    told = record(name)
     read = told["provenance"]
     assert HASH.fullmatch(read["cache_sha256"])
     assert HASH.fullmatch(read["snapshot_sha256"])
@@ -68,14 +79,14 @@ def test_its_record_says_how_it_was_trained():
     assert told["step"] > 0
 
 
-def test_its_readme_names_only_hashes_of_its_record():
-    known = set(HASH.findall(json.dumps(record())))
-    assert set(HASH.findall((SHIPPED_DRAFT / "README.md").read_text(encoding="utf-8"))) <= known
+def test_its_readme_names_only_hashes_of_its_record(name):
+    known = set(HASH.findall(json.dumps(record(name))))
+    assert set(HASH.findall((SHIPPED_DRAFTS[name] / "README.md").read_text(encoding="utf-8"))) <= known
 
 
-@pytest.mark.parametrize("name", ["README.md", "config.json", "training.json"])
-def test_it_names_no_path_of_a_machine(name):
-    text = (SHIPPED_DRAFT / name).read_text(encoding="utf-8")
+@pytest.mark.parametrize("file", ["README.md", "config.json", "training.json"])
+def test_it_names_no_path_of_a_machine(name, file):
+    text = (SHIPPED_DRAFTS[name] / file).read_text(encoding="utf-8")
     assert not ABSOLUTE.findall(text)
 
 
@@ -96,21 +107,21 @@ def test_a_path_of_a_machine_would_be_noticed(text, absolute):
 
 
 @pytest.mark.model
-def test_it_fits_the_target_that_it_was_trained_for(smollm2):
-    check_draft(config(), target_config(smollm2))
-    assert record()["provenance"]["snapshot_sha256"] == snapshot_hash(smollm2)
+def test_it_fits_the_target_that_it_was_trained_for(smollm2, name):
+    check_draft(config(name), target_config(smollm2))
+    assert record(name)["provenance"]["snapshot_sha256"] == snapshot_hash(smollm2)
 
 
 @pytest.mark.slow
 @pytest.mark.model
-def test_it_decodes_losslessly_and_is_accepted(smollm2):
+def test_it_decodes_losslessly_and_is_accepted(smollm2, name):
     target, tokenizer = load_target(smollm2), load_tokenizer(smollm2)
     prompts = load_prompts("builtin").take(4).encode(tokenizer)
     asked = {"max_new_tokens": 64, "stop_token_ids": tokenizer.stop_token_ids}
     expected = decode(target, None, prompts, mode="greedy", **asked)
     found = {}
-    for name, draft in (("trained", load_draft("smollm2-135m", target)), ("untrained", init_draft(target))):
+    for which, draft in (("trained", load_draft(name, target)), ("untrained", init_draft(target))):
         result = decode(target, draft, prompts, mode="cached_block_verify", **asked)
         assert result.tokens == expected.tokens
-        found[name] = result.metrics["acceptance_length"]
+        found[which] = result.metrics["acceptance_length"]
     assert found["trained"] > 1.5 > found["untrained"]
