@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import pytest
 
 from dflash.cli.template import TemplateOptions
-from dflash.config import Count, Fraction, Index, Mass, Positive, Range, Seed, Share, Size
+from dflash.config import Count, Fraction, Index, Mass, Positive, Range, Seed, Share, Size, Temperature
 from dflash.host.device import KINDS
 from dflash.measuring import baselines
 from dflash.serving.options import SERVERS
@@ -185,7 +185,7 @@ def all_options(root: Path) -> list[Option]:
             "--max-new-tokens", "MAX_NEW_TOKENS_LIST", None, listed(integer(1)), "N,N", "token budgets; by default 64"
         ),
         Option(
-            "--temperature", "DFLASH_TEMPERATURE", "0", within(Size), "T",
+            "--temperature", "DFLASH_TEMPERATURE", "0", within(Temperature), "T",
             "above 0, tokens are drawn, the same by both decoders; 0 is greedy",
         ),
         Option("--top-k", "DFLASH_TOP_K", "0", within(Index), "N", "draw from the likeliest N tokens; 0 from all"),
