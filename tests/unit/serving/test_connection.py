@@ -2,6 +2,7 @@
 
 import asyncio
 import gzip
+import importlib.util
 import itertools
 import json
 import re
@@ -279,6 +280,33 @@ def test_requests_go_below_the_path_of_the_url():
     with hostile(head(200, "application/json") + b"{}") as server:
         Connection(f"{server.url}/prefix/v1/", timeout_s=5).page("/v1/models")
         assert server.requests[0][0].startswith(b"GET /prefix/v1/models HTTP/1.1\r\n")
+
+
+@pytest.mark.parametrize("url", ["http://host:1/?api_key=" + KEY, "http://host:1/v1#" + KEY, "host?key=a@b" + KEY])
+def test_what_follows_a_url_is_not_shown(url):
+    with pytest.raises(ServingError, match="got ") as error:
+        read_url(url)
+    assert KEY not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ALL_PROXY", "socks5://user:averysecretpassword@127.0.0.1:1"),
+        ("HTTPS_PROXY", "ftp://user:averysecretpassword@host:1"),
+        ("NO_PROXY", "[::"),
+        ("SSL_CERT_FILE", "/no/such/file"),
+        ("SSL_CERT_FILE", __file__),
+    ],
+)
+def test_an_environment_that_can_not_be_used_is_named(name, value, monkeypatch):
+    if name == "ALL_PROXY" and importlib.util.find_spec("socksio"):
+        pytest.skip("httpx speaks to such a proxy here")
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ServingError, match=name) as error:
+        Connection("https://192.0.2.1", timeout_s=1)
+    assert "averysecretpassword" not in str(error.value)
+    Connection("http://127.0.0.1:9", timeout_s=1)  # asked without a proxy
 
 
 def test_a_server_that_is_not_there_is_named():
