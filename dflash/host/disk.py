@@ -6,6 +6,10 @@ import json
 import math
 import os
 import secrets
+import struct
+import tokenize
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -88,6 +92,25 @@ def open_file(path: Path) -> BinaryIO:
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "it is no file", str(path))
     return path.open("rb")
+
+
+# What numpy, zipfile and msgpack raise on bytes that are no array or no archive.
+DAMAGE = (
+    OSError,
+    ValueError,
+    EOFError,
+    TypeError,
+    SyntaxError,
+    OverflowError,
+    MemoryError,
+    RecursionError,
+    NotImplementedError,  # an unknown compression
+    RuntimeError,  # an encrypted part
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    tokenize.TokenError,
+)
 
 
 # No JSON file that is read here comes near these; what is beyond them takes memory, or breaks what handles it later.
