@@ -382,6 +382,17 @@ def test_a_terminal_that_knows_ascii_alone_ends_no_command(monkeypatch):
     assert not any(words in said for words in ("---- ", "Got errors", "helptext"))
 
 
+@pytest.mark.parametrize(("closed", "code"), [("1", 2), ("2", 2), ("1 2", 2), ("0 1 2", 2)])
+def test_closed_streams_end_no_command(closed, code, tmp_path):
+    """As where a daemon starts it."""
+    close = " ".join(f"{number}>&-" for number in closed.split())
+    command = f"exec {sys.executable} -m dflash report {tmp_path}/none.json --nope {close}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == code
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == ("2" not in closed)
+
+
 def test_help_names_every_option(run):
     code, out, _ = run("generate", "--help")
     assert code == 0
