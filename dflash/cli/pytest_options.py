@@ -17,6 +17,7 @@ import pytest
 from dflash.cli.template import TemplateOptions
 from dflash.config import Count, Fraction, Index, Mass, Positive, Range, Seed, Share, Size, Temperature
 from dflash.host.device import KINDS
+from dflash.host.provenance import redact
 from dflash.measuring import baselines
 from dflash.serving.options import SERVERS
 from dflash.text.prompts import PromptSet, load_prompts
@@ -304,12 +305,13 @@ def add_options(parser: pytest.Parser, root: Path) -> None:
     group = parser.getgroup("dflash", "DFlash decoding and its measurement")
     for option in all_options(root):
         value = os.environ.get(option.env) or option.default
+        shown = " ".join(redact((value or "").split(" ")))
         group.addoption(
             option.name,
             default=value,
             type=option.type,
             metavar=option.metavar,
-            help=f"{option.text} (env {option.env}; now {value or ''!r})".replace("%", "%%"),
+            help=f"{option.text} (env {option.env}; now {shown!r})".replace("%", "%%"),
         )
     for flag, text in FLAGS.items():
         group.addoption(flag, action="store_true", help=text)

@@ -49,6 +49,17 @@ def test_bad_options_are_usage_errors(parse, arguments, env, message):
         parse(*arguments, **env)
 
 
+def test_help_shows_no_secret_of_the_environment(monkeypatch):
+    monkeypatch.setenv("DFLASH_BASE_URL", "http://me:abcdefgh@host:1")
+    monkeypatch.setenv("DFLASH_SERVER_ARGS", "--tp 2 --api-key abcdefgh")
+    parser = pytest.Parser(_ispytest=True)
+    add_options(parser, Path("root"))
+    told = {option.names()[0]: option.attrs()["help"] for option in parser.getgroup("dflash").options}
+    assert "now 'http://***@host:1'" in told["--base-url"]
+    assert "now '--tp 2 --api-key ***'" in told["--server-args"]
+    assert "now 'tpu'" in told["--run-on"]
+
+
 def test_the_protocol_of_z_lab_has_its_own_prompts_and_budget(parse, tmp_path):
     ours, theirs = parse(), parse("--protocol=zlab")
     assert (ours.num_prompts, ours.max_new_tokens, protocol_name(ours)) == (8, [64], "dflash")

@@ -31,6 +31,15 @@ def benchmark(**info):
         (["--draft=hf_abcdefgh"], ["--draft=***"]),
         (["--server-args=--tp-size 4 --api-key abc"], ["--server-args=--tp-size 4 --api-key ***"]),
         (["--server-args", "--api-key abc --hf-token=x"], ["--server-args", "--api-key *** --hf-token=***"]),
+        (
+            ["--server-args=--header 'Authorization: Bearer abc.def'"],
+            ["--server-args=--header 'Authorization: Bearer ***"],
+        ),
+        (["--header", "authorization: basic YTpi", "x"], ["--header", "authorization: basic ***", "x"]),
+        (["--prompt", "a bearer bond, basic maths"], ["--prompt", "a bearer *** basic maths"]),
+        (["--proxy-auth", "me:abc", "--author", "me"], ["--proxy-auth", "***", "--author", "me"]),
+        (["http://host/v1?api_key=abc&n=1#x"], ["http://host/v1?api_key=***&n=1#x"]),
+        (["http://host/v1?access-token=abc", "?tokens=3"], ["http://host/v1?access-token=***", "?tokens=3"]),
         (["--run-name=tokens of hf_x", "secret"], ["--run-name=tokens of hf_x", "secret"]),
     ],
 )
