@@ -21,6 +21,7 @@ from dflash.config import (
     build_target_layer_ids,
     check_draft,
 )
+from dflash.host.device import check_width
 from dflash.models.draft import Draft
 from dflash.models.llama import Llama
 from dflash.models.mesh import place
@@ -82,8 +83,10 @@ def load_target(name_or_dir: str | Path, dtype: str = "float32", mesh: Mesh | No
     """A target from a Hugging Face snapshot directory, or `smollm2-135m`, computing in `dtype` (float32, bfloat16).
 
     A directory that EasyDeL's `save_pretrained` wrote is read too. With a mesh (`dflash.models.mesh.make_mesh`) each
-    device gets its part. Raises ConfigError, also for a mesh on which it can't lie, WeightsError or SnapshotError.
+    device gets its part. Raises ConfigError, also for a mesh on which it can't lie, WeightsError or SnapshotError;
+    DeviceError where jax computes in 64 bits.
     """
+    check_width()
     check_dtype(dtype)
     directory = target_directory(name_or_dir)
     target = build_target(_open_target(directory), dtype, mesh)
