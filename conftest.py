@@ -14,7 +14,7 @@ stopping.leave_at_once()  # the imports take seconds
 import jax
 import pytest
 
-from dflash.cli.pytest_options import add_options, apply_protocol
+from dflash.cli.pytest_options import add_options, apply_protocol, check_lengths
 from dflash.host.device import DeviceError, default_dtype, looks_like_tpu_host, open_device
 from dflash.host.disk import check_writable
 from dflash.host.provenance import compile_cache, provenance
@@ -55,6 +55,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[RESULTS] = Results()
     config.stash[COMPILE_CACHE] = compile_cache()
     apply_protocol(config.option)
+    check_lengths(config.option)
     _place_report(config)
     _check_results_file(config)
     _check_baselines(config)

@@ -178,7 +178,7 @@ def all_options(root: Path) -> list[Option]:
         ),
         Option(
             "--prompt-len", "DFLASH_PROMPT_LEN", "0", listed(integer(0)), "N,N",
-            "exact prompt lengths in tokens; 0 leaves them",
+            "exact lengths in tokens, of prompts made of builtin text or random tokens; 0 leaves prompts as they are",
         ),
         Option("--batch-size", "DFLASH_BATCH_SIZE", "1", listed(integer(1)), "N,N", "prompts decoded together"),
         Option("--block-sizes", "BLOCK_SIZES", "8", listed(integer(2)), "N,N", "block sizes, the anchor included"),
@@ -272,6 +272,18 @@ def apply_protocol(options: Any) -> None:
     """What is not asked for is as the protocol has it."""
     for name, value in PROTOCOLS[options.protocol].items():
         setattr(options, name, getattr(options, name) or value)
+
+
+def check_lengths(options: Any) -> None:
+    """Raises UsageError for exact lengths of prompts that are not cut to any: figures would bear another's name."""
+    if not any(options.prompt_len):
+        return
+    others = [source for source in options.prompts if source not in ("builtin", "random")]
+    if others or options.raw:
+        raise pytest.UsageError(
+            "--prompt-len makes prompts of exactly so many tokens of builtin text in the chat template, or of random "
+            f"tokens; got {'--raw' if options.raw else '--prompts ' + ','.join(others)}: leave one of them out"
+        )
 
 
 def protocol_name(options: Any) -> str:

@@ -5,7 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from dflash.cli.pytest_options import add_options, all_options, apply_protocol, protocol_name, take_prompts
+from dflash.cli.pytest_options import (
+    add_options,
+    all_options,
+    apply_protocol,
+    check_lengths,
+    protocol_name,
+    take_prompts,
+)
 from dflash.measuring.cases import cases, drafts
 
 
@@ -47,6 +54,21 @@ def parse(monkeypatch):
 def test_bad_options_are_usage_errors(parse, arguments, env, message):
     with pytest.raises(pytest.UsageError, match=message):
         parse(*arguments, **env)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--prompt-len=0,512", "--prompts=builtin,gsm8k"], "got --prompts gsm8k:"),
+        (["--prompt-len=512", "--prompts=builtin:maths"], "got --prompts builtin:maths:"),
+        (["--prompt-len=512", "--raw"], "got --raw:"),
+    ],
+)
+def test_exact_lengths_are_of_builtin_text_or_random_tokens(parse, arguments, said):
+    for good in (["--prompt-len=512", "--prompts=builtin,random"], ["--prompts=gsm8k", "--raw"]):
+        check_lengths(parse(*good))
+    with pytest.raises(pytest.UsageError, match=said):
+        check_lengths(parse(*arguments))
 
 
 def test_help_shows_no_secret_of_the_environment(monkeypatch):
