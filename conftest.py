@@ -14,10 +14,10 @@ stopping.leave_at_once()  # the imports take seconds
 import jax
 import pytest
 
-from dflash.cli.pytest_options import add_options, apply_protocol, check_lengths
+from dflash.cli.pytest_options import add_options, all_options, apply_protocol, check_lengths
 from dflash.host.device import DeviceError, default_dtype, looks_like_tpu_host, open_device
 from dflash.host.disk import check_writable
-from dflash.host.provenance import compile_cache, provenance
+from dflash.host.provenance import check_words, compile_cache, provenance
 from dflash.measuring import baselines
 from dflash.measuring.gate import closing_line
 from dflash.measuring.repeat import again, with_spread
@@ -54,6 +54,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(_Stops())
     config.stash[RESULTS] = Results()
     config.stash[COMPILE_CACHE] = compile_cache()
+    named = (os.environ.get(option.env, "") for option in all_options(ROOT))
+    check_words([*map(str, config.invocation_params.args), *named], pytest.UsageError)
     apply_protocol(config.option)
     check_lengths(config.option)
     _place_report(config)

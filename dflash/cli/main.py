@@ -28,6 +28,7 @@ from dflash.decoding.decode import RequestError
 from dflash.easydel import EasyDelError
 from dflash.host.device import DeviceError
 from dflash.host.hub import HubError
+from dflash.host.provenance import check_words
 from dflash.measuring.result import ResultError
 from dflash.serving.connection import ServingError
 from dflash.text.prompts import PromptError
@@ -148,6 +149,7 @@ def main() -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
+        check_words(sys.argv[1:], UsageError)
         read_command(sys.argv[1:])()
     except USER_ERRORS as error:
         return _refuse(str(error))

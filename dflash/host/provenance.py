@@ -59,6 +59,18 @@ _SECRET_VALUE = re.compile(r"\b(?:hf_|ghp_|gho_|github_pat_|glpat-|sk-|xox[bp]-|
 _HIDDEN = "***"
 
 
+def check_words(words: Sequence[str], error: type[Exception]) -> None:
+    """Raises `error` for a word that is no text: its bytes can't be decoded, so no result could record it."""
+    for word in words:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise error(
+                f"words of a command are {sys.getfilesystemencoding()}, since results record them; {word!r:.80} has "
+                "other bytes: write or rename it so"
+            ) from None
+
+
 def redact(command: Sequence[str], secrets: Sequence[str] = ()) -> list[str]:
     """The words of a command with secrets as ***: by their form, by their option's name, by a variable that holds them.
 

@@ -382,6 +382,12 @@ def test_a_terminal_that_knows_ascii_alone_ends_no_command(monkeypatch):
     assert not any(words in said for words in ("---- ", "Got errors", "helptext"))
 
 
+def test_a_word_that_no_result_could_record_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["dflash", "report", "caf\udce9.json"])
+    assert cli.main() == 2
+    assert "'caf\\udce9.json' has other bytes" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("closed", "code"), [("1", 2), ("2", 2), ("1 2", 2), ("0 1 2", 2)])
 def test_closed_streams_end_no_command(closed, code, tmp_path):
     """As where a daemon starts it."""

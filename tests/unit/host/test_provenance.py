@@ -47,6 +47,12 @@ def test_secrets_are_hidden_in_a_command(command, told):
     assert p.redact(command) == told
 
 
+def test_words_that_no_result_could_record_are_refused():
+    p.check_words(["--prompts", "café.jsonl"], ValueError)
+    with pytest.raises(ValueError, match=r"'caf\\udce9.jsonl' has other bytes"):
+        p.check_words(["--prompts", "caf\udce9.jsonl"], ValueError)
+
+
 def test_what_a_secret_variable_holds_is_hidden_wherever_it_stands(monkeypatch):
     monkeypatch.setenv("MY_API_TOKEN", "plain-looking")
     monkeypatch.setenv("SHORT_TOKEN", "64")
