@@ -30,6 +30,7 @@ from dflash.host.device import DeviceError
 from dflash.host.hub import HubError
 from dflash.host.provenance import check_words
 from dflash.measuring.result import ResultError
+from dflash.measuring.turns import is_out_of_memory, sentence_of
 from dflash.serving.connection import ServingError
 from dflash.text.prompts import PromptError
 from dflash.text.tokenizer import TokenizerError
@@ -157,6 +158,12 @@ def main() -> int:
         # Whoever read our output wants no more; Python would say so when it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return _refuse(
+            f"{sentence_of(error)}: ask for less (a smaller batch, fewer tokens), or take more devices or a larger host"
+        )
     except OSError as error:
         if error.errno not in _REMEDIES:
             raise

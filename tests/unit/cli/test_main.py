@@ -388,6 +388,25 @@ def test_a_word_that_no_result_could_record_is_refused(monkeypatch, capsys):
     assert "'caf\\udce9.json' has other bytes" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError("Unable to allocate 954. GiB"), MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: 954 GiB")],
+    ids=["numpy", "python", "jax"],
+)
+def test_too_little_memory_is_one_sentence(monkeypatch, capsys, error):
+    def read_command(words):
+        raise error
+
+    monkeypatch.setattr(cli, "read_command", read_command)
+    assert cli.main() == 2
+    said = capsys.readouterr().err
+    assert said.startswith("dflash: out of memory")
+    assert said.count("\n") == 1
+    error = RuntimeError("a bug")
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.main()
+
+
 @pytest.mark.parametrize(("closed", "code"), [("1", 2), ("2", 2), ("1 2", 2), ("0 1 2", 2)])
 def test_closed_streams_end_no_command(closed, code, tmp_path):
     """As where a daemon starts it."""
