@@ -11,6 +11,7 @@ from dflash.host import stopping
 stopping.leave_at_once()  # the imports take seconds
 
 # isort: split
+import filelock
 import jax
 import pytest
 
@@ -112,8 +113,27 @@ def _check_results_file(config: pytest.Config) -> None:
     elif not os.access(json_file if json_file.exists() else folder, os.W_OK):
         fault = f"{json_file} may not be written"
     else:
+        _claim_results_file(config, json_file)
         return
     raise pytest.UsageError(f"--benchmark-json names a file to write, in a directory that is there; {fault}")
+
+
+def _claim_results_file(config: pytest.Config, json_file: Path) -> None:
+    """Keeps other runs from the file, its journal and its report until this one ends: the last would be all there is.
+
+    Raises UsageError where another run has it.
+    """
+    lock = filelock.FileLock(json_file.with_name(f".{json_file.name}.lock"), timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise pytest.UsageError(
+            f"results of one run go into one file, and another run writes {json_file}: wait until it ends, or name "
+            "another one"
+        ) from None
+    except OSError as error:
+        raise pytest.UsageError(f"--benchmark-json names a file; {json_file.parent}: {error.strerror}") from None
+    config.add_cleanup(lock.release)
 
 
 @pytest.hookimpl(optionalhook=True)
