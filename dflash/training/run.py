@@ -127,7 +127,7 @@ def read_metrics(metrics: Path) -> list[dict[str, Any]]:
     remedy = "remove that line"
     lines = []
     for number, text in enumerate(texts, 1):
-        if not text.endswith(b"}"):
+        if number == len(texts) and not text.endswith(b"}"):
             continue
         line = parse_object(text, f"{metrics}, line {number},", TrainingError, remedy)
         if type(line.get("step")) is not int:
@@ -157,7 +157,7 @@ def write_curves(metrics: Path, image: Path) -> None:
     figure = Figure(figsize=(10, 4), layout="constrained")
     for axes, (name, label) in zip(figure.subplots(1, 2), PANELS, strict=True):
         for key, title in ((name, "training"), (f"held_out_{name}", "held out")):
-            points = [(line["step"], line[key]) for line in lines if key in line]
+            points = [(line["step"], line[key]) for line in lines if isinstance(line.get(key), int | float)]
             if points:
                 axes.plot(*zip(*points, strict=True), label=title, marker="o" if len(points) < 20 else "")
         axes.set_xlabel("step")
