@@ -155,8 +155,13 @@ def load_openings(source: str) -> tuple[str, ...]:
     return tuple(openings)
 
 
-def check_sources(config: ConversationConfig) -> None:
-    """Raises PromptError for a source that can't be read, before anything is written."""
+def check_sources(config: ConversationConfig, max_position: int) -> None:
+    """Raises PromptError for a source that can't be read, or turns that can't be written, before anything is."""
+    if config.source == "self" and config.max_user_turn >= max_position:
+        raise PromptError(
+            f"a user turn that the target writes stays within its {max_position} positions; got max_user_turn "
+            f"{config.max_user_turn}"
+        )
     load_openings(config.openings)
     list(config.excluded())
     if config.source != "self":
