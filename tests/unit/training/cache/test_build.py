@@ -1,8 +1,8 @@
 """What a cache holds is what the target says of its own text, at the positions it claims; and a kill costs nothing."""
 
+import dataclasses
 import hashlib
 import itertools
-import dataclasses
 import json
 import os
 import random
