@@ -34,7 +34,7 @@ def _is_integer(value: Any) -> bool:
 
 
 # Lists of this length are made before everything is checked; a wrong number must not exhaust the memory.
-_MAX_LAYERS = 10_000
+MAX_LAYERS = 10_000
 
 # What of a config.json is no part of the network: who wrote it, how it trains, what it is sampled with.
 _HARMLESS_NAMES = """
@@ -297,7 +297,7 @@ def read_target_config(raw: Mapping[str, Any], source: str = "config.json") -> T
     family = FAMILIES[name]
     _check_quantization(reader, family)
     hidden_size = reader.number("hidden_size")
-    num_layers = reader.number("num_hidden_layers", maximum=_MAX_LAYERS)
+    num_layers = reader.number("num_hidden_layers", maximum=MAX_LAYERS)
     max_position = reader.number("max_position_embeddings")
     heads, kv_heads, head_dim = _read_heads(reader, hidden_size, family)
     reader.expect("hidden_act", ("silu",), "silu")
@@ -335,7 +335,7 @@ def read_target_shape(raw: dict[str, Any], source: str = "config.json") -> Targe
     # Of a model that reads pictures too, what reads text.
     reader = Reader(text if isinstance(text, dict) and "hidden_size" not in raw else raw, source)
     shape = TargetShape(
-        num_layers=reader.number("num_hidden_layers", maximum=_MAX_LAYERS),
+        num_layers=reader.number("num_hidden_layers", maximum=MAX_LAYERS),
         hidden_size=reader.number("hidden_size"),
         vocab_size=reader.number("vocab_size"),
     )
@@ -379,7 +379,7 @@ def _read_second(
 ) -> tuple[ConvConfig, SelectorConfig]:
     """The parts that a DFlash 2 draft has and a DFlash draft lacks."""
     limits = {
-        "conv_kernel_size": _MAX_LAYERS,
+        "conv_kernel_size": MAX_LAYERS,
         "conv_group_size": hidden_size,
         "selector_rank": hidden_size,
         "selector_top_k": vocab_size,
@@ -427,7 +427,7 @@ def read_draft_config(raw: Mapping[str, Any], source: str = "config.json") -> Dr
 
     hidden_size = reader.number("hidden_size")
     reader.compare("target_hidden_size", hidden_size, "hidden_size")  # sglang-jax's key
-    num_layers = reader.number("num_hidden_layers", maximum=_MAX_LAYERS)
+    num_layers = reader.number("num_hidden_layers", maximum=MAX_LAYERS)
     max_position = reader.number("max_position_embeddings", 32768)
     # The reference reads the file as a Qwen3 config, so what an absent key means is Qwen3's.
     family = FAMILIES["qwen3"]

@@ -27,6 +27,7 @@ from dflash.models.llama import Llama
 from dflash.models.mesh import place
 from dflash.weights import easydel, huggingface, named, smollm2, snapshot, speculators
 from dflash.weights.build import Opened, build_target, check_dtype, check_values, named_weights
+from dflash.weights.config_json import MAX_LAYERS
 from dflash.weights.dialect import Dialect
 from dflash.weights.easydel_fork import exports, linen, runs
 from dflash.weights.names import Source
@@ -291,6 +292,8 @@ def new_draft(
     """
     if faults := [n for n in (num_layers, block_size, seed) if not isinstance(n, Integral) or n > 2**32]:
         raise ConfigError(f"layers, block size and seed of a draft are integers below 2**32, got {faults[0]!r}")
+    if num_layers > MAX_LAYERS:
+        raise ConfigError(f"a draft has at most {MAX_LAYERS} layers, got {num_layers}")
     if block_size < 2 or num_layers < 1:
         raise ConfigError(f"a draft has at least 1 layer and blocks of 2; got {num_layers} and {block_size}")
     if isinstance(target_layer_ids, int | str):

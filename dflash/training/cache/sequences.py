@@ -78,8 +78,8 @@ class SequenceCache:
 
     @property
     def max_block_size(self) -> int | None:
-        """None: the labels are the tokens themselves, which serve any block size."""
-        return None
+        """The longest sequence: the labels are the tokens themselves, and a longer block has none at its end."""
+        return self.longest
 
     @property
     def snapshot_sha256(self) -> str | None:

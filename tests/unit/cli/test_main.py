@@ -252,10 +252,24 @@ def refused(result, *said):
         (["--max-new-tokens", "0"], ["max_new_tokens must be at least 1"]),
         (["--mode", "cached_block_verify"], ["needs a draft"]),
         (["--draft", "untrained", "--mode", "greedy"], ["got a draft"]),
+        (["--draft", "untrained", "--mode", "recompute"], ["recompute", "can't be streamed"]),
+        (["--mode", "fast"], ["mode must be one of", "'fast'"]),
         (["--target", "/nowhere/at/all"], ["/nowhere/at/all"]),
         (["--draft", "/nowhere/at/all"], ["/nowhere/at/all"]),
     ],
-    ids=["temperature", "block1", "block9", "positions", "budget0", "no-draft", "draft", "no-target", "no-draft-dir"],
+    ids=[
+        "temperature",
+        "block1",
+        "block9",
+        "positions",
+        "budget0",
+        "no-draft",
+        "draft",
+        "recompute",
+        "mode",
+        "no-target",
+        "no-draft-dir",
+    ],
 )
 def test_requests_that_are_refused(run, folder, more, said):
     refused(generate(run, folder, *more), *said)

@@ -123,6 +123,7 @@ def test_init_draft_takes_the_targets_dtype(folder):
         ({"target_layer_ids": ()}, "reads at least one layer"),
         ({"target_layer_ids": 5}, "numbers of layers in a list, got 5"),
         ({"block_size": "x"}, "integers .*got 'x'"),
+        ({"num_layers": 10**9}, "at most 10000 layers, got 1000000000"),
         ({"num_layers": 1.5}, r"integers .*got 1\.5"),
         ({"seed": 2**70}, "integers .*got 1180591620717411303424"),
         ({"mask_token_id": 199}, "mask token 199 .*vocabulary of 199"),
