@@ -16,7 +16,7 @@ import jax
 import pytest
 
 from dflash.cli.pytest_options import add_options, all_options, apply_protocol, check_lengths
-from dflash.host.device import DeviceError, default_dtype, looks_like_tpu_host, open_device
+from dflash.host.device import DeviceError, check_width, default_dtype, looks_like_tpu_host, open_device
 from dflash.host.disk import check_writable
 from dflash.host.provenance import check_words, compile_cache, provenance
 from dflash.measuring import baselines
@@ -55,6 +55,10 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(_Stops())
     config.stash[RESULTS] = Results()
     config.stash[COMPILE_CACHE] = compile_cache()
+    try:
+        check_width()
+    except DeviceError as error:
+        raise pytest.UsageError(str(error)) from None
     named = (os.environ.get(option.env, "") for option in all_options(ROOT))
     check_words([*map(str, config.invocation_params.args), *named], pytest.UsageError)
     apply_protocol(config.option)
