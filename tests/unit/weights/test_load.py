@@ -253,6 +253,12 @@ def test_a_draft_for_speculators_comes_back(target, folder, tmp_path):
         ({"aux_hidden_state_layer_ids": [0, 2]}, r"aux_hidden_state_layer_ids must be .* got \[0, 2\]"),
         ({"aux_hidden_state_layer_ids": None}, "aux_hidden_state_layer_ids must be"),
         ({"transformer_layer_config": []}, "transformer_layer_config must be an object"),
+        ({"speculators_config": []}, "speculators_config must be an object"),
+        (
+            {"speculators_config": {"verifier": {"architectures": ["Qwen3ForCausalLM"]}}},
+            r"verifier is one of \['Qwen3ForCausalLM'\], and the target a LlamaForCausalLM",
+        ),
+        ({"speculators_config": {"verifier": {"architectures": "Llama"}}}, "verifier is one of 'Llama'"),
         ({"block_size": 1}, "block_size .*2, got 1"),
         ({"mask_token_id": None}, "mask_token_id .*got None"),
     ],
