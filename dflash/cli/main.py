@@ -27,6 +27,7 @@ from dflash.config import ConfigError
 from dflash.decoding.decode import RequestError
 from dflash.easydel import EasyDelError
 from dflash.host.device import DeviceError
+from dflash.host.disk import one_line
 from dflash.host.hub import HubError
 from dflash.host.provenance import check_words
 from dflash.measuring.result import ResultError
@@ -174,7 +175,7 @@ def main() -> int:
 
 def _refuse(reason: str) -> int:
     """One line of readable length: a quoted value may have any."""
-    line = " ".join(reason.split("\n"))
+    line = one_line(reason)
     if len(line) > _LONGEST:
         line = f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
     print(f"dflash: {line}", file=sys.stderr)

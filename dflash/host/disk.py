@@ -5,6 +5,7 @@ import errno
 import json
 import math
 import os
+import re
 import secrets
 import struct
 import tokenize
@@ -76,6 +77,11 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         with contextlib.suppress(OSError):  # one that was never made, on a disk that may not be written
             temporary.unlink()
         raise
+
+
+def one_line(text: str) -> str:
+    """The text without line breaks and what else would move a terminal's cursor or change its colours."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+", " ", text).strip()
 
 
 def size_text(count: float) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 
 import httpx
 
+from dflash.host.disk import one_line
 from dflash.host.provenance import redact
 
 # An event holds one token or, on some servers, all tokens so far: id and escaped text of each, and more.
@@ -104,7 +105,7 @@ class Connection:
 
     def error(self, what: str) -> ServingError:
         """An error of this server; its text is redacted before it is cut, so that no part of a secret remains."""
-        return ServingError(f"{redacted(self.url + what, self.secrets):.{_SENTENCE}}")
+        return ServingError(f"{one_line(redacted(self.url + what, self.secrets)):.{_SENTENCE}}")
 
     def is_healthy(self, path: str, seconds: float = 5.0) -> bool:
         """Whether it answers 200 in this time."""

@@ -199,6 +199,13 @@ def test_an_answer_of_another_kind_is_one_sentence(answer, named):
         assert named in refusal(stream, server)
 
 
+@pytest.mark.parametrize("said", [b"a\nb\rc", b"a\x1b[2J\x1b]0;b\x07c", "a\x9b31mb\u2028c".encode()])
+def test_what_a_server_says_moves_no_cursor(said):
+    for answer in (head(400) + said, head() + b"data: [" + said + b"\n\n"):
+        with hostile(answer) as server:
+            assert refusal(stream, server).isprintable()
+
+
 def test_a_stream_is_read_as_the_standard_has_it():
     text = b': data: {"a": 0}\r\nevent: x\ndata:{"a": 1}\r\n\r\nid: 7\ndata: {"a":\ndata: 2}\n\n'
     text += b'data: [DONE]\n\n: end\ndata: {"a": 3}'
