@@ -29,7 +29,7 @@ from dflash.training.objective import SUMS, means
 from dflash.training.trainer import TrainConfig, Trainer, learning_rate, step_flops
 from dflash.weights.runs.checkpoint import read_optimizer_state, read_run, run_config, write_run
 from dflash.weights.runs.directories import MARKER, latest_run
-from dflash.weights.snapshot import WeightsError
+from dflash.weights.snapshot import WeightsError, holds_weights
 
 # The plots of metrics.jsonl: a figure and the label of its axis.
 PANELS = (("cross_entropy", "cross-entropy, nats per label"), ("accept_len_mean", "accept length, mean"))
@@ -58,8 +58,12 @@ class RunConfig(Checked):
 def claim_run(root: Path) -> filelock.BaseFileLock:
     """Reserves the directory of a run, created if missing, for this process until it is released or the process ends.
 
-    Raises ConfigError if another process trains in it, or it can't be created.
+    Raises ConfigError if another process trains in it, it holds a draft already, or it can't be created.
     """
+    if holds_weights(root):
+        raise ConfigError(
+            f"{root} holds the weights of a draft, which its name would go on to mean: give a new directory"
+        )
     lock = filelock.FileLock(root / ".training.lock", is_singleton=True)
     try:
         root.mkdir(parents=True, exist_ok=True)

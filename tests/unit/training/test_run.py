@@ -354,6 +354,14 @@ def test_a_run_from_before_there_were_identities_is_resumed(start, finished, tmp
 CLAIM = "import sys; from pathlib import Path; from dflash.training.run import claim_run; claim_run(Path(sys.argv[1]))"
 
 
+def test_a_directory_that_is_a_draft_takes_no_run(start, tmp_path):
+    """`export` and `generate` would go on to read that draft, not the run."""
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ConfigError, match="holds the weights of a draft"):
+        start(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
 def test_a_directory_belongs_to_one_process_at_a_time(start, tmp_path):
     root = tmp_path / "root"
     command = [sys.executable, "-c", CLAIM, str(root)]
