@@ -11,13 +11,14 @@ from dflash.host import stopping
 stopping.leave_at_once()  # the imports take seconds
 
 # isort: split
+import filelock
 import jax
 import pytest
 
-from dflash.cli.pytest_options import add_options, apply_protocol
-from dflash.host.device import DeviceError, default_dtype, looks_like_tpu_host, open_device
+from dflash.cli.pytest_options import add_options, all_options, apply_protocol, check_lengths
+from dflash.host.device import DeviceError, check_width, default_dtype, looks_like_tpu_host, open_device
 from dflash.host.disk import check_writable
-from dflash.host.provenance import compile_cache, provenance
+from dflash.host.provenance import check_words, compile_cache, provenance
 from dflash.measuring import baselines
 from dflash.measuring.gate import closing_line
 from dflash.measuring.repeat import again, with_spread
@@ -54,7 +55,14 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(_Stops())
     config.stash[RESULTS] = Results()
     config.stash[COMPILE_CACHE] = compile_cache()
+    try:
+        check_width()
+    except DeviceError as error:
+        raise pytest.UsageError(str(error)) from None
+    named = (os.environ.get(option.env, "") for option in all_options(ROOT))
+    check_words([*map(str, config.invocation_params.args), *named], pytest.UsageError)
     apply_protocol(config.option)
+    check_lengths(config.option)
     _place_report(config)
     _check_results_file(config)
     _check_baselines(config)
@@ -109,8 +117,27 @@ def _check_results_file(config: pytest.Config) -> None:
     elif not os.access(json_file if json_file.exists() else folder, os.W_OK):
         fault = f"{json_file} may not be written"
     else:
+        _claim_results_file(config, json_file)
         return
     raise pytest.UsageError(f"--benchmark-json names a file to write, in a directory that is there; {fault}")
+
+
+def _claim_results_file(config: pytest.Config, json_file: Path) -> None:
+    """Keeps other runs from the file, its journal and its report until this one ends: the last would be all there is.
+
+    Raises UsageError where another run has it.
+    """
+    lock = filelock.FileLock(json_file.with_name(f".{json_file.name}.lock"), timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise pytest.UsageError(
+            f"results of one run go into one file, and another run writes {json_file}: wait until it ends, or name "
+            "another one"
+        ) from None
+    except OSError as error:
+        raise pytest.UsageError(f"--benchmark-json names a file; {json_file.parent}: {error.strerror}") from None
+    config.add_cleanup(lock.release)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -41,17 +41,23 @@ MOST = 10**9
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Range:
-    """The range of a number, stated in its field's type: `lowest` to `most`, excluded if `above` and `below`."""
+    """The range of a number, stated in its field's type: `lowest` to `most`, excluded if `above` and `below`.
+
+    With `least` it is `lowest`, or from there on.
+    """
 
     lowest: float
     most: float = MOST
     above: bool = False
     below: bool = False
+    least: float | None = None
 
     def rule(self, value: float) -> str:
         """The rule that a number breaks, such as "at least 1"; empty if it lies in the range. NaN lies nowhere."""
         if not (value > self.lowest if self.above else value >= self.lowest):
             return f"{'above' if self.above else 'at least'} {self.lowest}"
+        if self.least is not None and self.lowest < value < self.least:
+            return f"{self.lowest}, or at least {self.least}"
         if not (value < self.most if self.below else value <= self.most):
             return f"{'below' if self.below else 'at most'} {self.most}"
         return ""
@@ -62,6 +68,8 @@ Count = Annotated[int, Range(1)]
 BlockSize = Annotated[int, Range(2)]
 Seed = Annotated[int, Range(0, 2**32 - 1)]
 Size = Annotated[float, Range(0)]
+# Logits divided by less would not be finite in float32.
+Temperature = Annotated[float, Range(0, least=1e-6)]
 Positive = Annotated[float, Range(0, above=True)]
 Share = Annotated[float, Range(0, 1)]
 Mass = Annotated[float, Range(0, 1, above=True)]

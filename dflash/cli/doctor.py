@@ -433,9 +433,10 @@ def token() -> Finding:
     """Whether a Hugging Face token is set; it is never shown."""
     try:
         found = huggingface_hub.get_token()
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         advice = "HF_HOME and HF_TOKEN_PATH must name a folder and a file that can be read, or be unset"
-        return Finding(name="HF token", verdict="fix", found=f"{error.filename}: {error.strerror}", advice=advice)
+        told = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else "its file is no text"
+        return Finding(name="HF token", verdict="fix", found=told, advice=advice)
     if found:
         return Finding(name="HF token", verdict="ok", found="set")
     advice = "only gated models and data sets need one: set HF_TOKEN, or run `hf auth login`"

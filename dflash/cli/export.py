@@ -6,14 +6,16 @@ from typing import Annotated, Any
 
 import tyro
 
+from dflash.config import ConfigError
 from dflash.host.device import open_default_device
 from dflash.host.disk import read_object
 from dflash.metrics import finite
 from dflash.training.run import read_metrics
 from dflash.weights.export import Consumer, Dtype, export_draft, parse_size
-from dflash.weights.load import draft_directory, own_run, read_any_draft, target_directory
+from dflash.weights.load import draft_directory, draft_hash, own_run, read_any_draft, target_directory
 from dflash.weights.runs.arrays import read_run_object
 from dflash.weights.runs.directories import step_of
+from dflash.weights.smollm2 import NAME
 from dflash.weights.snapshot import WeightsError, target_config
 
 # Directories mean something only on the machine that trained; elsewhere only hashes do.
@@ -40,14 +42,35 @@ class Export:
     """Name of the target on the hub, for a speculators config."""
 
 
-def _without_directories(origin: dict[str, Any]) -> dict[str, Any]:
-    """Where a run was started, with ... for directories."""
-    read = {k: "..." if "/" in v else v for k, v in origin["read"].items()}
-    return origin | {"read": read, "command": ["..." if "/" in word else word for word in origin["command"]]}
+def _object(content: dict[str, Any], key: str, path: Path) -> dict[str, Any]:
+    """The object under a key of a run's file. Raises WeightsError."""
+    value = content.get(key)
+    if not isinstance(value, dict):
+        raise WeightsError(f"{path} must hold an object {key}, got {value!r:.60}: copy it again from where it was made")
+    return value
 
 
-def _record_of(draft: str) -> dict[str, Any] | None:
-    """The record of the draft that a run started from, if it still exists: a run, or a directory with a record."""
+def _without_directories(value: Any) -> Any:
+    """Text of a run's origin, in lists and objects too, with ... for directories."""
+    if isinstance(value, list):
+        return [_without_directories(v) for v in value]
+    if isinstance(value, dict):
+        return {k: _without_directories(v) for k, v in value.items()}
+    return "..." if isinstance(value, str) and "/" in value else value
+
+
+def _record_of(draft: Any, sha256: Any) -> dict[str, Any] | None:
+    """The record of the draft that a run started from: a run, or a directory with a record.
+
+    None if it is not there any more, or another one is there now. Nothing is fetched.
+    """
+    if not isinstance(draft, str) or not (draft == NAME or Path(draft).is_dir()):
+        return None
+    try:
+        if draft_hash(draft) != sha256:
+            return None
+    except (ConfigError, WeightsError):
+        return None
     run = own_run(draft)
     if run is not None:
         return training_record(run)
@@ -61,16 +84,18 @@ def training_record(run: Path) -> dict[str, Any]:
     `init_from` holds the same for the draft that it started from.
     """
     step = step_of(run)
-    provenance = read_run_object(run, "config.json")["dflash"]["provenance"]
+    config = run / "config.json"
+    provenance = _object(_object(read_run_object(run, "config.json"), "dflash", config), "provenance", config)
     record = {"step": step, "provenance": {k: v for k, v in provenance.items() if k not in _PATHS}}
     if provenance.get("init_from"):
-        record["init_from"] = _record_of(provenance["init_from"])
+        record["init_from"] = _record_of(provenance["init_from"], provenance.get("init_from_sha256"))
     settings = run.parent / "run_config.json"
     if settings.is_file():
         content = read_object(settings, WeightsError, "copy it again from where the run was trained")
         record["train"] = content.get("train")
         if "dflash" in content:
-            record["dflash"] = _without_directories(content["dflash"])
+            origin = _object(content, "dflash", settings)
+            record["dflash"] = origin | {k: _without_directories(origin[k]) for k in ("read", "command") if k in origin}
     # The name of a renamed run does not tell its step.
     metrics = [] if step is None else read_metrics(run.parent / "metrics.jsonl")
     lines = [line for line in metrics if line["step"] <= step]

@@ -94,6 +94,8 @@ def generate(args: Annotated[Generate, tyro.conf.arg(name="")]) -> None:
     """Answer a prompt: stream the text, then one line of figures."""
     if not args.prompt.strip():
         raise RequestError(f"a prompt must have some text, got {args.prompt!r}: say what to ask")
+    if args.mode in MODES and not MODES[args.mode].cached:
+        raise RequestError(f"mode {args.mode} keeps no cache and can't be streamed: dflash.decode has it")
     WORKER.begin()  # its imports run while the target is read
     compiled = compile_cache()
     device, target = args.open()

@@ -27,8 +27,11 @@ from dflash.config import ConfigError
 from dflash.decoding.decode import RequestError
 from dflash.easydel import EasyDelError
 from dflash.host.device import DeviceError
+from dflash.host.disk import one_line
 from dflash.host.hub import HubError
+from dflash.host.provenance import check_words
 from dflash.measuring.result import ResultError
+from dflash.measuring.turns import is_out_of_memory, sentence_of
 from dflash.serving.connection import ServingError
 from dflash.text.prompts import PromptError
 from dflash.text.tokenizer import TokenizerError
@@ -148,6 +151,7 @@ def main() -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
+        check_words(sys.argv[1:], UsageError)
         read_command(sys.argv[1:])()
     except USER_ERRORS as error:
         return _refuse(str(error))
@@ -155,6 +159,12 @@ def main() -> int:
         # Whoever read our output wants no more; Python would say so when it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return _refuse(
+            f"{sentence_of(error)}: ask for less (a smaller batch, fewer tokens), or take more devices or a larger host"
+        )
     except OSError as error:
         if error.errno not in _REMEDIES:
             raise
@@ -165,7 +175,7 @@ def main() -> int:
 
 def _refuse(reason: str) -> int:
     """One line of readable length: a quoted value may have any."""
-    line = " ".join(reason.split("\n"))
+    line = one_line(reason)
     if len(line) > _LONGEST:
         line = f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
     print(f"dflash: {line}", file=sys.stderr)

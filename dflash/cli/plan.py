@@ -25,7 +25,7 @@ from dflash.compiled.plan import (
 from dflash.compiled.programs import Networks, abstract_networks
 from dflash.compiled.topology import Topology, describe
 from dflash.config import BlockSize, Checked, Computed, ConfigError, Count, DraftConfig, TargetConfig
-from dflash.host.disk import check_writable, write_atomically
+from dflash.host.disk import check_writable, nearest, write_atomically
 from dflash.metrics import finite
 from dflash.training.trainer import TrainConfig
 from dflash.weights.load import draft_config, new_draft
@@ -105,12 +105,15 @@ def plan(args: Annotated[PlanArguments, tyro.conf.arg(name="")]) -> None:
     """Compile the programs of a decode for a described TPU; estimate memory, cycles, collectives and gains."""
     if args.training and args.tp == "auto":
         raise ConfigError("--training takes a number for --tp, the devices that split the vocabulary; got auto")
+    # Before minutes of compiling.
+    if args.json is not None:
+        check_writable(args.json)
+    if args.hlo is not None:
+        check_writable(nearest(args.hlo) / "probe")
     cases = list(settings(args.batch, args.context, args.block_size))
     target = _target(args.target)
     draft = _draft(args, target, max(c.block_size for c in cases))
     topology = describe(args.topology)
-    if args.json is not None:
-        check_writable(args.json)
 
     def networks(tp: int) -> Networks:
         return abstract_networks(

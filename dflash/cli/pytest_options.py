@@ -15,8 +15,9 @@ from typing import Annotated, Any
 import pytest
 
 from dflash.cli.template import TemplateOptions
-from dflash.config import Count, Fraction, Index, Mass, Positive, Range, Seed, Share, Size
+from dflash.config import Count, Fraction, Index, Mass, Positive, Range, Seed, Share, Size, Temperature
 from dflash.host.device import KINDS
+from dflash.host.provenance import redact
 from dflash.measuring import baselines
 from dflash.serving.options import SERVERS
 from dflash.text.prompts import PromptSet, load_prompts
@@ -178,7 +179,7 @@ def all_options(root: Path) -> list[Option]:
         ),
         Option(
             "--prompt-len", "DFLASH_PROMPT_LEN", "0", listed(integer(0)), "N,N",
-            "exact prompt lengths in tokens; 0 leaves them",
+            "exact lengths in tokens, of prompts made of builtin text or random tokens; 0 leaves prompts as they are",
         ),
         Option("--batch-size", "DFLASH_BATCH_SIZE", "1", listed(integer(1)), "N,N", "prompts decoded together"),
         Option("--block-sizes", "BLOCK_SIZES", "8", listed(integer(2)), "N,N", "block sizes, the anchor included"),
@@ -186,7 +187,7 @@ def all_options(root: Path) -> list[Option]:
             "--max-new-tokens", "MAX_NEW_TOKENS_LIST", None, listed(integer(1)), "N,N", "token budgets; by default 64"
         ),
         Option(
-            "--temperature", "DFLASH_TEMPERATURE", "0", within(Size), "T",
+            "--temperature", "DFLASH_TEMPERATURE", "0", within(Temperature), "T",
             "above 0, tokens are drawn, the same by both decoders; 0 is greedy",
         ),
         Option("--top-k", "DFLASH_TOP_K", "0", within(Index), "N", "draw from the likeliest N tokens; 0 from all"),
@@ -274,6 +275,18 @@ def apply_protocol(options: Any) -> None:
         setattr(options, name, getattr(options, name) or value)
 
 
+def check_lengths(options: Any) -> None:
+    """Raises UsageError for exact lengths of prompts that are not cut to any: figures would bear another's name."""
+    if not any(options.prompt_len):
+        return
+    others = [source for source in options.prompts if source not in ("builtin", "random")]
+    if others or options.raw:
+        raise pytest.UsageError(
+            "--prompt-len makes prompts of exactly so many tokens of builtin text in the chat template, or of random "
+            f"tokens; got {'--raw' if options.raw else '--prompts ' + ','.join(others)}: leave one of them out"
+        )
+
+
 def protocol_name(options: Any) -> str:
     """The protocol, with what was asked for instead of z-lab's own: no such figure passes for one of z-lab's."""
     theirs = PROTOCOLS["zlab"] if options.protocol == "zlab" else {}
@@ -305,12 +318,13 @@ def add_options(parser: pytest.Parser, root: Path) -> None:
     group = parser.getgroup("dflash", "DFlash decoding and its measurement")
     for option in all_options(root):
         value = os.environ.get(option.env) or option.default
+        shown = " ".join(redact((value or "").split(" ")))
         group.addoption(
             option.name,
             default=value,
             type=option.type,
             metavar=option.metavar,
-            help=f"{option.text} (env {option.env}; now {value or ''!r})".replace("%", "%%"),
+            help=f"{option.text} (env {option.env}; now {shown!r})".replace("%", "%%"),
         )
     for flag, text in FLAGS.items():
         group.addoption(flag, action="store_true", help=text)

@@ -32,6 +32,7 @@ from dflash.training.evaluate import check_fit
 from dflash.training.run import Run, RunConfig
 from dflash.training.start import check_init_layers, frequent_tokens, start_from_layers
 from dflash.training.trainer import TrainConfig, Trainer
+from dflash.weights.config_json import MAX_LAYERS
 from dflash.weights.load import (
     Borrowed,
     draft_hash,
@@ -99,6 +100,10 @@ def _second(args: Train, target: TargetConfig) -> dict[str, Any]:
         faults.append(f"conv_group_size must divide the hidden size {target.hidden_size}, got {args.conv_group_size}")
     if args.selector_top_k > target.vocab_size:
         faults.append(f"selector_top_k is at most the vocabulary {target.vocab_size}, got {args.selector_top_k}")
+    if args.selector_rank > target.hidden_size:
+        faults.append(f"selector_rank is at most the hidden size {target.hidden_size}, got {args.selector_rank}")
+    if args.conv_kernel_size > MAX_LAYERS:
+        faults.append(f"conv_kernel_size is at most {MAX_LAYERS}, got {args.conv_kernel_size}")
     if faults:
         raise ConfigError("; ".join(faults))
     return {

@@ -103,8 +103,19 @@ def _integer(value: Any) -> int | None:
         return None
 
 
+def _items(values: Any) -> list[Any] | None:
+    """What an array, a list or a generator holds; None for text, bytes, an object by keys, and what holds nothing."""
+    if isinstance(values, str | bytes | bytearray | Mapping):
+        return None
+    try:
+        return list(values)
+    except TypeError:  # also an array without a dimension
+        return None
+
+
 def _integers(values: Any, what: str) -> list[int]:
-    numbers = [_integer(v) for v in values] if isinstance(values, Iterable) else [None]
+    items = _items(values)
+    numbers = [None] if items is None else [_integer(v) for v in items]
     known = [n for n in numbers if n is not None]
     if len(known) < len(numbers):
         raise RequestError(f"{what} must be integers, got {repr(values)[:60]}")
@@ -129,14 +140,18 @@ def _check_budgets(value: Any, rows: int) -> list[int]:
 def _check_stops(value: Any, rows: int) -> list[list[int]]:
     """Stop tokens for all rows (one, or several), or several per row."""
     one = _integer(value)
-    values = [one] if one is not None else list(value)
-    if any(isinstance(v, Iterable) for v in values):
+    values = [one] if one is not None else _items(value)
+    if values is not None and any(isinstance(v, Iterable) for v in values):
         _check_count("stop_token_ids", len(values), rows)
         stops = [_integers(v, "stop_token_ids") for v in values]
     else:
-        stops = [_integers(values, "stop_token_ids")] * rows
+        stops = [_integers(value if values is None else values, "stop_token_ids")] * rows
+    stops = [list(dict.fromkeys(ids)) for ids in stops]
     if max(map(len, stops)) > MAX_STOPS:
         raise RequestError(f"at most {MAX_STOPS} stop tokens a row, got {max(map(len, stops))}")
+    outside = [i for ids in stops for i in ids if not 0 <= i < 2**31]
+    if outside:
+        raise RequestError(f"stop_token_ids must be token ids, 0 or more, got {outside[0]}")
     return stops
 
 
@@ -158,10 +173,16 @@ def _check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> list[li
     return checked
 
 
-def _token_ids(prompts: Sequence[Prompt], tokenizer: Codec | None) -> list[Any]:
+def _token_ids(prompts: Iterable[Prompt], tokenizer: Codec | None) -> list[Any]:
     """Every prompt as token ids, as far as it is text or messages."""
-    if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], Mapping)):
+    items = _items(prompts)
+    if isinstance(prompts, str) or (items and isinstance(items[0], Mapping)):
         raise RequestError(f"prompts are a list of prompts, got one alone: put it into a list ({prompts!r:.60})")
+    if items is None:
+        raise RequestError(
+            f"prompts are a list of token ids, texts or messages (those of a prompt set: its encode(tokenizer)), got "
+            f"{prompts!r:.60}"
+        )
 
     def ids(row: int, prompt: Any) -> Any:
         messages = isinstance(prompt, list | tuple) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
@@ -171,15 +192,21 @@ def _token_ids(prompts: Sequence[Prompt], tokenizer: Codec | None) -> list[Any]:
             raise RequestError(f"text and messages need tokenizer=load_tokenizer(...); prompt {row} is {prompt!r:.60}")
         return tokenizer.encode_chat(list(prompt)) if messages else tokenizer.encode(prompt)
 
-    return [ids(row, prompt) for row, prompt in enumerate(prompts)]
+    return [ids(row, prompt) for row, prompt in enumerate(items)]
 
 
-def _check_loaded(**networks: Any) -> None:
-    """Refuses a name in place of a network, an easy slip."""
-    for what, network in networks.items():
-        if isinstance(network, str | Path):
-            call = f"load_target({str(network)!r})" if what == "target" else f"load_draft({str(network)!r}, target)"
-            raise RequestError(f"a {what} is a loaded network, got a name: pass {call}")
+def _check_loaded(target: Any, draft: Any, tokenizer: Any = None) -> None:
+    """Refuses what is not loaded, such as a name, an easy slip."""
+    proposer = draft.draft if isinstance(draft, ScriptedDraft) else draft
+    for what, given, good, call in (
+        ("target", target, isinstance(target, Llama), "load_target({})"),
+        ("draft", proposer, isinstance(proposer, Draft | None), "load_draft({}, target)"),
+        ("tokenizer", tokenizer, tokenizer is None or hasattr(tokenizer, "encode_chat"), "load_tokenizer({})"),
+    ):
+        if isinstance(given, str | Path):
+            raise RequestError(f"a {what} is loaded, got a name: pass {call.format(repr(str(given)))}")
+        if not good:
+            raise RequestError(f"a {what} is what {call.format('...')} gives, got {type(given).__name__}")
 
 
 def _check_block_size(draft: Draft, block_size: int | None, allow_larger_block: bool) -> int:
@@ -211,9 +238,9 @@ def check_request(
     draft_vocab: DraftVocab | None = None,
 ) -> Request:
     """The request with defaults filled in, per row. Raises RequestError with the rule, what came, and what to do."""
-    if mode not in MODES:
+    if not isinstance(mode, str) or mode not in MODES:
         raise RequestError(f"mode must be one of {list(MODES)}, got {mode!r}")
-    _check_loaded(target=target, draft=draft)
+    _check_loaded(target, draft)
     if faults := field_faults(sampling):
         raise RequestError("; ".join(faults))
     drafts = MODES[mode].drafts
@@ -246,8 +273,13 @@ def check_request(
     stops = _check_stops(stop_token_ids, len(ids))
     script = None
     if isinstance(draft, ScriptedDraft):
-        if len(draft.outputs) != len(ids):
-            raise RequestError(f"a scripted draft has one output per prompt ({len(ids)}), got {len(draft.outputs)}")
+        outputs = _items(draft.outputs) or []
+        if len(outputs) != len(ids):
+            raise RequestError(f"a scripted draft has one output per prompt ({len(ids)}), got {len(outputs)}")
+        if any(not 0 <= i < 2**31 for row in outputs for i in _integers(row, "outputs of a scripted draft")):
+            raise RequestError("outputs of a scripted draft must be token ids")
+        if _integer(draft.accept_len) not in range(size):
+            raise RequestError(f"accept_len must be 0..{size - 1} for blocks of {size}, got {draft.accept_len!r}")
         script = draft.table(size)
     return Request(
         draft=network,
@@ -432,6 +464,7 @@ def _request(
     **sampling: Any,
 ) -> Request:
     """The request that `decode` and `stream` are asked for."""
+    _check_loaded(target, draft, tokenizer)
     if stop_token_ids is None:
         stop_token_ids = () if tokenizer is None else tokenizer.stop_token_ids
     return check_request(
@@ -468,9 +501,10 @@ def stream(
     request = _request(**asked.arguments)
     if not MODES[request.mode].cached:
         raise RequestError(f"mode {request.mode} does not stream: use decode")
-    if every < 1:
-        raise RequestError(f"every counts steps, at least 1, got {every}")
-    return _new_tokens(target, request, every)
+    steps = _integer(every)
+    if steps is None or steps < 1:
+        raise RequestError(f"every counts steps, at least 1, got {every!r}")
+    return _new_tokens(target, request, min(steps, max(request.budgets)))
 
 
 def _new_tokens(target: Llama, request: Request, every: int) -> Iterator[list[list[int]]]:

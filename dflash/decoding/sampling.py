@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from dflash.config import Checked, Index, Mass, Seed, Share, Size
+from dflash.config import Checked, Index, Mass, Seed, Share, Temperature
 from dflash.models import mesh
 from dflash.models.layers import likeliest, most_likely
 from dflash.models.llama import Llama
@@ -29,7 +29,7 @@ _LISTED = 256
 class SamplingOptions(Checked):
     """How tokens are drawn."""
 
-    temperature: Size = 0.0
+    temperature: Temperature = 0.0
     """Above 0, tokens are drawn, the same in every mode; 0 is greedy. Servers draw with noise of their own."""
     top_k: Index = 0
     """Draw from this many of the likeliest tokens; 0 from all."""
@@ -52,7 +52,7 @@ class Sampling:
     first_row  the number of the first prompt, where a request is a part of a longer list
     """
 
-    temperature: Size = 0.0
+    temperature: Temperature = 0.0
     top_k: Index = 0
     top_p: Mass = 1.0
     min_p: Share = 0.0
@@ -197,7 +197,9 @@ class Draws:
             scores, top = at_least(least), jnp.where(top >= least, top, -jnp.inf)
         if rule.top_p < 1:
             weights, listed = jnp.exp(scores - top[0]), jnp.exp(top - top[0])
-            limit, above = rule.top_p * total(weights), jnp.cumsum(listed, axis=0) - listed
+            # The likeliest stays, however little is asked for.
+            limit = jnp.maximum(rule.top_p * total(weights), np.finfo(np.float32).tiny)
+            above = jnp.cumsum(listed, axis=0) - listed
             scores = at_least(
                 jax.lax.cond(
                     (above[-1] + listed[-1] >= limit).all(),

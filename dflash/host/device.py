@@ -43,8 +43,16 @@ def _refusal(kind: str, error: RuntimeError) -> DeviceError:
     )
 
 
+def check_width() -> None:
+    """Raises DeviceError where jax computes in 64 bits: no program here is written for it, and no figure is of it."""
+    config: Any = jax.config  # type checkers do not know jax's flags
+    if config.jax_enable_x64:
+        raise DeviceError("every program here computes in 32 bits or fewer, and jax is set to 64: unset JAX_ENABLE_X64")
+
+
 def open_device(kind: str) -> jax.Device:
     """The first device of a kind (cpu, gpu or tpu). Raises DeviceError in one sentence when there is none."""
+    check_width()
     try:
         return jax.devices(kind)[0]
     except RuntimeError as error:
@@ -59,6 +67,7 @@ def _platforms() -> str:
 
 def open_default_device() -> jax.Device:
     """The device that jax picks. Raises DeviceError, also if a TPU is held: jax would silently use the CPU."""
+    check_width()
     platforms = _platforms()
     try:
         if not platforms and looks_like_tpu_host():

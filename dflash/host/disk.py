@@ -5,7 +5,12 @@ import errno
 import json
 import math
 import os
+import re
 import secrets
+import struct
+import tokenize
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -74,6 +79,11 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         raise
 
 
+def one_line(text: str) -> str:
+    """The text without line breaks and what else would move a terminal's cursor or change its colours."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+", " ", text).strip()
+
+
 def size_text(count: float) -> str:
     """A number of bytes in a readable unit: `1.9 MB`."""
     for unit in ("bytes", "kB", "MB", "GB"):
@@ -88,6 +98,25 @@ def open_file(path: Path) -> BinaryIO:
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "it is no file", str(path))
     return path.open("rb")
+
+
+# What numpy, zipfile and msgpack raise on bytes that are no array or no archive.
+DAMAGE = (
+    OSError,
+    ValueError,
+    EOFError,
+    TypeError,
+    SyntaxError,
+    OverflowError,
+    MemoryError,
+    RecursionError,
+    NotImplementedError,  # an unknown compression
+    RuntimeError,  # an encrypted part
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    tokenize.TokenError,
+)
 
 
 # No JSON file that is read here comes near these; what is beyond them takes memory, or breaks what handles it later.

@@ -1,5 +1,6 @@
 """The Hugging Face hub: whether it answers, and what must not be shown of a request."""
 
+import contextlib
 import os
 import re
 import threading
@@ -22,10 +23,9 @@ def reachable() -> bool:
         import httpx
         from huggingface_hub import constants
 
-        try:
+        # Also what the environment says of proxies and certificates may be unusable, in many ways.
+        with contextlib.suppress(Exception):
             answered.append(httpx.head(constants.ENDPOINT, timeout=REACH_S))
-        except httpx.HTTPError:
-            return
 
     asker = threading.Thread(target=ask, daemon=True)
     asker.start()

@@ -50,9 +50,25 @@ _TARGET = ("target", "target_sha256", "draft", "draft_sha256")
 _PROMPTS = ("prompts", "prompts_sha256", "chat_template_args", "template_date")
 _READ = (*_TARGET, *_PROMPTS, "cache_sha256")
 # Tokens (plural) and tokenizers are what language models read, not secrets.
-_SECRET_NAME = re.compile(r"token(?!s|iz)|secret|passw|credential|(?:api|access|private)[-_]?key", re.IGNORECASE)
+_NAMES = r"token(?!s|iz)|secret|passw|credential|(?:api|access|private)[-_]?key|(?<![a-z])auth(?![a-z])|authorization"
+_SECRET_NAME = re.compile(_NAMES, re.IGNORECASE)
+# As in `Authorization: Bearer ...`, and of a URL's query.
+_SCHEME = re.compile(r"(?:^|\W)bearer:?$|authorization\W+basic$", re.IGNORECASE)
+_SECRET_QUERY = re.compile(rf"([?&][\w.-]*(?:{_NAMES})[\w.-]*=)[^&#\s]+", re.IGNORECASE)
 _SECRET_VALUE = re.compile(r"\b(?:hf_|ghp_|gho_|github_pat_|glpat-|sk-|xox[bp]-|AKIA)[\w-]{6,}|(?<=://)[^/\s]+(?=@)")
 _HIDDEN = "***"
+
+
+def check_words(words: Sequence[str], error: type[Exception]) -> None:
+    """Raises `error` for a word that is no text: its bytes can't be decoded, so no result could record it."""
+    for word in words:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise error(
+                f"words of a command are {sys.getfilesystemencoding()}, since results record them; {word!r:.80} has "
+                "other bytes: write or rename it so"
+            ) from None
 
 
 def redact(command: Sequence[str], secrets: Sequence[str] = ()) -> list[str]:
@@ -65,7 +81,7 @@ def redact(command: Sequence[str], secrets: Sequence[str] = ()) -> list[str]:
     for word in command:
         follows = bool(words) and "=" not in words[-1] and _names_secret(words[-1])
         name, sign, _ = word.partition("=")
-        if follows and not word.startswith("-"):
+        if (follows and not word.startswith("-")) or _SCHEME.search(" ".join(words[-2:])):
             word = _HIDDEN
         elif sign and " " not in name and _names_secret(name):
             word = f"{name}={_HIDDEN}"
@@ -74,7 +90,7 @@ def redact(command: Sequence[str], secrets: Sequence[str] = ()) -> list[str]:
             word = option + " ".join(redact(word.removeprefix(option).split(" "), secrets))
         for value in held:
             word = word.replace(value, _HIDDEN)
-        words.append(_SECRET_VALUE.sub(_HIDDEN, word))
+        words.append(_SECRET_VALUE.sub(_HIDDEN, _SECRET_QUERY.sub(rf"\1{_HIDDEN}", word)))
     return words
 
 

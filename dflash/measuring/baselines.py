@@ -32,6 +32,8 @@ TOLERANCE = 0.01
 LOCK_SECONDS = 60
 # A term that moved by less than this is called unchanged.
 _UNCHANGED = 0.02
+# No figure comes near it.
+_MOST = 1e9
 FIGURES = ("speedup_x", "acceptance_length", "accept_rate", "verify_ratio", "draft_ratio")
 _TERMS = {"acceptance": "acceptance_length", "verify step": "verify_ratio", "draft step": "draft_ratio"}
 # The interval of each figure. The prompts are the baseline's own, so only the clock's noise counts.
@@ -99,12 +101,18 @@ def _case_faults(case: Any) -> list[str]:
         elif "reference" not in limits or set(limits) - known - more:
             faults.append(f"{name} takes {' and '.join(sorted(known, reverse=True))}, got {sorted(limits)}")
         else:
-            faults += [f"{name} {k} must be a number, got {v!r}" for k, v in limits.items() if not _is_number(v)]
-            spread = limits.get("between_runs"), limits.get("runs")
-            if spread != (None, None) and not (
-                _is_number(spread[0]) and _is_number(spread[1]) and float(spread[1] or 0) >= 2
+            # What is measured is divided by a reference.
+            lowest = {"reference": 0.0 if name == "accept_rate" else 1e-9}
+            faults += [
+                f"{name} {k} must be a number from {lowest.get(k, 0.0):g} to {_MOST:g}, got {v!r}"
+                for k, v in limits.items()
+                if k in known and not (_is_number(v) and lowest.get(k, 0.0) <= v <= _MOST)
+            ]
+            deviation, runs = limits.get("between_runs"), limits.get("runs")
+            if (deviation, runs) != (None, None) and not (
+                _is_number(deviation) and 0 <= float(deviation or 0) <= 10 and type(runs) is int and 2 <= runs <= _MOST
             ):
-                faults.append(f"{name} between_runs comes from at least 2 runs, got {spread[0]!r} from {spread[1]!r}")
+                faults.append(f"{name} between_runs is 0 to 10 and of at least 2 runs, got {deviation!r} from {runs!r}")
     return faults
 
 

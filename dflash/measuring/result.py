@@ -20,8 +20,9 @@ from dflash.metrics import finite
 
 Count: TypeAlias = Annotated[int, Field(ge=0)]
 AtLeastOne: TypeAlias = Annotated[int, Field(ge=1)]
-NotNegative: TypeAlias = Annotated[float, Field(ge=0)]
-Positive: TypeAlias = Annotated[float, Field(gt=0)]
+# No figure comes near these ends, and what is computed of two figures stays finite.
+NotNegative: TypeAlias = Annotated[float, Field(ge=0, le=1e30)]
+Positive: TypeAlias = Annotated[float, Field(ge=1e-30, le=1e30)]
 Fraction: TypeAlias = Annotated[float, Field(ge=0, le=1)]
 Interval: TypeAlias = tuple[Positive, Positive]
 Sha256: TypeAlias = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -176,7 +177,7 @@ class Decode(Workload, Accepted):
     speedup_x: Positive | None
     speedup_x_ci95: Interval | None
     speedup_x_timing_ci95: Interval | None = None
-    between_runs: NotNegative | None = None
+    between_runs: Annotated[float, Field(ge=0, le=10)] | None = None
     runs: AtLeastOne = 1
     spread: float | None = None
     drift: float | None = None

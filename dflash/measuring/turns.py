@@ -35,7 +35,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
 
 
-def _sentence(error: BaseException) -> str:
+def sentence_of(error: BaseException) -> str:
+    """What failed in one line, without folders."""
     first = next(iter(str(error).strip().splitlines()), "")
     line = re.sub(r"(?:/[\w.+@-]+)+/", "", first)[:300]
     kind = "out of memory" if is_out_of_memory(error) else type(error).__name__
@@ -50,7 +51,7 @@ def attempt(action: Callable[[], T]) -> T | Failure:
         out_of_memory = is_out_of_memory(error)
         known = out_of_memory or isinstance(error, RequestError)
         trace = "" if known else "".join(traceback.format_exception(error))
-        failure = Failure(sentence=_sentence(error), trace=trace)
+        failure = Failure(sentence=sentence_of(error), trace=trace)
     # Outside the handler nothing refers to the error any more, or to what its frames held.
     if out_of_memory:
         forget_compiled()

@@ -91,11 +91,13 @@ class Adapter:
                 [python, "-c", _LOOK, self.package, self.distribution],
                 capture_output=True,
                 text=True,
+                errors="replace",
                 check=True,
                 timeout=_LOOK_S,
             ).stdout
             version, folders = json.loads(output)
-        except (OSError, subprocess.SubprocessError, json.JSONDecodeError) as error:
+        # Another program than Python may print anything.
+        except (OSError, subprocess.SubprocessError, ValueError, TypeError, RecursionError) as error:
             # Of a command that failed, its last line: the error itself holds the whole script.
             last = (getattr(error, "stderr", None) or "").strip().rpartition("\n")[2] or type(error).__name__
             reason = getattr(error, "strerror", None) or last

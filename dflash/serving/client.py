@@ -209,7 +209,10 @@ class OpenAIClient(Client):
         return "/v1/completions", body | ({"return_token_ids": True} if self._gives_ids else {})
 
     def take(self, reply: Reply, event: Any) -> None:
-        for choice in _items(event, "choices", dict):
+        choices = _items(event, "choices", dict)
+        if len(choices) > 1 or any(_field(choice, "index", int) for choice in choices):
+            raise ValueError("more than the one choice that was asked for")
+        for choice in choices:
             reply.text += _field(choice, "text", str) or ""
             reply.ids += _items(choice, "token_ids", int)
             reply.finished = reply.finished or choice.get("finish_reason") is not None

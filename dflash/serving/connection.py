@@ -9,6 +9,7 @@ import base64
 import contextlib
 import json
 import os
+import re
 import time
 import urllib.parse
 from collections.abc import AsyncIterator, Callable
@@ -16,6 +17,7 @@ from typing import Any
 
 import httpx
 
+from dflash.host.disk import one_line
 from dflash.host.provenance import redact
 
 # An event holds one token or, on some servers, all tokens so far: id and escaped text of each, and more.
@@ -50,7 +52,7 @@ def redacted(text: str, secrets: tuple[str, ...] = ()) -> str:
 
 
 def read_url(url: str) -> httpx.URL:
-    """A server's URL without `/v1`, which requests add. Raises ServingError without showing a password in it."""
+    """A server's URL without `/v1`, which requests add. Raises ServingError without showing a password or a query."""
     try:
         parsed = httpx.URL(url.strip().rstrip("/").removesuffix("/v1").rstrip("/"))
         fits = parsed.scheme in ("http", "https") and bool(parsed.host) and (parsed.port or 1) < 2**16
@@ -58,10 +60,17 @@ def read_url(url: str) -> httpx.URL:
         fits = False
     if not fits or parsed.query or parsed.fragment:
         raise ServingError(
-            "a URL of a server is http://HOST:PORT or https://HOST, also with a path; got "
-            f"{'***@' * ('@' in url) + url.rpartition('@')[2]!r:.200}"
+            f"a URL of a server is http://HOST:PORT or https://HOST, also with a path; got {_shown_url(url)!r:.200}"
         )
     return parsed
+
+
+def _shown_url(url: str) -> str:
+    """A URL with *** for what stands before the host, and for what follows the path."""
+    place, sign, _ = re.split(r"([?#]|$)", url, maxsplit=1)
+    if "@" in url:
+        place = f"***@{place.rpartition('@')[2]}" if "@" in place else "***"
+    return place + (sign and f"{sign}***")
 
 
 class Connection:
@@ -85,11 +94,18 @@ class Connection:
         self._headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {key}"} if key else {})
         # The environment's proxy is bypassed for this host.
         self._local = self._base.host in _LOCAL
-        self._tls = httpx.create_ssl_context() if self._base.scheme == "https" else False
+        try:
+            self._tls = httpx.create_ssl_context() if self._base.scheme == "https" else False
+            httpx.AsyncClient(trust_env=not self._local, verify=self._tls)
+        except (ImportError, OSError, ValueError, httpx.InvalidURL) as error:
+            raise ServingError(
+                "proxies and certificates that the environment names (HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, NO_PROXY, "
+                f"SSL_CERT_FILE, SSL_CERT_DIR) must be ones that can be used: {redacted(str(error)):.{_SHOWN}}"
+            ) from None
 
     def error(self, what: str) -> ServingError:
         """An error of this server; its text is redacted before it is cut, so that no part of a secret remains."""
-        return ServingError(f"{redacted(self.url + what, self.secrets):.{_SENTENCE}}")
+        return ServingError(f"{one_line(redacted(self.url + what, self.secrets)):.{_SENTENCE}}")
 
     def is_healthy(self, path: str, seconds: float = 5.0) -> bool:
         """Whether it answers 200 in this time."""

@@ -15,6 +15,8 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import filelock
+
 from dflash.host.disk import write_atomically
 from dflash.host.stopping import unwinding
 from dflash.serving.connection import Connection, ServingError, redacted
@@ -76,6 +78,27 @@ class Server:
 
 
 @contextlib.contextmanager
+def _own(log: Path, begin: str) -> Iterator[None]:
+    """Begins a log that no other run writes to meanwhile: two servers' would be taken for one. Raises ServingError."""
+    lock = filelock.FileLock(log.with_name(f".{log.name}.lock"), timeout=0)
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+        log.write_text(begin, encoding="utf-8")
+    except filelock.Timeout:
+        raise ServingError(
+            f"a log is of one server, and another run writes to {log}: wait until it ends, or name another directory "
+            "(--server-logs)"
+        ) from None
+    except OSError as error:
+        raise ServingError(f"a server's log goes to {log} (--server-logs): {error.strerror}") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
 def started(
     command: Sequence[str],
     url: str,
@@ -89,13 +112,8 @@ def started(
 
     Its log keeps none of the `secrets`. Raises ServingError when it can't be started, ends, or is not ready in time.
     """
-    try:
-        log.parent.mkdir(parents=True, exist_ok=True)
-        log.write_text(f"$ {redacted(shlex.join(command), secrets)}\n", encoding="utf-8")
-    except OSError as error:
-        raise ServingError(f"a server's log goes to {log} (--server-logs): {error.strerror}") from None
     process = None
-    with unwinding():
+    with _own(log, f"$ {redacted(shlex.join(command), secrets)}\n"), unwinding():
         try:
             with log.open("ab") as out:
                 process = subprocess.Popen(

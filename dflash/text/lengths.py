@@ -32,6 +32,12 @@ def exact_length_prompts(tokenizer: ChatTokenizer, length: int, count: int, seed
         body: list[int] = []
         # Joined before encoding, so that the seams are tokens which a tokenizer would make.
         while len(body) < room:
+            # Every prompt has a token at least, unless a template drops or cuts what it is given.
+            if len(picked) > room:
+                raise PromptError(
+                    f"the chat template leaves {len(body)} tokens of any text, and {room} are asked for: use a shorter "
+                    "length, or a template that takes the user's words whole"
+                )
             picked += itertools.islice(order, len(picked) + 1)
             row = encode("\n\n".join(picked))
             body = row[len(front) : len(row) - len(end)]

@@ -17,6 +17,17 @@ class PromptError(ValueError):
 ROLES = ("system", "developer", "user", "assistant")
 
 
+def text_of(value: Any, what: str) -> str:
+    """The value, if it is text with words in it. Raises PromptError."""
+    if not isinstance(value, str) or not value.strip():
+        raise PromptError(f"{what} is text that isn't blank; got {value!r:.60}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise PromptError(f"{what} is text of whole characters; half of one is in {value!r:.60}") from None
+    return value
+
+
 class ChatTokenizer(Protocol):
     """What prompts need from a tokenizer: a conversation, or plain text, as token ids."""
 
@@ -43,8 +54,7 @@ class Prompt:
 
     def __post_init__(self) -> None:
         for name, value in (("id", self.id), ("category", self.category)):
-            if not isinstance(value, str) or not value.strip():
-                raise PromptError(f"{name} is text that isn't blank; got {value!r:.60}")
+            text_of(value, name)
         for message in self.messages:
             if not isinstance(message, dict) or set(message) != {"role", "content"}:
                 raise PromptError(f"a message is an object of role and content, nothing else; got {message!r:.60}")
@@ -53,8 +63,7 @@ class Prompt:
         # A model's own answer may have no words.
         contents = [m["content"] for m in self.messages if m["content"] != "" or m["role"] != "assistant"]
         for words in (*contents, *self.later, *(() if self.messages else (self.text,))):
-            if not isinstance(words, str) or not words.strip():
-                raise PromptError(f"a message or prompt is text that isn't blank; got {words!r:.60}")
+            text_of(words, "a message or prompt")
         if self.messages and self.messages[-1]["role"] != "user":
             raise PromptError(
                 f"the last message is the user's, since it is to be answered; got {self.messages[-1]['role']}"

@@ -18,7 +18,7 @@ __all__ = ["ChatTokenizer", "Prompt", "PromptError", "PromptSet", "PromptSource"
 
 
 def load_prompts(
-    source: str, *, data_dir: str | Path | None = None, prompt_template: str = "", raw: bool = False
+    source: str | Path, *, data_dir: str | Path | None = None, prompt_template: str = "", raw: bool = False
 ) -> PromptSet:
     """The prompt set that `source` names.
 
@@ -28,6 +28,9 @@ def load_prompts(
     `prompt_template` makes text of a row's fields ("{question} Explain."). With `raw` no chat template is put around
     the words. PromptError for any other source, for one that can't be read, and for one with faults: all at once.
     """
+    if not isinstance(source, str | Path):
+        raise PromptError(f"prompts are named by text or a path, got {source!r:.60}")
+    source = str(source)
     kind, _, rest = source.partition(":")
     if prompt_template and kind != "hf":
         raise PromptError(f"a prompt template makes text of the fields of hf:NAME; the source is {source!r}")
@@ -90,6 +93,8 @@ def _hugging_face(source: str, rest: str, template: str) -> PromptSet:
         if template:
             if null := sorted(name for name in wanted if row[name] is None):
                 raise PromptError(f"a prompt template needs every field that it names; {', '.join(null)} is null")
+            if odd := sorted(name for name in wanted if not isinstance(row[name], str | int | float)):
+                raise PromptError(f"a prompt template takes text and numbers; got {row[odd[0]]!r:.60} for {odd[0]}")
             return {"prompt": template.format(**row)}
         value = row[field or "prompt"]
         return {"messages" if isinstance(value, list) else "prompt": value}
@@ -100,9 +105,10 @@ def _hugging_face(source: str, rest: str, template: str) -> PromptSet:
 def _fields(template: str) -> set[str]:
     """The fields that a template names. Raises PromptError for what is no template."""
     try:
-        fields = {field for _, field, _, _ in string.Formatter().parse(template) if field is not None}
+        parts = [part[1:] for part in string.Formatter().parse(template) if part[1] is not None]
     except ValueError as fault:
         raise PromptError(f"a prompt template is text with {{field}} in it: {fault}; got {template!r:.60}") from None
-    if not fields or not all(field.isidentifier() for field in fields):
+    fields = {str(field) for field, _, _ in parts}
+    if not fields or not all(field.isidentifier() for field in fields) or any(how for _, *how in parts if any(how)):
         raise PromptError(f"a prompt template is text with {{field}} in it, a plain name; got {template!r:.60}")
     return fields

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dflash.config import fault_list
-from dflash.text.prompt import Prompt, PromptError, PromptSet
+from dflash.text.prompt import Prompt, PromptError, PromptSet, text_of
 
 # What a row may hold its words under; other keys are ignored. `text` counts where there is none of the others, since
 # some sets keep a rendering under it.
@@ -36,7 +36,7 @@ def _table(path: Path) -> list[Any]:
             raise PromptError(f"{path} is read by a package: python -m pip install 'datasets>=3'") from None
         try:
             rows: list[Any] = pyarrow.parquet.read_table(path).to_pylist()
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, pyarrow.lib.ArrowException) as error:
             raise PromptError(f"{path} must be a Parquet file, got: {error}; fetch it again") from None
         return rows
     try:
@@ -111,6 +111,9 @@ def prompt_of(row: Any, own_id: str, category: str) -> Prompt:
         return Prompt(**whole, messages=({"role": "user", "content": words[0]},), later=tuple(words[1:]))
     else:
         more = row.get("input") if shape == "instruction" else None
+        if more and not isinstance(more, str):
+            raise PromptError(f"the input of an instruction is text; got {more!r:.60}")
+        words = text_of(words, "an instruction") if more else words
         # The words between them are those of the published figures.
         messages = [{"role": "user", "content": f"{words}\n\nInput:\n{more}" if more else words}]
         if shape == "instruction" and isinstance(row.get("output"), str) and row["output"]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from dflash.host import hub
 from dflash.host.disk import expanded
-from dflash.text.prompt import PromptError, PromptSet
+from dflash.text.prompt import PromptError, PromptSet, text_of
 from dflash.text.rows import gather, lines, prompts_in
 
 # Under which a row has its own name.
@@ -33,14 +33,11 @@ _PROGRAM = (
 
 def _text(row: dict[str, Any], field: str) -> str:
     """The words of a field, which a wording around them would hide if there were none."""
-    words = row[field]
-    if not isinstance(words, str) or not words.strip():
-        raise PromptError(f"{field} is text that isn't blank; got {words!r:.60}")
-    return words
+    return text_of(row[field], field)
 
 
 def _coding(row: dict[str, Any]) -> dict[str, Any]:
-    code = row.get("starter_code")
+    code = _text(row, "starter_code") if row.get("starter_code") else ""
     form = "Use the following code structure:" if code else "Write your code in the following format:"
     return {"prompt": _PROGRAM.format(_text(row, "question_content"), form, code or "# YOUR CODE HERE")}
 
@@ -142,7 +139,8 @@ def rows_of(
         datasets.config.HF_HUB_OFFLINE = True
     try:
         more = {"data_files": {split: list(files)}} if files else {}
-        return datasets.load_dataset(repository, config, split=split, **more)
+        # A row may need what is not installed, such as a picture's decoder.
+        return list(datasets.load_dataset(repository, config, split=split, **more))
     # Its many layers raise all kinds of errors, and some quote the request with the user's token in it.
     except Exception as fault:
         why = (

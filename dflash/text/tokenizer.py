@@ -38,12 +38,9 @@ class Tokenizer:
         date, or `today`. Raises TokenizerError if transformers reads no tokenizer there.
         """
         self._directory = directory
-        self.variables, self.template_date = dict(variables or {}), template_date
-        if template_date != "today":
-            try:
-                datetime.date.fromisoformat(template_date)
-            except ValueError:
-                raise TokenizerError(f"a template's date is YYYY-MM-DD or today, got {template_date!r}") from None
+        self.variables, self.template_date = _json_values(variables or {}), template_date
+        if template_date != "today" and not _is_day(template_date):
+            raise TokenizerError(f"a template's date is YYYY-MM-DD or today, got {template_date!r:.60}")
         self._number = next(_NUMBERS)
         _read_json(directory / "tokenizer_config.json")  # transformers takes what is no JSON, such as half a character
         facts = self._open()
@@ -226,11 +223,31 @@ def template_variables(words: Iterable[str]) -> dict[str, Any]:
         name, sign, value = word.partition("=")
         if not sign or not name.isidentifier():
             raise TokenizerError(f"a variable of a chat template is written name=value, got {word!r}")
+        if name in variables:
+            raise TokenizerError(f"a variable of a chat template has one value, got {name} twice")
         try:
             variables[name] = json.loads(value)
         except (ValueError, RecursionError):
             variables[name] = value
     return variables
+
+
+def _json_values(variables: Any) -> dict[str, Any]:
+    """Variables of a chat template, which results record. Raises TokenizerError for what no JSON can hold."""
+    try:
+        json.dumps(dict(variables), ensure_ascii=False, allow_nan=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise TokenizerError(
+            f"variables of a chat template are JSON values by their names, got {variables!r:.80}: {error}"
+        ) from None
+    return dict(variables)
+
+
+def _is_day(text: Any) -> bool:
+    try:
+        return datetime.date.fromisoformat(text).isoformat() == text
+    except (TypeError, ValueError):
+        return False
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from dflash.training.objective import SUMS, means
 from dflash.training.trainer import TrainConfig, Trainer, learning_rate, step_flops
 from dflash.weights.runs.checkpoint import read_optimizer_state, read_run, run_config, write_run
 from dflash.weights.runs.directories import MARKER, latest_run
-from dflash.weights.snapshot import WeightsError
+from dflash.weights.snapshot import WeightsError, holds_weights
 
 # The plots of metrics.jsonl: a figure and the label of its axis.
 PANELS = (("cross_entropy", "cross-entropy, nats per label"), ("accept_len_mean", "accept length, mean"))
@@ -58,8 +58,12 @@ class RunConfig(Checked):
 def claim_run(root: Path) -> filelock.BaseFileLock:
     """Reserves the directory of a run, created if missing, for this process until it is released or the process ends.
 
-    Raises ConfigError if another process trains in it, or it can't be created.
+    Raises ConfigError if another process trains in it, it holds a draft already, or it can't be created.
     """
+    if holds_weights(root):
+        raise ConfigError(
+            f"{root} holds the weights of a draft, which its name would go on to mean: give a new directory"
+        )
     lock = filelock.FileLock(root / ".training.lock", is_singleton=True)
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -127,7 +131,7 @@ def read_metrics(metrics: Path) -> list[dict[str, Any]]:
     remedy = "remove that line"
     lines = []
     for number, text in enumerate(texts, 1):
-        if not text.endswith(b"}"):
+        if number == len(texts) and not text.endswith(b"}"):
             continue
         line = parse_object(text, f"{metrics}, line {number},", TrainingError, remedy)
         if type(line.get("step")) is not int:
@@ -157,7 +161,7 @@ def write_curves(metrics: Path, image: Path) -> None:
     figure = Figure(figsize=(10, 4), layout="constrained")
     for axes, (name, label) in zip(figure.subplots(1, 2), PANELS, strict=True):
         for key, title in ((name, "training"), (f"held_out_{name}", "held out")):
-            points = [(line["step"], line[key]) for line in lines if key in line]
+            points = [(line["step"], line[key]) for line in lines if isinstance(line.get(key), int | float)]
             if points:
                 axes.plot(*zip(*points, strict=True), label=title, marker="o" if len(points) < 20 else "")
         axes.set_xlabel("step")

@@ -34,7 +34,7 @@ def _is_integer(value: Any) -> bool:
 
 
 # Lists of this length are made before everything is checked; a wrong number must not exhaust the memory.
-_MAX_LAYERS = 10_000
+MAX_LAYERS = 10_000
 
 # What of a config.json is no part of the network: who wrote it, how it trains, what it is sampled with.
 _HARMLESS_NAMES = """
@@ -150,6 +150,22 @@ _ROPE_FIELDS = {
 }
 
 
+# No trained model's rotary settings come near these ends, and frequencies between them are finite.
+_LEAST_ROPE, _LARGEST_ROPE = 1e-6, 1e15
+
+
+def _rope_rule(key: str, value: Any) -> str:
+    """What a rotary setting must be, where this one is not; empty for a good one."""
+    if key == "truncate":
+        return "" if isinstance(value, bool) else "true or false"
+    if key == "original_max_position_embeddings":
+        # transformers writes some lengths as 8192.0.
+        good = _is_number(value) and 1 <= value < 2**31 and value == int(value)
+        return "" if good else "a whole number above 0"
+    good = _is_number(value) and _LEAST_ROPE <= value <= _LARGEST_ROPE
+    return "" if good else f"a number from {_LEAST_ROPE:g} to {_LARGEST_ROPE:g}"
+
+
 def _read_rope_object(rope: Reader, max_position: int, default_theta: float) -> RopeConfig:
     """One object of rotary settings, with `rope_theta` and the original length put in where they stand beside it."""
     before = len(rope.faults)
@@ -160,15 +176,15 @@ def _read_rope_object(rope: Reader, max_position: int, default_theta: float) -> 
         return RopeConfig(theta=1.0)
     theta = rope.take("rope_theta", default_theta)
     rope.check(_is_number(theta) and theta > 1, f"rope_theta must be above 1, got {theta!r}")
+    rope.check(not _is_number(theta) or theta <= _LARGEST_ROPE, f"rope_theta must be at most {_LARGEST_ROPE:g}")
     rope.expect("partial_rotary_factor", (1,), 1)
     fields = _ROPE_FIELDS.get(kind, ())
     values = {key: rope.take(key) for key in ("factor", "original_max_position_embeddings", *fields)}
     missing = [key for key in _ROPE_NEEDS[kind] if values.get(key) is None]
     rope.check(not missing, f"rope type {kind} needs {missing}")
     for key, value in values.items():
-        good = isinstance(value, bool) if key == "truncate" else value is None or (_is_number(value) and value > 0)
-        rule = "true or false" if key == "truncate" else "a number above 0"
-        rope.check(value is None or good, f"{key} of rope type {kind} must be {rule}, got {value!r}")
+        rule = _rope_rule(key, value)
+        rope.check(value is None or not rule, f"{key} of rope type {kind} must be {rule}, got {value!r}")
     rope.refuse_rest()
     if len(rope.faults) > before:
         return RopeConfig(theta=1.0)
@@ -182,7 +198,10 @@ def _read_rope_object(rope: Reader, max_position: int, default_theta: float) -> 
     )
     given = {key: values[key] for key in fields if values[key] is not None}
     original = length if kind in _ROPE_FIELDS else 0
-    return RopeConfig(theta=float(theta), kind=kind, factor=factor, original_max_position=original, **given)
+    read = RopeConfig(theta=float(theta), kind=kind, factor=factor, original_max_position=original, **given)
+    rope.check(read.low_freq_factor < read.high_freq_factor, "low_freq_factor must be below high_freq_factor")
+    rope.check(read.beta_slow <= read.beta_fast, "beta_slow must not be above beta_fast")
+    return read
 
 
 def _read_rope(reader: Reader, max_position: int, default_theta: float, *, required: bool = False) -> RopeConfig:
@@ -278,7 +297,7 @@ def read_target_config(raw: Mapping[str, Any], source: str = "config.json") -> T
     family = FAMILIES[name]
     _check_quantization(reader, family)
     hidden_size = reader.number("hidden_size")
-    num_layers = reader.number("num_hidden_layers", maximum=_MAX_LAYERS)
+    num_layers = reader.number("num_hidden_layers", maximum=MAX_LAYERS)
     max_position = reader.number("max_position_embeddings")
     heads, kv_heads, head_dim = _read_heads(reader, hidden_size, family)
     reader.expect("hidden_act", ("silu",), "silu")
@@ -316,7 +335,7 @@ def read_target_shape(raw: dict[str, Any], source: str = "config.json") -> Targe
     # Of a model that reads pictures too, what reads text.
     reader = Reader(text if isinstance(text, dict) and "hidden_size" not in raw else raw, source)
     shape = TargetShape(
-        num_layers=reader.number("num_hidden_layers", maximum=_MAX_LAYERS),
+        num_layers=reader.number("num_hidden_layers", maximum=MAX_LAYERS),
         hidden_size=reader.number("hidden_size"),
         vocab_size=reader.number("vocab_size"),
     )
@@ -360,7 +379,7 @@ def _read_second(
 ) -> tuple[ConvConfig, SelectorConfig]:
     """The parts that a DFlash 2 draft has and a DFlash draft lacks."""
     limits = {
-        "conv_kernel_size": _MAX_LAYERS,
+        "conv_kernel_size": MAX_LAYERS,
         "conv_group_size": hidden_size,
         "selector_rank": hidden_size,
         "selector_top_k": vocab_size,
@@ -408,7 +427,7 @@ def read_draft_config(raw: Mapping[str, Any], source: str = "config.json") -> Dr
 
     hidden_size = reader.number("hidden_size")
     reader.compare("target_hidden_size", hidden_size, "hidden_size")  # sglang-jax's key
-    num_layers = reader.number("num_hidden_layers", maximum=_MAX_LAYERS)
+    num_layers = reader.number("num_hidden_layers", maximum=MAX_LAYERS)
     max_position = reader.number("max_position_embeddings", 32768)
     # The reference reads the file as a Qwen3 config, so what an absent key means is Qwen3's.
     family = FAMILIES["qwen3"]

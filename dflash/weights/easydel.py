@@ -17,7 +17,7 @@ from dflash.models.llama import Llama
 from dflash.models.mesh import gather
 from dflash.weights.build import Opened, build_target, check_tied
 from dflash.weights.names import Source
-from dflash.weights.runs.arrays import lost_chunks, read_arrays, read_index
+from dflash.weights.runs.arrays import check_chunks, read_arrays, read_index
 from dflash.weights.snapshot import WeightsError, check_tensors, target_config
 
 _FLOATS = ("float32", "bfloat16", "float16")
@@ -159,14 +159,7 @@ def open_target(directory: Path) -> Opened:
     there = {path: entry for path, entry in entries.items() if not (config.tie_embeddings and path == f"model/{HEAD}")}
     check_tensors(there, {f"model/{path}": (shape, _FLOATS) for path, shape in wanted.items()}, directory)
 
-    # tensorstore may omit chunks of zeros when it writes. A bias or a sink may well be zeros, but no other weight.
-    required = [entry for path, entry in there.items() if entry.sha256 is None and not path.endswith(_MAY_BE_ZERO)]
-    lost = lost_chunks(directory, required)
-    if lost:
-        raise WeightsError(
-            f"{directory} was copied incompletely, {len(lost)} weights would be read as zeros: "
-            f"{'; '.join(lost)}: copy it again"
-        )
+    check_chunks(directory, there.values(), _MAY_BE_ZERO)
 
     def read(path: str) -> np.ndarray:
         entry = entries[f"model/{path}"]

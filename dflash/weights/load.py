@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,13 @@ from dflash.config import (
     build_target_layer_ids,
     check_draft,
 )
+from dflash.host.device import check_width
 from dflash.models.draft import Draft
 from dflash.models.llama import Llama
 from dflash.models.mesh import place
 from dflash.weights import easydel, huggingface, named, smollm2, snapshot, speculators
 from dflash.weights.build import Opened, build_target, check_dtype, check_values, named_weights
+from dflash.weights.config_json import MAX_LAYERS
 from dflash.weights.dialect import Dialect
 from dflash.weights.easydel_fork import exports, linen, runs
 from dflash.weights.names import Source
@@ -84,8 +87,10 @@ def load_target(name_or_dir: str | Path, dtype: str = "float32", mesh: Mesh | No
     """A target from a Hugging Face snapshot directory, or `smollm2-135m`, computing in `dtype` (float32, bfloat16).
 
     A directory that EasyDeL's `save_pretrained` wrote is read too. With a mesh (`dflash.models.mesh.make_mesh`) each
-    device gets its part. Raises ConfigError, also for a mesh on which it can't lie, WeightsError or SnapshotError.
+    device gets its part. Raises ConfigError, also for a mesh on which it can't lie, WeightsError or SnapshotError;
+    DeviceError where jax computes in 64 bits.
     """
+    check_width()
     check_dtype(dtype)
     directory = target_directory(name_or_dir)
     target = build_target(_open_target(directory), dtype, mesh)
@@ -228,11 +233,18 @@ def model_facts(target: str, draft: str = UNTRAINED) -> dict[str, Any]:
     return facts | {"draft_sha256": draft_hash(draft)}
 
 
+def _check_loaded(target: Any) -> None:
+    """Raises ConfigError for what is no loaded target, such as its name."""
+    if not isinstance(target, Llama):
+        raise ConfigError(f"a draft's target is what load_target gives, got {target!r:.60}")
+
+
 def load_draft(name_or_dir: str | Path, target: Llama) -> Draft:
     """A draft in the target's dtype, beside it on its mesh, from whatever `read_any_draft` reads.
 
     Raises ConfigError (also when it does not fit the target) or WeightsError.
     """
+    _check_loaded(target)
     return read_any_draft(name_or_dir, str(target.dtype), target.config)
 
 
@@ -246,6 +258,7 @@ def init_draft(
     seed: int = 0,
 ) -> Draft:
     """An untrained draft for a target, in its dtype and on its mesh; see `new_draft`. Raises ConfigError."""
+    _check_loaded(target)
     draft = new_draft(
         target.config,
         num_layers=num_layers,
@@ -280,8 +293,14 @@ def new_draft(
     (unused in most: vocabularies are padded); `vocabulary` is `DraftConfig`'s. Its rotary
     embedding is the target's, without YaRN or another scaling if not `scaled_rope`. Raises ConfigError.
     """
+    if faults := [n for n in (num_layers, block_size, seed) if not isinstance(n, Integral) or n > 2**32]:
+        raise ConfigError(f"layers, block size and seed of a draft are integers below 2**32, got {faults[0]!r}")
+    if num_layers > MAX_LAYERS:
+        raise ConfigError(f"a draft has at most {MAX_LAYERS} layers, got {num_layers}")
     if block_size < 2 or num_layers < 1:
         raise ConfigError(f"a draft has at least 1 layer and blocks of 2; got {num_layers} and {block_size}")
+    if isinstance(target_layer_ids, int | str):
+        raise ConfigError(f"target_layer_ids are numbers of layers in a list, got {target_layer_ids!r}")
     ids = build_target_layer_ids(target.num_layers, num_layers) if target_layer_ids is None else tuple(target_layer_ids)
     if not ids:
         raise ConfigError("a draft reads at least one layer of its target; target_layer_ids names none")

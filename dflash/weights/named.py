@@ -19,7 +19,9 @@ def is_name(text: str | Path) -> bool:
 
 
 def directory_of(name_or_dir: str | Path) -> Path:
-    """A directory as it is, or that of a model of the hub. Raises HubError."""
+    """A directory as it is, or that of a model of the hub. Raises HubError, and WeightsError for what is no name."""
+    if not isinstance(name_or_dir, str | Path):
+        raise WeightsError(f"a model is named by text or a path, got {name_or_dir!r:.60}")
     return snapshot(str(name_or_dir)) if is_name(name_or_dir) else Path(name_or_dir)
 
 

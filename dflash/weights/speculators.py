@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dflash.config import ConfigError, DraftConfig, TargetConfig
+from dflash.models.families import FAMILIES
 from dflash.weights.config_json import HARMLESS, Reader, read_draft_config, write_draft_config
 from dflash.weights.dialect import Dialect
 from dflash.weights.huggingface import read_draft_weights
@@ -60,9 +61,14 @@ def read_speculators_config(raw: Mapping[str, Any], target: TargetConfig, source
     reader.expect("sample_from_anchor", (False,), False)
     good = isinstance(ids, list) and all(type(i) is int and i > 0 for i in ids)
     reader.check(good, f"aux_hidden_state_layer_ids must be numbers of layers from 1, got {ids!r}")
+    # Who verified in training; a name on the hub can't be compared with a directory.
+    verifiers = reader.object("speculators_config").object("verifier").take("architectures", [])
+    own = f"{FAMILIES[target.family].architecture}ForCausalLM"
+    known = isinstance(verifiers, list) and (not verifiers or own in verifiers)
+    reader.check(known, f"its verifier is one of {verifiers!r}, and the target a {own}")
     causal = False if reader.flag("sliding_window_non_causal") else None
     settings = {"block_size": reader.take("block_size"), "mask_token_id": reader.take("mask_token_id")}
-    reader.refuse_rest({"speculators_version", "speculators_config", "tie_word_embeddings", *HARMLESS})
+    reader.refuse_rest({"speculators_version", "tie_word_embeddings", *HARMLESS})
     reader.finish()
     written = {
         **layers,

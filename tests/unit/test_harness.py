@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import filelock
 import pytest
 
 from dflash import init_draft, load_target, write_draft
@@ -638,6 +639,7 @@ def test_resuming_needs_a_file_to_go_on_with(run, folder, tmp_path):
 # ---- comparisons that must be made when every extra is installed
 
 SKIPS = """
+import filelock
 import pytest
 
 @pytest.fixture
@@ -696,6 +698,7 @@ def test_with_every_extra_no_file_is_skipped_whole(run, project):
 
 
 MODEL = """
+import filelock
 import pytest
 
 @pytest.fixture
@@ -757,6 +760,14 @@ def test_report_writes_the_page_beside_the_run(measured):
     assert "block-b4-n8-untrained" in (report / "report.md").read_text()
     (kept,) = report.glob("run-*.json")
     assert kept.read_text() == json_file.read_text()
+
+
+@pytest.mark.parametrize("option", ["--benchmark-json={}/latest.json", "--report={}"])
+def test_a_results_file_is_of_one_run_at_a_time(call, folder, tmp_path, option):
+    with filelock.FileLock(tmp_path / ".latest.json.lock"):
+        result = call("bench", *small(folder, option.format(tmp_path)))
+    assert result.status == 4
+    result.says("another run writes", "latest.json")
 
 
 def test_a_report_needs_a_directory_and_one_process(call, folder, tmp_path):

@@ -39,7 +39,7 @@ def build_sequences(
     """
     target = source.target
     check_layer_ids(target, layer_ids)
-    check_sources(conversations)
+    check_sources(conversations, target.config.max_position)
     check_offsets(target, position_offsets, conversations.max_prompt_len + conversations.max_new_tokens)
     settings = {
         "form": FORM,

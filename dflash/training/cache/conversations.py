@@ -19,7 +19,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from dflash.config import Count, Fraction, Index, Mass, Seed, Share, Size
+from dflash.config import Count, Fraction, Index, Mass, Seed, Share, Temperature
 from dflash.decoding.sampling import Sampling
 from dflash.host.disk import expanded, open_file, parse_object
 from dflash.models.llama import Llama
@@ -56,9 +56,9 @@ class ConversationConfig(PromptSource):
     """Number of conversations to make."""
     answers: Literal["target", "given"] = "target"
     """Whose answers: the target's, or those given in the source's conversations."""
-    temperature: Size = 0.0
+    temperature: Temperature = 0.0
     """Temperature of the answers; 0 is greedy, as decoding will be."""
-    prompt_temperature: Size = 1.0
+    prompt_temperature: Temperature = 1.0
     """Temperature of the user turns that the target writes."""
     top_k: Index = 0
     """With a temperature above 0: draw from this many of the likeliest tokens; 0 from all."""
@@ -155,8 +155,13 @@ def load_openings(source: str) -> tuple[str, ...]:
     return tuple(openings)
 
 
-def check_sources(config: ConversationConfig) -> None:
-    """Raises PromptError for a source that can't be read, before anything is written."""
+def check_sources(config: ConversationConfig, max_position: int) -> None:
+    """Raises PromptError for a source that can't be read, or turns that can't be written, before anything is."""
+    if config.source == "self" and config.max_user_turn >= max_position:
+        raise PromptError(
+            f"a user turn that the target writes stays within its {max_position} positions; got max_user_turn "
+            f"{config.max_user_turn}"
+        )
     load_openings(config.openings)
     list(config.excluded())
     if config.source != "self":

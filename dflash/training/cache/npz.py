@@ -5,34 +5,14 @@ memory whole. Nothing is unpickled.
 """
 
 import struct
-import tokenize
 import zipfile
-import zlib
 from collections.abc import Collection
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
-from dflash.host.disk import parse_object
-
-# What numpy and zipfile raise on bytes that are no array or no archive.
-DAMAGE = (
-    OSError,
-    ValueError,
-    EOFError,
-    TypeError,
-    SyntaxError,
-    OverflowError,
-    MemoryError,
-    RecursionError,
-    NotImplementedError,  # an unknown compression
-    RuntimeError,  # an encrypted part
-    zipfile.BadZipFile,
-    zlib.error,
-    struct.error,
-    tokenize.TokenError,
-)
+from dflash.host.disk import DAMAGE, parse_object
 
 
 def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:

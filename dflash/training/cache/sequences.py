@@ -23,10 +23,9 @@ from typing import Any
 import numpy as np
 
 from dflash.config import TargetConfig, fault_list
-from dflash.host.disk import open_file
+from dflash.host.disk import DAMAGE, open_file
 from dflash.metrics import round_up
 from dflash.training.cache.arrays import CacheError, Limits, Spec, read_meta
-from dflash.training.cache.npz import DAMAGE
 
 FORM = "sequences"
 ARRAYS: dict[str, np.dtype] = {
@@ -79,8 +78,8 @@ class SequenceCache:
 
     @property
     def max_block_size(self) -> int | None:
-        """None: the labels are the tokens themselves, which serve any block size."""
-        return None
+        """The longest sequence: the labels are the tokens themselves, and a longer block has none at its end."""
+        return self.longest
 
     @property
     def snapshot_sha256(self) -> str | None:

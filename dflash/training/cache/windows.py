@@ -26,8 +26,9 @@ import ml_dtypes
 import numpy as np
 
 from dflash.config import TargetConfig, fault_list
+from dflash.host.disk import DAMAGE
 from dflash.training.cache.arrays import CacheError, Limits, Spec, read_meta
-from dflash.training.cache.npz import DAMAGE, read_npz
+from dflash.training.cache.npz import read_npz
 from dflash.training.cache.window_meta import LABELS, MetaReader, WindowMeta
 
 __all__ = [

@@ -12,7 +12,7 @@ exports of those, and what the Linen trainer before it left. What they do otherw
 """
 
 import dataclasses
-import zipfile
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from dflash.config import ConfigError, DraftConfig, TargetConfig, fault_list
-from dflash.host.disk import parse_object
+from dflash.host.disk import DAMAGE, parse_object
 from dflash.models.draft import Draft
 from dflash.models.layers import rope_attention_factor
 from dflash.weights.config_json import read_draft_config, write_rope
@@ -31,6 +31,7 @@ from dflash.weights.snapshot import WeightsError, read_json, target_config
 _FORK_KEYS = {"num_layers", "mlp_ratio", "num_context_features", "qk_norm", "remat", "target_layer_ids"}
 _FORK_KEYS |= {"add_one_for_pre_layer_capture", "source_checkpoint", "export_notes", "dflash_config"}
 PLUS_ONE = "add_one_for_pre_layer_capture"
+FLOATS = ("float32", "float16", "bfloat16")
 _NORMS = ("/q_norm/scale/value", "/k_norm/scale/value")
 
 
@@ -106,7 +107,7 @@ def mlp_width(raw: Mapping[str, Any]) -> Any:
     hidden, ratio = raw.get("hidden_size"), raw.get("mlp_ratio")
     if not isinstance(hidden, int) or not isinstance(ratio, int | float):
         return None
-    return round(hidden * ratio)
+    return round(hidden * ratio) if math.isfinite(hidden * ratio) else None
 
 
 def target_settings(target: TargetConfig) -> dict[str, Any]:
@@ -139,7 +140,7 @@ def recorded_cache(recorded: Any) -> dict[str, Any]:
         try:
             with path.open("rb") as file, np.load(file) as arrays:
                 meta = str(arrays["meta"])
-        except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
+        except (KeyError, *DAMAGE) as error:
             raise ConfigError(f"{path} is no teacher cache with meta data ({error}): {remedy}") from None
         return parse_object(meta, f"meta of {path}", ConfigError, remedy)
     return {}
@@ -160,8 +161,8 @@ def check_arrays(draft: ForkDraft) -> None:
             faults.append(f"unexpected {path} {list(value.shape)}")
         elif value.shape != wanted[path]:
             faults.append(f"{path} is {list(value.shape)}, must be {list(wanted[path])}")
-        elif value.dtype.name not in ("float32", "float16", "bfloat16"):
-            faults.append(f"{path} is {value.dtype.name}, must be one of float32, float16, bfloat16")
+        elif value.dtype.name not in FLOATS:
+            faults.append(f"{path} is {value.dtype.name}, must be one of {', '.join(FLOATS)}")
     if faults:
         raise WeightsError(f"{draft.source} does not fit its config ({len(faults)} faults): " + fault_list(faults))
 

@@ -8,7 +8,7 @@ import numpy as np
 from flax.serialization import msgpack_restore
 
 from dflash.config import ConfigError, DraftConfig, TargetConfig
-from dflash.host.disk import open_file
+from dflash.host.disk import DAMAGE, open_file
 from dflash.models.draft import Draft
 from dflash.weights.dialect import Dialect, digest_of
 from dflash.weights.easydel_fork.conventions import (
@@ -42,11 +42,6 @@ def _step_number(file: Path) -> int:
 
 
 def _arrays(file: Path) -> dict[str, np.ndarray]:
-    try:
-        with open_file(file) as opened:
-            tree = msgpack_restore(opened.read())
-    except (ValueError, TypeError, KeyError, OSError) as error:
-        raise WeightsError(f"{file} is no msgpack of arrays ({error}): it is damaged, give another step") from None
     arrays: dict[str, np.ndarray] = {}
 
     def flatten(value: Any, path: tuple[str, ...]) -> None:
@@ -56,7 +51,13 @@ def _arrays(file: Path) -> dict[str, np.ndarray]:
         else:
             arrays["/".join(path)] = np.asarray(value)
 
-    flatten(tree.get("params", tree) if isinstance(tree, dict) else tree, ())
+    try:
+        with open_file(file) as opened:
+            tree = msgpack_restore(opened.read())
+        flatten(tree.get("params", tree) if isinstance(tree, dict) else tree, ())
+    except (KeyError, AttributeError, *DAMAGE) as error:
+        reason = str(error) or type(error).__name__
+        raise WeightsError(f"{file} is no msgpack of arrays ({reason}): it is damaged, give another step") from None
     return {_run_path(path): value for path, value in arrays.items()}
 
 

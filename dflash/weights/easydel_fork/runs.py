@@ -7,6 +7,7 @@ from dflash.config import DraftConfig, TargetConfig
 from dflash.models.draft import Draft
 from dflash.weights.dialect import Dialect, digest_of
 from dflash.weights.easydel_fork.conventions import (
+    FLOATS,
     ForkDraft,
     canonical_draft,
     fork_config,
@@ -15,10 +16,11 @@ from dflash.weights.easydel_fork.conventions import (
     recorded_target,
     target_settings,
     trained_layer_ids,
+    wanted_arrays,
 )
-from dflash.weights.runs.arrays import INDEX, read_arrays, read_index, read_run_object
+from dflash.weights.runs.arrays import INDEX, check_chunks, read_arrays, read_index, read_run_object
 from dflash.weights.runs.directories import run_at
-from dflash.weights.snapshot import read_json
+from dflash.weights.snapshot import check_tensors, read_json
 
 
 def _find(path: Path) -> Path | None:
@@ -48,6 +50,9 @@ def _config(run: Path, target: TargetConfig | None) -> DraftConfig:
 
 def _read(run: Path, dtype: str, config: DraftConfig) -> Draft:
     entries = read_index(run).get("model", {})
+    # Before anything is read: an array may be said to have any size.
+    check_tensors(entries, {path: (shape, FLOATS) for path, shape in wanted_arrays(config).items()}, run)
+    check_chunks(run, entries.values(), ("/bias/value",))
     draft = ForkDraft(config=config, arrays=read_arrays(run, entries.values()), source=str(run))
     return canonical_draft(draft, dtype)
 

@@ -167,6 +167,20 @@ def lost_chunks(directory: Path, entries: Iterable[Entry]) -> list[str]:
     return lost
 
 
+def check_chunks(directory: Path, entries: Iterable[Entry], may_be_zero: tuple[str, ...]) -> None:
+    """Raises WeightsError for arrays of EasyDeL's own that lack chunks.
+
+    tensorstore may omit chunks of zeros when it writes. A bias or a sink may well be zeros: paths that end so are let
+    through. No other weight may be.
+    """
+    lost = lost_chunks(directory, [e for e in entries if e.sha256 is None and not e.path.endswith(may_be_zero)])
+    if lost:
+        raise WeightsError(
+            f"{directory} was copied incompletely, {len(lost)} weights would be read as zeros: {fault_list(lost)}: "
+            "copy it again"
+        )
+
+
 def _read_array(directory: Path, entry: Entry) -> np.ndarray:
     """One array. Raises ValueError if the disk does not match the index."""
     path = directory / entry.path

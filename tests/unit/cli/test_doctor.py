@@ -269,6 +269,9 @@ def test_a_token_that_cannot_be_read_is_a_finding(monkeypatch):
     found = doctor.token()
     assert (found.verdict, found.found) == ("fix", "/home/x/token: Not a directory")
     assert "HF_HOME" in found.advice
+    monkeypatch.setattr(doctor.huggingface_hub, "get_token", lambda: b"\xff\xfe".decode())
+    found = doctor.token()
+    assert (found.verdict, found.found) == ("fix", "its file is no text")
 
 
 def test_the_command_ends_with_1_when_something_needs_fixing(monkeypatch, capsys):

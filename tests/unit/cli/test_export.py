@@ -9,6 +9,7 @@ import pytest
 from dflash.cli import main as cli
 from dflash.models.draft import pack_tokens
 from dflash.weights.huggingface import read_draft, read_tensors, write_draft
+from dflash.weights.load import draft_hash
 from dflash.weights.runs.checkpoint import write_run
 from dflash.weights.tiny import write_tiny_target
 
@@ -51,19 +52,56 @@ def test_a_run_becomes_a_directory_with_its_record(export, work):
 
 
 def test_a_record_holds_that_of_the_draft_it_started_from(export, work, draw_draft):
-    provenance = {"init_from": str(work / "runs"), "init_from_sha256": "cd"}
+    known = draft_hash(work / "runs")
+    provenance = {"init_from": str(work / "runs"), "init_from_sha256": known}
     write_run(draw_draft(**FULL), work / "later", 3, optimizer_state=None, provenance=provenance, keep=None)
     assert export("later", "whole")[0] == 0
     record = json.loads((work / "whole" / "training.json").read_text())
-    assert record["provenance"] == {"init_from_sha256": "cd"}
+    assert record["provenance"] == {"init_from_sha256": known}
     assert record["init_from"] == {"step": 7, "provenance": {"cache_sha256": "ab"}}
     for start, kept in ((work / "whole", record), (work / "target", None), (work / "gone", None)):
-        provenance = {"init_from": str(start)}
+        provenance = {"init_from": str(start)} | ({"init_from_sha256": draft_hash(start)} if start.is_dir() else {})
         name = f"from-{start.name}"
         write_run(draw_draft(**FULL), work / name, 1, optimizer_state=None, provenance=provenance, keep=None)
         assert export(name, f"{name}-draft")[0] == 0
         told = json.loads((work / f"{name}-draft" / "training.json").read_text())["init_from"]
         assert (told and {k: told[k] for k in record}) == kept
+
+
+def test_another_draft_at_the_place_of_the_one_it_started_from_is_not_recorded(export, work, draw_draft, monkeypatch):
+    """A run that says it started from where it lies itself would be its own record without end."""
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("it asked the hub"))
+    for name, start in (("loop", "loop"), ("moved", str(work / "runs")), ("hub", "who/what"), ("number", 5)):
+        provenance = {"init_from": start, "init_from_sha256": "cd"}
+        write_run(draw_draft(**FULL), work / name, 1, optimizer_state=None, provenance=provenance, keep=None)
+        assert export(name, f"{name}-draft")[0] == 0
+        assert json.loads((work / f"{name}-draft" / "training.json").read_text())["init_from"] is None
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("run_config.json", {"dflash": None}, "run_config.json must hold an object dflash, got None"),
+        ("run-1/config.json", {"provenance": []}, "config.json must hold an object provenance, got []"),
+        ("run-1/config.json", {"provenance": None}, "config.json must hold an object provenance, got None"),
+    ],
+)
+def test_a_damaged_record_is_one_sentence(export, work, draw_draft, tmp_path, file, content, said):
+    write_run(draw_draft(**FULL), tmp_path / "r", 1, optimizer_state=None, provenance={}, keep=None)
+    path = tmp_path / "r" / file
+    held = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(held | content if "run_config" in file else held | {"dflash": held["dflash"] | content}))
+    code, _, err = export(tmp_path / "r", "x")
+    assert (code, said in err, "Traceback" in err, (work / "x").exists()) == (2, True, False, False)
+
+
+def test_directories_stay_at_home(export, work, draw_draft, tmp_path):
+    write_run(draw_draft(**FULL), tmp_path / "r", 1, optimizer_state=None, provenance={}, keep=None)
+    origin = {"read": {"target": ["/a/b", "c"], "draft": None}, "command": ["dflash", "/x/y"], "git": None}
+    (tmp_path / "r" / "run_config.json").write_text(json.dumps({"train": {}, "dflash": origin}))
+    assert export(tmp_path / "r", "home")[0] == 0
+    told = json.loads((work / "home" / "training.json").read_text())["dflash"]
+    assert told == {"read": {"target": ["...", "c"], "draft": None}, "command": ["dflash", "..."], "git": None}
 
 
 def test_every_option_reaches_the_directory(export, work):

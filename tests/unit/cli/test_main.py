@@ -252,10 +252,24 @@ def refused(result, *said):
         (["--max-new-tokens", "0"], ["max_new_tokens must be at least 1"]),
         (["--mode", "cached_block_verify"], ["needs a draft"]),
         (["--draft", "untrained", "--mode", "greedy"], ["got a draft"]),
+        (["--draft", "untrained", "--mode", "recompute"], ["recompute", "can't be streamed"]),
+        (["--mode", "fast"], ["mode must be one of", "'fast'"]),
         (["--target", "/nowhere/at/all"], ["/nowhere/at/all"]),
         (["--draft", "/nowhere/at/all"], ["/nowhere/at/all"]),
     ],
-    ids=["temperature", "block1", "block9", "positions", "budget0", "no-draft", "draft", "no-target", "no-draft-dir"],
+    ids=[
+        "temperature",
+        "block1",
+        "block9",
+        "positions",
+        "budget0",
+        "no-draft",
+        "draft",
+        "recompute",
+        "mode",
+        "no-target",
+        "no-draft-dir",
+    ],
 )
 def test_requests_that_are_refused(run, folder, more, said):
     refused(generate(run, folder, *more), *said)
@@ -380,6 +394,42 @@ def test_a_terminal_that_knows_ascii_alone_ends_no_command(monkeypatch):
     said = streams["stderr"].buffer.getvalue().decode("ascii")
     assert said.startswith("dflash: Error parsing --block-size")
     assert not any(words in said for words in ("---- ", "Got errors", "helptext"))
+
+
+def test_a_word_that_no_result_could_record_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["dflash", "report", "caf\udce9.json"])
+    assert cli.main() == 2
+    assert "'caf\\udce9.json' has other bytes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError("Unable to allocate 954. GiB"), MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: 954 GiB")],
+    ids=["numpy", "python", "jax"],
+)
+def test_too_little_memory_is_one_sentence(monkeypatch, capsys, error):
+    def read_command(words):
+        raise error
+
+    monkeypatch.setattr(cli, "read_command", read_command)
+    assert cli.main() == 2
+    said = capsys.readouterr().err
+    assert said.startswith("dflash: out of memory")
+    assert said.count("\n") == 1
+    error = RuntimeError("a bug")
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.main()
+
+
+@pytest.mark.parametrize(("closed", "code"), [("1", 2), ("2", 2), ("1 2", 2), ("0 1 2", 2)])
+def test_closed_streams_end_no_command(closed, code, tmp_path):
+    """As where a daemon starts it."""
+    close = " ".join(f"{number}>&-" for number in closed.split())
+    command = f"exec {sys.executable} -m dflash report {tmp_path}/none.json --nope {close}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == code
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == ("2" not in closed)
 
 
 def test_help_names_every_option(run):

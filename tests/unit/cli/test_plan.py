@@ -34,6 +34,16 @@ def test_a_mistake_is_one_sentence(
     assert names in _refused(arguments, monkeypatch, capsys)
 
 
+@pytest.mark.parametrize("option", ["--json", "--hlo"])
+def test_what_can_not_be_written_is_told_first(
+    option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    said = _refused(["--target", "qwen3-8b", option, str(tmp_path / "file" / "below")], monkeypatch, capsys)
+    assert "Not a directory" in said
+    assert (tmp_path / "file").read_text() == ""
+
+
 def test_without_libtpu_nothing_is_written_and_the_install_command_told(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

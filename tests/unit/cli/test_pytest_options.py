@@ -5,7 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from dflash.cli.pytest_options import add_options, all_options, apply_protocol, protocol_name, take_prompts
+from dflash.cli.pytest_options import (
+    add_options,
+    all_options,
+    apply_protocol,
+    check_lengths,
+    protocol_name,
+    take_prompts,
+)
 from dflash.measuring.cases import cases, drafts
 
 
@@ -47,6 +54,32 @@ def parse(monkeypatch):
 def test_bad_options_are_usage_errors(parse, arguments, env, message):
     with pytest.raises(pytest.UsageError, match=message):
         parse(*arguments, **env)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--prompt-len=0,512", "--prompts=builtin,gsm8k"], "got --prompts gsm8k:"),
+        (["--prompt-len=512", "--prompts=builtin:maths"], "got --prompts builtin:maths:"),
+        (["--prompt-len=512", "--raw"], "got --raw:"),
+    ],
+)
+def test_exact_lengths_are_of_builtin_text_or_random_tokens(parse, arguments, said):
+    for good in (["--prompt-len=512", "--prompts=builtin,random"], ["--prompts=gsm8k", "--raw"]):
+        check_lengths(parse(*good))
+    with pytest.raises(pytest.UsageError, match=said):
+        check_lengths(parse(*arguments))
+
+
+def test_help_shows_no_secret_of_the_environment(monkeypatch):
+    monkeypatch.setenv("DFLASH_BASE_URL", "http://me:abcdefgh@host:1")
+    monkeypatch.setenv("DFLASH_SERVER_ARGS", "--tp 2 --api-key abcdefgh")
+    parser = pytest.Parser(_ispytest=True)
+    add_options(parser, Path("root"))
+    told = {option.names()[0]: option.attrs()["help"] for option in parser.getgroup("dflash").options}
+    assert "now 'http://***@host:1'" in told["--base-url"]
+    assert "now '--tp 2 --api-key ***'" in told["--server-args"]
+    assert "now 'tpu'" in told["--run-on"]
 
 
 def test_the_protocol_of_z_lab_has_its_own_prompts_and_budget(parse, tmp_path):

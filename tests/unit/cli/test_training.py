@@ -231,6 +231,12 @@ def test_windows_train_from_a_draft_and_evaluate(run, made):
         (("export", "nowhere", "new"), "nowhere"),
         (("train", "cache", "new", "--init-layers", 1, 4), "one layer of the target, 0..3"),
         (("train", "cache", "new", "--block-size", 1), "block_size must be at least 2"),
+        (("train", "cache", "new", "--block-size", 10**9), "its blocks have 1000000000 slots"),
+        (("train", "cache", "new", "--draft-layers", 10**9), "at most 10000 layers"),
+        (
+            ("train", "cache", "new", "--architecture", "dflash2", "--selector-rank", 65, "--conv-kernel-size", 10**9),
+            "selector_rank is at most the hidden size 64, got 65; conv_kernel_size is at most 10000",
+        ),
         (("train", "cache", "new", "--architecture", "dflash2", "--conv-group-size", 7), "must divide the hidden size"),
         (
             ("train", "cache", "new", "--architecture", "dflash2", "--selector-top-k", 0),

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dflash import ConfigError, RequestError, ScriptedDraft, decode, init_draft, load_target, stream
+from dflash import ConfigError, RequestError, ScriptedDraft, decode, init_draft, load_prompts, load_target, stream
 from dflash.decoding.decode import check_request, compiled_decoder, read_state, states
 from dflash.decoding.sampling import Sampling
 from dflash.models.draft import Draft
@@ -106,6 +106,13 @@ def check(target, draft, prompts=((1, 2, 3),), **settings):
         ({"max_new_tokens": 8.0}, r"^max_new_tokens .*integers, got 8\.0$"),
         ({"stop_token_ids": [[1], [2]]}, r"^stop_token_ids .*per prompt \(1\), got 2$"),
         ({"stop_token_ids": ["</s>"]}, "^stop_token_ids .*integers, got '</s>'$"),
+        ({"stop_token_ids": "</s>"}, "^stop_token_ids .*integers, got '</s>'$"),
+        ({"stop_token_ids": 2.5}, r"^stop_token_ids .*integers, got 2\.5$"),
+        ({"stop_token_ids": [2, 2**31]}, "^stop_token_ids .*got 2147483648$"),
+        ({"stop_token_ids": 10**30}, "^stop_token_ids .*got 10{30}$"),
+        ({"mode": ["greedy"]}, r"^mode .*got \['greedy'\]$"),
+        ({"prompts": [b"text"]}, r"^token ids \(prompt 0\) .*integers, got b'text'$"),
+        ({"prompts": [np.array(5)]}, r"^token ids \(prompt 0\) .*integers, got array\(5\)$"),
         ({"stop_token_ids": range(9)}, r"\b8 stop tokens.*got 9$"),
         ({"stop_token_ids": [list(range(9))]}, r"\b8 stop tokens.*got 9$"),
     ],
@@ -177,6 +184,9 @@ def test_a_scripted_draft_has_one_output_per_prompt(target, draft):
         check(target, script, [[1], [2]])
     with pytest.raises(ValueError, match=r"accept_len .*0\.\.1 .*blocks of 2, got 3"):
         check(target, dataclasses.replace(script, accept_len=3), block_size=2)
+    for slip in ({"accept_len": "x"}, {"outputs": ["ab"]}, {"outputs": [[10**30]]}, {"outputs": 5}, {"draft": None}):
+        with pytest.raises(RequestError):
+            check(target, dataclasses.replace(script, **slip))
 
 
 @pytest.mark.parametrize("kind", [list, tuple, np.array, jnp.array], ids=["list", "tuple", "numpy", "jax"])
@@ -488,13 +498,35 @@ def test_slips_of_a_caller_are_one_sentence(target, draft):
         ([{"role": "user", "content": "hi"}], "got one alone"),
         ([[5], "hello"], "need tokenizer=load_tokenizer(...); prompt 1 is 'hello'"),
         ([[{"role": "user", "content": "hi"}]], "prompt 0 is [{'role'"),
+        (None, "got None"),
+        (5, "got 5"),
+        (b"hello", "got b'hello'"),
+        ({"a": [1]}, "got {'a': [1]}"),
+        (load_prompts("builtin"), "encode(tokenizer)"),
     ):
         with pytest.raises(RequestError, match=re.escape(said)):
             decode(target, draft, prompts)
+    for networks, said in (
+        ((None, None), "load_target(...) gives, got NoneType"),
+        ((target.config, None), "got TargetConfig"),
+        ((draft, None), "load_target(...) gives, got Draft"),
+        ((target, target), "load_draft(..., target) gives, got Llama"),
+    ):
+        with pytest.raises(RequestError, match=re.escape(said)):
+            decode(*networks, PROMPTS)
+    with pytest.raises(RequestError, match=re.escape("pass load_tokenizer('some')")):
+        decode(target, draft, ["hi"], tokenizer="some")
     with pytest.raises(RequestError, match=re.escape("pass load_draft('smollm2-135m', target)")):
         decode(target, "smollm2-135m", PROMPTS)
     with pytest.raises(RequestError, match=re.escape("pass load_target('some')")):
         stream("some", draft, PROMPTS)
+
+
+def test_prompts_and_stop_tokens_come_from_any_iterable(target, draft, greedy):
+    settings = {"max_new_tokens": 8, "stop_token_ids": (token for token in [greedy[0][3]] * 20)}
+    got = decode(target, draft, ((t for t in prompt) for prompt in PROMPTS), **settings).tokens
+    assert got[0] == greedy[0][: greedy[0].index(greedy[0][3]) + 1]
+    assert [part for parts in stream(target, draft, PROMPTS[:1], max_new_tokens=8, every=10**30) for part in parts]
 
 
 @pytest.mark.parametrize("every", [1, 3])
@@ -511,6 +543,8 @@ def test_a_stream_refuses_before_it_runs(target, draft):
     for settings, said in (
         ({"mode": "recompute"}, "does not stream"),
         ({"every": 0}, "at least 1, got 0"),
+        ({"every": "2"}, "at least 1, got '2'"),
+        ({"every": 1.5}, "at least 1, got 1.5"),
         ({"logprobs": True}, "use decode"),
     ):
         with pytest.raises(RequestError, match=said):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dflash import ScriptedDraft, decode, init_draft, load_target
+from dflash import RequestError, ScriptedDraft, decode, init_draft, load_target
 from dflash.decoding.audit import audit
 from dflash.decoding.sampling import Sampling, gumbel, threefry
 from dflash.weights.tiny import write_tiny_target
@@ -162,6 +162,15 @@ def test_another_seed_compiles_nothing_and_temperature_0_is_greedy(target, draft
 def test_the_likeliest_alone_is_greedy(target, draft):
     greedy = decode(target, draft, PROMPTS, max_new_tokens=8).tokens
     assert decode(target, draft, PROMPTS, temperature=3.0, top_k=1, max_new_tokens=8).tokens == greedy
+    for rule in ({"top_p": 1e-300}, {"top_p": 1e-40}, {"min_p": 1.0}):
+        np.testing.assert_array_equal(np.isfinite(perturbed(np.eye(4, dtype=np.float32), **rule)), np.eye(4))
+
+
+def test_the_lowest_temperature_is_greedy_and_lower_ones_are_refused(target, draft):
+    greedy = decode(target, draft, PROMPTS, max_new_tokens=8).tokens
+    assert decode(target, draft, PROMPTS, temperature=1e-6, max_new_tokens=8).tokens == greedy
+    with pytest.raises(RequestError, match=r"temperature .*\b0, or at least 1e-06, got 1e-38"):
+        decode(target, draft, PROMPTS, temperature=1e-38)
 
 
 @pytest.mark.parametrize("rule", [{}, {"top_p": 0.9, "min_p": 0.02}], ids=str)

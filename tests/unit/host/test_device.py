@@ -157,3 +157,9 @@ def test_facts_of_a_result():
 def test_bytes_of_weights():
     arrays = {"a": jnp.zeros((3, 4), jnp.float32), "b": [jnp.zeros(5, jnp.bfloat16), jnp.zeros((), jnp.int8)]}
     assert weight_bytes(arrays) == 48 + 10 + 1
+
+
+@pytest.mark.parametrize("opened", [device.open_default_device, lambda: device.open_device("cpu"), device.check_width])
+def test_64_bits_are_refused(opened):
+    with jax.enable_x64(True), pytest.raises(DeviceError, match="unset JAX_ENABLE_X64"):
+        opened()

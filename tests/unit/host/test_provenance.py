@@ -31,11 +31,26 @@ def benchmark(**info):
         (["--draft=hf_abcdefgh"], ["--draft=***"]),
         (["--server-args=--tp-size 4 --api-key abc"], ["--server-args=--tp-size 4 --api-key ***"]),
         (["--server-args", "--api-key abc --hf-token=x"], ["--server-args", "--api-key *** --hf-token=***"]),
+        (
+            ["--server-args=--header 'Authorization: Bearer abc.def'"],
+            ["--server-args=--header 'Authorization: Bearer ***"],
+        ),
+        (["--header", "authorization: basic YTpi", "x"], ["--header", "authorization: basic ***", "x"]),
+        (["--prompt", "a bearer bond, basic maths"], ["--prompt", "a bearer *** basic maths"]),
+        (["--proxy-auth", "me:abc", "--author", "me"], ["--proxy-auth", "***", "--author", "me"]),
+        (["http://host/v1?api_key=abc&n=1#x"], ["http://host/v1?api_key=***&n=1#x"]),
+        (["http://host/v1?access-token=abc", "?tokens=3"], ["http://host/v1?access-token=***", "?tokens=3"]),
         (["--run-name=tokens of hf_x", "secret"], ["--run-name=tokens of hf_x", "secret"]),
     ],
 )
 def test_secrets_are_hidden_in_a_command(command, told):
     assert p.redact(command) == told
+
+
+def test_words_that_no_result_could_record_are_refused():
+    p.check_words(["--prompts", "café.jsonl"], ValueError)
+    with pytest.raises(ValueError, match=r"'caf\\udce9.jsonl' has other bytes"):
+        p.check_words(["--prompts", "caf\udce9.jsonl"], ValueError)
 
 
 def test_what_a_secret_variable_holds_is_hidden_wherever_it_stands(monkeypatch):

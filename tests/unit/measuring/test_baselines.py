@@ -212,6 +212,13 @@ def with_figure(**figure):
             "NaN is no JSON",
         ),
         (with_figure(speedup_x={"reference": 3.0, "floor": "2"}), "a: speedup_x floor .*got '2'"),
+        (with_figure(draft_ratio={"reference": 0}), "a: draft_ratio reference .*from 1e-09 .*got 0"),
+        (with_figure(speedup_x={"reference": -1e300}), r"a: speedup_x reference .*got -1e\+300"),
+        (
+            with_figure(speedup_x={"reference": 3.0, "between_runs": -900.0, "runs": 3}),
+            "between_runs .*got -900.0 from 3",
+        ),
+        (with_figure(speedup_x={"reference": 3.0, "between_runs": 0.1, "runs": 2.5}), "between_runs .*from 2.5"),
         (with_figure(speedup_x={"reference": 3.0, "ceiling": 2.0}), "a: speedup_x takes reference and floor"),
         (with_figure(verify_ratio={"ceiling": 2.0}), "a: verify_ratio takes reference and ceiling"),
         (with_figure(speed={"reference": 3.0}), "a: speed is none of speedup_x, "),

@@ -209,3 +209,12 @@ def test_sglang_jax_takes_its_command_lines(target, draft):
         command = words("sglang-jax", found, target, given)[2:]
         done = subprocess.run([python, "-c", CHECK, *command], capture_output=True, text=True)
         assert done.stdout.startswith(expected), shlex.join(command) + done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("printed", ["5", "[1]", "null", "hello", r"\xff", "[" * 5000])
+def test_a_program_that_is_no_python_is_named(tmp_path, printed):
+    program = tmp_path / "program"
+    program.write_text(f"#!/bin/sh\nprintf '{printed}'\n")
+    program.chmod(0o755)
+    with pytest.raises(ServingError, match=r"--server-python names the Python interpreter .*/program: "):
+        ADAPTERS["vllm"].look(str(program))

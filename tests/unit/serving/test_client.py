@@ -148,6 +148,8 @@ SHAPES = {
     "text": (b'"text"', "an event that is no object"),
     "choices as an object": (b'{"choices": {"text": "a"}}', "choices that is no list"),
     "a choice as text": (b'{"choices": ["a"]}', "an entry of choices that is no object"),
+    "two choices": (b'{"choices": [{"text": "a"}, {"text": "b"}]}', "more than the one choice"),
+    "another choice": (b'{"choices": [{"text": "a", "index": 1}]}', "more than the one choice"),
     "text as a number": (b'{"choices": [{"text": 7}]}', "text that is no text: 7"),
     "ids as text": (b'{"choices": [{"token_ids": "12"}]}', "token_ids that is no list"),
     "an id as a fraction": (b'{"choices": [{"token_ids": [1.5]}]}', "an entry of token_ids that is no count"),

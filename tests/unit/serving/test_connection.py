@@ -2,6 +2,7 @@
 
 import asyncio
 import gzip
+import importlib.util
 import itertools
 import json
 import re
@@ -198,6 +199,13 @@ def test_an_answer_of_another_kind_is_one_sentence(answer, named):
         assert named in refusal(stream, server)
 
 
+@pytest.mark.parametrize("said", [b"a\nb\rc", b"a\x1b[2J\x1b]0;b\x07c", "a\x9b31mb\u2028c".encode()])
+def test_what_a_server_says_moves_no_cursor(said):
+    for answer in (head(400) + said, head() + b"data: [" + said + b"\n\n"):
+        with hostile(answer) as server:
+            assert refusal(stream, server).isprintable()
+
+
 def test_a_stream_is_read_as_the_standard_has_it():
     text = b': data: {"a": 0}\r\nevent: x\ndata:{"a": 1}\r\n\r\nid: 7\ndata: {"a":\ndata: 2}\n\n'
     text += b'data: [DONE]\n\n: end\ndata: {"a": 3}'
@@ -279,6 +287,33 @@ def test_requests_go_below_the_path_of_the_url():
     with hostile(head(200, "application/json") + b"{}") as server:
         Connection(f"{server.url}/prefix/v1/", timeout_s=5).page("/v1/models")
         assert server.requests[0][0].startswith(b"GET /prefix/v1/models HTTP/1.1\r\n")
+
+
+@pytest.mark.parametrize("url", ["http://host:1/?api_key=" + KEY, "http://host:1/v1#" + KEY, "host?key=a@b" + KEY])
+def test_what_follows_a_url_is_not_shown(url):
+    with pytest.raises(ServingError, match="got ") as error:
+        read_url(url)
+    assert KEY not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ALL_PROXY", "socks5://user:averysecretpassword@127.0.0.1:1"),
+        ("HTTPS_PROXY", "ftp://user:averysecretpassword@host:1"),
+        ("NO_PROXY", "[::"),
+        ("SSL_CERT_FILE", "/no/such/file"),
+        ("SSL_CERT_FILE", __file__),
+    ],
+)
+def test_an_environment_that_can_not_be_used_is_named(name, value, monkeypatch):
+    if name == "ALL_PROXY" and importlib.util.find_spec("socksio"):
+        pytest.skip("httpx speaks to such a proxy here")
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ServingError, match=name) as error:
+        Connection("https://192.0.2.1", timeout_s=1)
+    assert "averysecretpassword" not in str(error.value)
+    Connection("http://127.0.0.1:9", timeout_s=1)  # asked without a proxy
 
 
 def test_a_server_that_is_not_there_is_named():

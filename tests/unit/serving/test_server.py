@@ -122,6 +122,15 @@ def test_a_log_that_can_not_be_written_is_named(tmp_path):
         pass
 
 
+def test_a_log_is_of_one_server_at_a_time(start, tmp_path):
+    with start():
+        with pytest.raises(ServingError, match=r"another run writes to .*target\.log.*--server-logs"), start():
+            pass
+        assert "the stub starts" in (tmp_path / "logs" / "target.log").read_text()
+    with start():
+        pass
+
+
 def test_a_log_keeps_no_secret_when_the_wait_for_its_server_is_cut_short(start, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_averysecretword")
 

@@ -4,7 +4,7 @@ import pytest
 from word_tokenizer import WordTokenizer
 
 from dflash.text.lengths import exact_length_prompts
-from dflash.text.prompts import load_prompts
+from dflash.text.prompts import PromptError, load_prompts
 
 BUILTIN = [prompt.messages[-1]["content"] for prompt in load_prompts("builtin").prompts]
 
@@ -66,3 +66,11 @@ def test_exact_length_refuses_what_has_no_room(tokenizer):
 def test_exact_length_refuses_to_make_none(tokenizer):
     with pytest.raises(ValueError, match="count is at least 1; got 0"):
         exact_length_prompts(tokenizer, 50, count=0, seed=0)
+
+
+@pytest.mark.parametrize("kept", [0, 20])
+def test_exact_length_of_a_template_that_cuts_its_words_is_refused(tokenizer, kept):
+    encode = tokenizer.encode_chat
+    tokenizer.encode_chat = lambda talk: encode([{"role": "user", "content": "Say: " + talk[0]["content"][:kept]}])
+    with pytest.raises(PromptError, match=r"leaves \d+ tokens of any text"):
+        exact_length_prompts(tokenizer, 200, count=1, seed=0)

@@ -3,6 +3,7 @@ import json
 import re
 import sys
 import types
+from pathlib import Path
 
 import pytest
 from word_tokenizer import WordTokenizer
@@ -314,9 +315,32 @@ def test_a_prompt_template_makes_text_of_fields(hub):
         load_prompts("hf:who/what", prompt_template="{question} In {unit}.")
     with pytest.raises(ValueError, match="fields question, unit; got 'answer'"):
         load_prompts("hf:who/what", prompt_template="{answer}")
+    hub.answer = table(question=[["a", "b"]])
+    with pytest.raises(ValueError, match=r"row 1: .*text and numbers; got \['a', 'b'\] for question"):
+        load_prompts("hf:who/what", prompt_template="{question}")
 
 
-@pytest.mark.parametrize("template", ["no field", "{", "{}", "{question.__class__}", "{question[0]}"])
+def test_a_row_that_can_not_be_read_is_one_sentence(hub):
+    def rows():
+        yield {"prompt": "One?"}
+        raise ImportError("To support decoding images, please install 'Pillow'.")
+
+    hub.answer = rows()
+    with pytest.raises(PromptError, match=r"hf:who/what could not be loaded: ImportError: .*Pillow"):
+        load_prompts("hf:who/what")
+
+
+@pytest.mark.parametrize("source", [None, 5, b"builtin"])
+def test_a_source_is_text_or_a_path(jsonl, source):
+    assert asked(load_prompts(Path(jsonl({"prompt": "Why?"})))) == ["Why?"]
+    with pytest.raises(PromptError, match=f"text or a path, got {source!r}"):
+        load_prompts(source)
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["no field", "{", "{}", "{question.__class__}", "{question[0]}", "{question:>9}", "{question:{w}}", "{question!r}"],
+)
 def test_what_is_no_prompt_template_is_refused(hub, template):
     hub.answer = table(question=["x"])
     with pytest.raises(ValueError, match="a prompt template is text with"):

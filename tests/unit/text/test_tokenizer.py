@@ -145,6 +145,29 @@ def test_a_variable_that_is_none_is_refused(word):
         template_variables([word])
 
 
+@pytest.mark.parametrize("word", ["x=NaN", "x=1e999", "x=-Infinity", 'x="\\ud83d"', "x=\udcff"])
+def test_a_variable_that_no_result_could_record_is_refused(tmp_path, word):
+    with pytest.raises(ValueError, match="JSON values"):
+        load_tokenizer(write_snapshot(tmp_path), variables=template_variables([word]))
+
+
+@pytest.mark.parametrize("variables", ["x=1", {"x": object()}, 5, [1]])
+def test_variables_are_json_values_by_name(tmp_path, variables):
+    with pytest.raises(ValueError, match="JSON values by their names"):
+        load_tokenizer(write_snapshot(tmp_path), variables=variables)
+
+
+def test_a_variable_has_one_value():
+    with pytest.raises(ValueError, match="x twice"):
+        template_variables(["x=1", "y=2", "x=3"])
+
+
+@pytest.mark.parametrize("date", ["5 December", "20251205", "2025-W49-5", "", None, 5])
+def test_a_day_is_written_one_way(tmp_path, date):
+    with pytest.raises(ValueError, match="YYYY-MM-DD"):
+        load_tokenizer(write_snapshot(tmp_path), template_date=date)
+
+
 def test_a_given_answer_is_what_the_template_writes(tmp_path):
     tokenizer = load_tokenizer(write_snapshot(tmp_path, generation_config={"eos_token_id": [0, 1]}))
     asked, answer = tokenizer.encode_answered(TALK[:2])

@@ -148,7 +148,8 @@ def test_curves_are_a_png(finished, tmp_path):
     image = (finished / "curves.png").read_bytes()
     assert image.startswith(b"\x89PNG\r\n\x1a\n")
     assert len(image) > 5000
-    (tmp_path / "metrics.jsonl").write_text("")
+    # What is no number has no point.
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "cross_entropy": {}}\n{"step": 2, "cross_entropy": null}\n')
     write_curves(tmp_path / "metrics.jsonl", tmp_path / "empty.png")
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["empty.png", "metrics.jsonl"]
 
@@ -353,6 +354,14 @@ def test_a_run_from_before_there_were_identities_is_resumed(start, finished, tmp
 CLAIM = "import sys; from pathlib import Path; from dflash.training.run import claim_run; claim_run(Path(sys.argv[1]))"
 
 
+def test_a_directory_that_is_a_draft_takes_no_run(start, tmp_path):
+    """`export` and `generate` would go on to read that draft, not the run."""
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ConfigError, match="holds the weights of a draft"):
+        start(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
 def test_a_directory_belongs_to_one_process_at_a_time(start, tmp_path):
     root = tmp_path / "root"
     command = [sys.executable, "-c", CLAIM, str(root)]
@@ -372,6 +381,7 @@ def test_a_directory_belongs_to_one_process_at_a_time(start, tmp_path):
         ("run_config.json", "[]", "must hold a JSON object"),
         ("metrics.jsonl", '{"step": 1}\n{"loss": 1}\n', "line 2, must say its step"),
         ("metrics.jsonl", '{"step": 1}\n{,}\n', "line 2, is no valid JSON"),
+        ("metrics.jsonl", '{"step": 1}\n{"step": 2, "lo\n{"step": 3}\n', "line 2, is no valid JSON"),
     ],
 )
 def test_a_damaged_file_of_a_run_is_one_sentence(start, finished, tmp_path, name, text, named):

@@ -361,8 +361,10 @@ def test_a_linen_draft_has_block_size_and_layers_of_its_cache(target, arrays, tm
     write_linen(tmp_path / "out", arrays, {"cache": str(tmp_path / "cache.npz")})
     config = load_draft(tmp_path / "out", target).config
     assert (config.target_layer_ids, config.block_size) == ((2, 0), BLOCK)
-    (tmp_path / "cache.npz").write_bytes(b"PK\x03\x04 cut")
-    assert "cache.npz is no teacher cache" in refusal(ConfigError, tmp_path / "out", target)
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    for content in (b"PK\x03\x04 cut", b"", (tmp_path / "array.npy").read_bytes()):
+        (tmp_path / "cache.npz").write_bytes(content)
+        assert "cache.npz is no teacher cache" in refusal(ConfigError, tmp_path / "out", target)
     write_linen(tmp_path / "untold", arrays, {"cache": None} | WITH_IDS)
     assert "has no block_size" in refusal(ConfigError, tmp_path / "untold", target)
 
@@ -414,6 +416,8 @@ def test_configs_that_do_not_fit(target, arrays, tmp_path):
     said = refusal(ConfigError, run, target)
     for fault in ("hidden_act must be one of ['silu'], got 'gelu'", "intermediate_size is missing", "block_size must"):
         assert fault in said
+    write_json(run / "config.json", CONFIG | WITH_IDS | {"mlp_ratio": 1e308})
+    assert "intermediate_size is missing" in refusal(ConfigError, run, target)
     write_json(run / "config.json", CONFIG | WITH_IDS | {"target_layer_ids": [1, 9]})
     assert "it reads layers [9]" in refusal(ConfigError, run, target)
 
@@ -450,6 +454,32 @@ def test_a_file_that_is_no_msgpack(target, arrays, tmp_path):
     file = step / "draft_params.msgpack"
     file.write_bytes(file.read_bytes()[:1000])
     assert "is no msgpack of arrays" in refusal(WeightsError, tmp_path, target)
+    for content in (msgpack_serialize({"params": {"fc": [1, [2]]}}), b"\x81\xa1a" * 900 + b"\x01", b""):
+        file.write_bytes(content)
+        assert re.search("is no msgpack of arrays|does not fit", refusal(WeightsError, tmp_path, target))
+
+
+def test_a_run_that_was_copied_incompletely_is_no_zeros(target, arrays, tmp_path):
+    run = write_fork_run(tmp_path, arrays, CONFIG | WITH_IDS)
+    for path in ("layers/0/attn/q_proj/bias/value/0", "layers/1/mlp/up_proj/kernel/value/0.0"):
+        (run / "model" / path).unlink()
+    said = refusal(WeightsError, run, target)
+    assert "1 weights would be read as zeros" in said
+    assert "layers/1/mlp/up_proj/kernel" in said
+
+
+def test_what_a_run_says_of_its_sizes_is_compared_before_it_is_read(target, arrays, tmp_path):
+    """An array of a million by a million zeros needs no chunk."""
+    run = write_fork_run(tmp_path, arrays, CONFIG | WITH_IDS)
+    for file, key in ((run / "tensorstore_index.json", None), (run / "model/fc/kernel/value/.zarray", "shape")):
+        content = json.loads(file.read_text())
+        if key is None:
+            (entry,) = [e for e in content["prefixes"]["model"] if e["path"] == "model/fc/kernel/value"]
+            entry["shape"] = [10**6, 10**6]
+        else:
+            content[key] = [10**6, 10**6]
+        file.write_text(json.dumps(content))
+    assert "model/fc/kernel/value is [1000000, 1000000], must be [128, 64]" in refusal(WeightsError, run, target)
 
 
 # ---- what can be done with it

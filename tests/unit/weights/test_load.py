@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dflash import ConfigError, WeightsError, init_draft, load_draft, load_target, write_draft
+from dflash import ConfigError, WeightsError, init_draft, load_draft, load_target, load_tokenizer, write_draft
 from dflash.weights import load, smollm2
 from dflash.weights.export import export_draft
 from dflash.weights.load import (
@@ -121,12 +121,31 @@ def test_init_draft_takes_the_targets_dtype(folder):
         ({"target_layer_ids": (1, 6)}, r"reads layers \[6\] .*0\.\.5"),
         ({"target_layer_ids": (-1,)}, r"reads layers \[-1\]"),
         ({"target_layer_ids": ()}, "reads at least one layer"),
+        ({"target_layer_ids": 5}, "numbers of layers in a list, got 5"),
+        ({"block_size": "x"}, "integers .*got 'x'"),
+        ({"num_layers": 10**9}, "at most 10000 layers, got 1000000000"),
+        ({"num_layers": 1.5}, r"integers .*got 1\.5"),
+        ({"seed": 2**70}, "integers .*got 1180591620717411303424"),
         ({"mask_token_id": 199}, "mask token 199 .*vocabulary of 199"),
     ],
 )
 def test_init_draft_refuses(target, settings, message):
     with pytest.raises(ConfigError, match=message):
         init_draft(target, **settings)
+
+
+@pytest.mark.parametrize("given", ["smollm2-135m", Path("somewhere"), None])
+def test_what_is_no_loaded_target_is_refused(given):
+    for make in (lambda: init_draft(given), lambda: load_draft("smollm2-135m", given)):
+        with pytest.raises(ConfigError, match=f"load_target gives, got .*{given}"):
+            make()
+
+
+@pytest.mark.parametrize("given", [None, 5, b"smollm2-135m"])
+def test_what_is_no_name_is_refused(given, target):
+    for load_it in (load_target, load_tokenizer, lambda name: load_draft(name, target)):
+        with pytest.raises(WeightsError, match=f"got {given!r}"):
+            load_it(given)
 
 
 def test_load_draft(target, folder, tmp_path):
@@ -234,6 +253,12 @@ def test_a_draft_for_speculators_comes_back(target, folder, tmp_path):
         ({"aux_hidden_state_layer_ids": [0, 2]}, r"aux_hidden_state_layer_ids must be .* got \[0, 2\]"),
         ({"aux_hidden_state_layer_ids": None}, "aux_hidden_state_layer_ids must be"),
         ({"transformer_layer_config": []}, "transformer_layer_config must be an object"),
+        ({"speculators_config": []}, "speculators_config must be an object"),
+        (
+            {"speculators_config": {"verifier": {"architectures": ["Qwen3ForCausalLM"]}}},
+            r"verifier is one of \['Qwen3ForCausalLM'\], and the target a LlamaForCausalLM",
+        ),
+        ({"speculators_config": {"verifier": {"architectures": "Llama"}}}, "verifier is one of 'Llama'"),
         ({"block_size": 1}, "block_size .*2, got 1"),
         ({"mask_token_id": None}, "mask_token_id .*got None"),
     ],

@@ -1,5 +1,6 @@
 """What a cache holds is what the target says of its own text, at the positions it claims; and a kill costs nothing."""
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -302,6 +303,23 @@ def test_a_cache_is_bound_to_its_target_and_its_text(built, source, name):
 def test_windows_that_cannot_be_made_leave_nothing(source, tmp_path, changes, said):
     with pytest.raises(CacheError, match=said):
         build_windows(source, tmp_path / "new", TEXTS, WindowConfig(**WINDOWS | changes), layer_ids=LAYERS)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"max_user_turn": 10**9}, "max_user_turn 1000000000"),
+        ({"max_new_tokens": 10**9}, "room for 1000000032 tokens"),
+        ({"max_prompt_len": 10**9}, "room for 1000000016 tokens"),
+    ],
+)
+def test_text_beyond_the_targets_positions_leaves_nothing(source, tmp_path, changes, said):
+    texts = dataclasses.replace(TEXTS, **changes)
+    with pytest.raises((CacheError, PromptError), match=said):
+        build_sequences(source, tmp_path / "new", texts, layer_ids=LAYERS)
+    with pytest.raises((CacheError, PromptError), match=said):
+        build_windows(source, tmp_path / "new", texts, WindowConfig(**WINDOWS), layer_ids=LAYERS)
     assert not list(tmp_path.iterdir())
 
 

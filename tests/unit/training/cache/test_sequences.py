@@ -63,7 +63,7 @@ def cache(whole, tmp_path):
 def test_what_was_written_is_read(whole, values):
     cache = open_cache(whole)
     assert (len(cache), cache.hidden_size, cache.feature_layer_ids, cache.longest) == (M, H, (2, 0), 128)
-    assert (cache.max_block_size, cache.snapshot_sha256, cache.split) == (None, "cd", META["split"])
+    assert (cache.max_block_size, cache.snapshot_sha256, cache.split) == (cache.longest, "cd", META["split"])
     for name in ("features", "token_ids", "loss_mask"):
         array = getattr(cache, name)
         assert isinstance(array, np.memmap)
