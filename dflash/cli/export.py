@@ -12,10 +12,9 @@ from dflash.host.disk import read_object
 from dflash.metrics import finite
 from dflash.training.run import read_metrics
 from dflash.weights.export import Consumer, Dtype, export_draft, parse_size
-from dflash.weights.load import draft_directory, draft_hash, own_run, read_any_draft, target_directory
+from dflash.weights.load import SHIPPED_DRAFTS, draft_directory, draft_hash, own_run, read_any_draft, target_directory
 from dflash.weights.runs.arrays import read_run_object
 from dflash.weights.runs.directories import step_of
-from dflash.weights.smollm2 import NAME
 from dflash.weights.snapshot import WeightsError, target_config
 
 # Directories mean something only on the machine that trained; elsewhere only hashes do.
@@ -64,7 +63,7 @@ def _record_of(draft: Any, sha256: Any) -> dict[str, Any] | None:
 
     None if it is not there any more, or another one is there now. Nothing is fetched.
     """
-    if not isinstance(draft, str) or not (draft == NAME or Path(draft).is_dir()):
+    if not isinstance(draft, str) or not (draft in SHIPPED_DRAFTS or Path(draft).is_dir()):
         return None
     try:
         if draft_hash(draft) != sha256:
