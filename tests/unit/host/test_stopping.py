@@ -221,10 +221,7 @@ def HOOK():
 @pytest.mark.parametrize(
     ("hook", "number"),
     [
-        ("pytest_collection_modifyitems", signal.SIGINT),
-        ("pytest_runtest_setup", signal.SIGHUP),
         ("pytest_runtest_makereport", signal.SIGINT),
-        ("pytest_runtest_logreport", signal.SIGTERM),
         ("pytest_sessionfinish", signal.SIGTERM),
         ("pytest_terminal_summary", signal.SIGINT),
         ("pytest_unconfigure", signal.SIGHUP),
