@@ -51,7 +51,7 @@ def test_a_spread_of_no_runs_is_refused(tmp_path, spread):
     data = json.loads(path.read_text())
     next(iter(data["cases"].values()))["speedup_x"] |= spread
     path.write_text(json.dumps(data))
-    with pytest.raises(baselines.BaselineError, match="comes from at least 2 runs"):
+    with pytest.raises(baselines.BaselineError, match="at least 2 runs"):
         baselines.read_baselines(tmp_path, "cpu")
 
 

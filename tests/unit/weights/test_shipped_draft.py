@@ -48,9 +48,9 @@ def test_it_is_found_by_its_name_and_whole(name):
 
 
 def test_one_of_them_is_for_servers():
-    """They know no DFlash 2, and no reduced vocabulary."""
+    """They know no DFlash 2."""
     plain = config("smollm2-135m-plain")
-    assert (plain.conv, plain.selector, plain.draft_vocab_size) == (None, None, None)
+    assert (plain.conv, plain.selector) == (None, None)
 
 
 def test_it_is_small(name):
