@@ -11,13 +11,12 @@ from dflash.host import stopping
 stopping.leave_at_once()  # the imports take seconds
 
 # isort: split
-import filelock
 import jax
 import pytest
 
 from dflash.cli.pytest_options import add_options, all_options, apply_protocol, check_lengths
 from dflash.host.device import DeviceError, check_width, default_dtype, looks_like_tpu_host, open_device
-from dflash.host.disk import check_writable
+from dflash.host.disk import check_writable, claim
 from dflash.host.provenance import check_words, compile_cache, provenance
 from dflash.measuring import baselines
 from dflash.measuring.gate import closing_line
@@ -127,16 +126,15 @@ def _claim_results_file(config: pytest.Config, json_file: Path) -> None:
 
     Raises UsageError where another run has it.
     """
-    lock = filelock.FileLock(json_file.with_name(f".{json_file.name}.lock"), timeout=0)
     try:
-        lock.acquire()
-    except filelock.Timeout:
+        lock = claim(json_file)
+    except OSError as error:
+        raise pytest.UsageError(f"--benchmark-json names a file; {json_file.parent}: {error.strerror}") from None
+    if lock is None:
         raise pytest.UsageError(
             f"results of one run go into one file, and another run writes {json_file}: wait until it ends, or name "
             "another one"
-        ) from None
-    except OSError as error:
-        raise pytest.UsageError(f"--benchmark-json names a file; {json_file.parent}: {error.strerror}") from None
+        )
     config.add_cleanup(lock.release)
 
 

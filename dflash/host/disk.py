@@ -14,6 +14,7 @@ import zlib
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
+import filelock
 import platformdirs
 
 
@@ -57,6 +58,19 @@ def check_writable(path: Path) -> None:
         error.filename = str(path)
         raise
     probe.unlink()
+
+
+def claim(path: Path) -> filelock.BaseFileLock | None:
+    """Reserves a file, by a lock beside it, until that is released or the process ends; None if another process has it.
+
+    Raises OSError where no lock can be written.
+    """
+    lock = filelock.FileLock(path.with_name(f".{path.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        return None
+    return lock
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

@@ -42,8 +42,8 @@ def served_draft(directory: Path, target: Path, block_size: int | None = None) -
         raise ServingError(f"no server gets this draft, {directory}: {error}") from None
     if config.conv is not None:
         raise ServingError(
-            f"no server knows DFlash 2 drafts, and {directory} is one: they would drop parts of it. Name a plain one; "
-            "smollm2-135m-plain is, for that target"
+            f"no server knows DFlash 2 drafts, and {directory} is one: they would drop parts of it; name a plain "
+            "DFlash draft (smollm2-135m-plain for the target smollm2-135m)"
         )
     size = config.block_size if block_size is None else block_size
     if not 2 <= size <= config.block_size:

@@ -15,9 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import filelock
-
-from dflash.host.disk import write_atomically
+from dflash.host.disk import claim, write_atomically
 from dflash.host.stopping import unwinding
 from dflash.serving.connection import Connection, ServingError, redacted
 
@@ -80,18 +78,18 @@ class Server:
 @contextlib.contextmanager
 def _own(log: Path, begin: str) -> Iterator[None]:
     """Begins a log that no other run writes to meanwhile: two servers' would be taken for one. Raises ServingError."""
-    lock = filelock.FileLock(log.with_name(f".{log.name}.lock"), timeout=0)
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-        log.write_text(begin, encoding="utf-8")
-    except filelock.Timeout:
+        lock = claim(log)
+        if lock is not None:
+            log.write_text(begin, encoding="utf-8")
+    except OSError as error:
+        raise ServingError(f"a server's log goes to {log} (--server-logs): {error.strerror}") from None
+    if lock is None:
         raise ServingError(
             f"a log is of one server, and another run writes to {log}: wait until it ends, or name another directory "
             "(--server-logs)"
-        ) from None
-    except OSError as error:
-        raise ServingError(f"a server's log goes to {log} (--server-logs): {error.strerror}") from None
+        )
     try:
         yield
     finally:

@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from dflash.host import disk
-from dflash.host.disk import check_writable, nearest, parse_object, read_object, write_atomically
+from dflash.host.disk import check_writable, claim, nearest, parse_object, read_object, write_atomically
 
 
 class BadFileError(ValueError):
@@ -127,6 +127,17 @@ def test_a_place_is_asked_whether_it_may_be_written_and_left_as_it_was(tmp_path)
         with pytest.raises(kind) as caught:
             check_writable(path)
         assert caught.value.filename == str(path)
+
+
+def test_a_file_that_is_claimed_is_one_process_own_until_it_is_released(tmp_path):
+    first = claim(tmp_path / "x.json")
+    assert claim(tmp_path / "x.json") is None
+    assert claim(tmp_path / "y.json") is not None
+    first.release()
+    assert claim(tmp_path / "x.json") is not None
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        claim(tmp_path / "file" / "x.json")
 
 
 def test_an_error_names_the_file_that_was_asked_for(tmp_path):
