@@ -16,7 +16,7 @@ import pytest
 
 from dflash.cli.pytest_options import add_options, all_options, apply_protocol, check_lengths
 from dflash.host.device import DeviceError, check_width, default_dtype, looks_like_tpu_host, open_device
-from dflash.host.disk import check_writable, claim
+from dflash.host.disk import check_writable, claim, is_device
 from dflash.host.provenance import check_words, compile_cache, provenance
 from dflash.measuring import baselines
 from dflash.measuring.gate import closing_line
@@ -111,6 +111,8 @@ def _check_results_file(config: pytest.Config) -> None:
     folder = json_file.parent
     if json_file.is_dir():
         fault = f"{json_file} is a directory"
+    elif is_device(json_file):
+        fault = f"{json_file} is a device, and a run keeps a journal beside its results"
     elif not folder.is_dir():
         fault = f"{folder} is {'no directory' if folder.exists() else 'not there'}"
     elif not os.access(json_file if json_file.exists() else folder, os.W_OK):

@@ -42,16 +42,30 @@ def nearest(path: Path) -> Path:
     return next(p for p in (path, *path.parents) if p.exists())
 
 
+def _place(path: Path) -> Path:
+    """Where a path's content lies: a link's own target, so that a link stays one."""
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
+
+
 def _beside(path: Path) -> Path:
     """A name in the folder of `path` that no other process has."""
     return path.with_name(f".{path.name[:100]}.{secrets.token_hex(6)}.tmp")
+
+
+def is_device(path: Path) -> bool:
+    """Whether a path is there, and no file or directory: /dev/stdout, a pipe. It is written, never replaced."""
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def check_writable(path: Path) -> None:
     """Raises OSError if no file can be written at `path`: to be asked before work whose result goes there."""
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    probe = _beside(path)
+    if is_device(path):
+        if not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return
+    probe = _beside(_place(path))
     try:
         probe.touch(exist_ok=False)
     except OSError as error:
@@ -76,15 +90,20 @@ def claim(path: Path) -> filelock.BaseFileLock | None:
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Writes beside `path`, under a name that no other process has, flushes to the disk, then renames.
 
-    An OSError names `path`.
+    A link's target is written, and a device as it is. An OSError names `path`.
     """
-    temporary = _beside(path)
+    data = content.encode() if isinstance(content, str) else content
+    if is_device(path):
+        path.write_bytes(data)
+        return
+    place = _place(path)
+    temporary = _beside(place)
     try:
         with temporary.open("xb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        temporary.replace(place)
     except BaseException as error:
         if isinstance(error, OSError):
             error.filename, error.filename2 = str(path), None

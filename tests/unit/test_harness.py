@@ -770,6 +770,12 @@ def test_a_results_file_is_of_one_run_at_a_time(call, folder, tmp_path, option):
     result.says("another run writes", "latest.json")
 
 
+def test_results_go_into_a_file_that_a_journal_can_lie_beside(call, folder):
+    result = call("bench", *small(folder, "--benchmark-json=/dev/null"))
+    assert result.status == 4
+    result.says("/dev/null is a device")
+
+
 def test_a_report_needs_a_directory_and_one_process(call, folder, tmp_path):
     (tmp_path / "file").write_text("")
     taken = call("bench", *small(folder, f"--report={tmp_path / 'file'}"))

@@ -1,5 +1,6 @@
 """Files are written whole; JSON from outside is read, or refused in one sentence."""
 
+import os
 import threading
 
 import pytest
@@ -127,6 +128,34 @@ def test_a_place_is_asked_whether_it_may_be_written_and_left_as_it_was(tmp_path)
         with pytest.raises(kind) as caught:
             check_writable(path)
         assert caught.value.filename == str(path)
+
+
+def test_a_pipe_is_written_and_stays_one(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        check_writable(pipe)
+        write_atomically(pipe, "through")
+        assert os.read(reader, 100) == b"through"
+    finally:
+        os.close(reader)
+    assert pipe.is_fifo()
+    assert list(tmp_path.iterdir()) == [pipe]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_stays_one_and_what_it_names_is_written(tmp_path, there):
+    (tmp_path / "kept").mkdir()
+    content, link = tmp_path / "kept" / "x", tmp_path / "latest"
+    if there:
+        content.write_text("old")
+    link.symlink_to(content)
+    check_writable(link)
+    write_atomically(link, "new")
+    assert link.is_symlink()
+    assert content.read_text() == "new"
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["kept", "latest", "x"]
 
 
 def test_a_file_that_is_claimed_is_one_process_own_until_it_is_released(tmp_path):
