@@ -11,8 +11,8 @@ import tyro
 from dflash.cli.template import TemplateOptions
 from dflash.config import Count, Positive
 from dflash.host.disk import check_writable, nearest
-from dflash.measuring.gate import Floors
-from dflash.measuring.result import Results
+from dflash.measuring.gate import Floors, own_line
+from dflash.measuring.result import Results, Served
 from dflash.report.sections import render, speedup_section
 from dflash.serving.connection import ServingError
 from dflash.serving.deployment import deployment
@@ -59,12 +59,25 @@ def serve_bench(args: Annotated[ServeBench, tyro.conf.arg(name="")]) -> None:
         rounds=args.rounds,
     ) as run:
         run.measure(args.rounds)
+
+    def results(case: Served) -> dict[str, Any]:
+        return results_of(case, run.seconds, ["dflash", *sys.argv[1:]])
+
     case = run.result({"prompts": args.prompts.source} | tokenizer.facts)
-    print("\n".join(render(speedup_section(Results(measured=[case])))))
-    # Said first: a report that can't be made must not hide it.
+    shown = dataclasses.replace(case, own_unknown=None)  # that line comes last
+    print("\n".join(render(speedup_section(Results(measured=[shown])))), flush=True)
+    if args.offline:
+        _write_json(args, results(case))  # decoding here takes minutes, and may be stopped
+        case = run.held_to_ours(case)
+    # Print failures before writing, in case writing fails.
     if sentences := run.failures(case, Floors(speedup_x=args.min_speedup), args.rounds):
         print("; ".join(sentences), file=sys.stderr)
-    _write(args, results_of(case, run.seconds, ["dflash", *sys.argv[1:]]))
+    elif line := own_line(case):
+        print(line)
+    _write_json(args, results(case))
+    if args.json is not None:
+        print(f"every figure: {args.json}")
+    _write_report(args, results(case))
     if sentences:
         sys.exit(1)
 
@@ -80,16 +93,19 @@ def _check(args: ServeBench) -> None:
             raise ServingError(f"results are written into a directory; {file.parent}: {error.strerror}") from None
 
 
-def _write(args: ServeBench, results: dict[str, Any]) -> None:
+def _write_json(args: ServeBench, results: dict[str, Any]) -> None:
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         write_results(args.json, results)
-        print(f"every figure: {args.json}")
-    if args.report is not None:
-        from dflash.report.page import report_folder  # matplotlib takes a second that other commands need not wait
 
-        args.report.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory() as folder:
-            kept = Path(folder) / "latest.json"
-            write_results(kept, results)
-            print(f"report: {report_folder(args.report, kept)}")
+
+def _write_report(args: ServeBench, results: dict[str, Any]) -> None:
+    if args.report is None:
+        return
+    from dflash.report.page import report_folder  # matplotlib takes a second that other commands need not wait
+
+    args.report.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        kept = Path(folder) / "latest.json"
+        write_results(kept, results)
+        print(f"report: {report_folder(args.report, kept)}")

@@ -111,6 +111,11 @@ def of_vllm(before: str, after: str, block_size: int, most: int) -> Figures:
             f"its /metrics grew by {blocks} blocks with {drafted} drafted and {accepted} accepted tokens, and {most} "
             "tokens came: it answered others too"
         )
+    if (drafted % blocks == 0 and drafted // blocks != block_size - 1) or drafted > blocks * (block_size - 1):
+        return unknown(
+            f"its /metrics counts {drafted / blocks:.3g} drafted tokens a block, and a block of {block_size} has "
+            f"{block_size - 1}: --block-size says what the server drafts"
+        )
     reached = [blocks, *(grown.get(f"pos{k}", 0) for k in range(block_size - 1)), 0]
     if sum(reached[1:]) == accepted and drafted == blocks * (block_size - 1):
         histogram = [reached[a] - reached[a + 1] for a in range(block_size)]

@@ -17,11 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from tqdm import tqdm
 
 from dflash import metrics
 from dflash.decoding.decode import RequestError, decode
 from dflash.measuring.result import BrokenConvention, OwnAcceptance
-from dflash.models.draft import Draft, DraftAttention, Rope
+from dflash.models.draft import Draft, DraftAttention, Rope, proposing
 from dflash.models.kv_cache import KVCache
 from dflash.models.layers import attend, rotate
 from dflash.serving.draft import ServedDraft
@@ -198,11 +199,12 @@ def own_figures(
 ) -> Callable[[Convention | None], Figures | None]:
     """Gives `metrics.acceptance` of decoding the prompts here in float32, with a convention broken, or with none.
 
-    None where the convention can't be broken; `settings` are those of `decode`. Raises ConfigError, WeightsError, and
-    when called RequestError.
+    Servers know no reduced vocabulary and let a draft propose every token, and so it does here. None where the
+    convention can't be broken; `settings` are those of `decode`. Raises ConfigError, WeightsError, and when called
+    RequestError.
     """
     target = load_target(target_dir)
-    draft = load_draft(served.directory, target)
+    draft = proposing(load_draft(served.directory, target), "all")
     block_size = served.block_size
 
     def figures(convention: Convention | None) -> Figures | None:
@@ -257,7 +259,8 @@ def held_to_ours(served: Figures, rounds: int, own: Callable[[Convention | None]
     assert right is not None
     likely = chance(right, served, rounds)
     broken = {}
-    for convention in CONVENTIONS if likely < LEVEL else ():
+    tried = CONVENTIONS if likely < LEVEL else ()
+    for convention in tqdm(tried, desc="conventions", unit="convention", leave=False, disable=None):
         if (figures := own(convention)) is not None:
             broken[convention.name] = BrokenConvention(
                 accept_len_mean=figures["accept_len_mean"],

@@ -11,7 +11,7 @@ import dataclasses
 import shlex
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from dflash.host.provenance import redact
 from dflash.measuring import gate
 from dflash.measuring.interval import NO_SPEEDUP, speedup_figures
 from dflash.measuring.result import Served, TokenPlace
+from dflash.measuring.turns import is_out_of_memory, sentence_of
 from dflash.serving import acceptance, conventions
 from dflash.serving.adapters import Timed
 from dflash.serving.client import Client, Completion
@@ -34,6 +35,8 @@ from dflash.weights.snapshot import WeightsError
 
 # A process that dies closes its connections first.
 _DYING_S = 0.5
+# What a result says until `ServedRun.held_to_ours`, and for good if the run ends before.
+NOT_YET = "the run ended before its prompts were decoded here"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -196,7 +199,10 @@ class ServedRun:
             return acceptance.unknown(str(error))
 
     def result(self, prompts: Mapping[str, Any]) -> Served:
-        """The case's figures; None for those that a server does not report. `prompts` says where those are from."""
+        """The case's figures; None for those that a server does not report. `prompts` says where those are from.
+
+        With --offline, `held_to_ours` adds what decoding here gives.
+        """
         deployment, rounds = self.deployment, (self.draft or self.target).rounds
         lengths = [len(p) for p in self.prompts]
         drafted = self.draft.rounds if self.draft else []
@@ -230,31 +236,47 @@ class ServedRun:
             no_draft=deployment.no_draft,
             interleaved=deployment.in_turn,
             **self._compared(),
-            **self._held(),
+            alarm=self._alarm(),
+            own_unknown=self._not_held(),
             status="ok",
         )
         return dataclasses.replace(case, status=gate.status(case))
 
-    def _held(self) -> dict[str, Any]:
-        """The alarm of an acceptance that is next to nothing; with --offline, ours beside it."""
-        rate, deployment = self.accepted["accept_rate"], self.deployment
-        figures = {"alarm": "hardly-accepted" if rate is not None and rate <= gate.HARDLY_ACCEPTED else None}
-        if not deployment.options.offline:
-            return figures
-        why = self.cut_short or self.accepted["acceptance_unknown"]
-        if why or self.draft is None or deployment.draft is None:
-            return figures | {"own_unknown": why}
+    def held_to_ours(self, case: Served) -> Served:
+        """The case with our own acceptance beside the server's, where --offline asks for it.
+
+        That takes minutes, and memory for the target: write the case down before.
+        """
+        if case.own_unknown != NOT_YET:
+            return case
+        assert self.draft is not None
+        assert self.deployment.draft is not None
         try:
             own = conventions.own_figures(
-                deployment.target,
-                deployment.draft,
+                self.deployment.target,
+                self.deployment.draft,
                 self.prompts,
                 max_new_tokens=self.max_new_tokens,
                 stop_token_ids=self.draft.client.tokenizer.stop_token_ids,
             )
-            return figures | {"own": conventions.held_to_ours(self.accepted, len(self.draft.rounds), own)}
+            held = conventions.held_to_ours(self.accepted, len(self.draft.rounds), own)
         except (ConfigError, WeightsError, RequestError) as error:
-            return figures | {"own_unknown": str(error)}
+            return dataclasses.replace(case, own_unknown=str(error))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            return dataclasses.replace(case, own_unknown=sentence_of(error))
+        return dataclasses.replace(case, own=held, own_unknown=None)
+
+    def _not_held(self) -> str | None:
+        """Why the server's acceptance is not held to ours, until it is; None where nobody asked for that."""
+        if not self.deployment.options.offline:
+            return None
+        return self.cut_short or self.accepted["acceptance_unknown"] or NOT_YET
+
+    def _alarm(self) -> Literal["hardly-accepted"] | None:
+        rate = self.accepted["accept_rate"]
+        return "hardly-accepted" if rate is not None and rate <= gate.HARDLY_ACCEPTED else None
 
     def _commands(self) -> list[str]:
         """The commands that started the servers, without secrets; empty if they were already running."""

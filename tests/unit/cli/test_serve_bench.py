@@ -7,6 +7,7 @@ import pytest
 from hostile_server import event, head, hostile
 from stub_server import serving
 
+from dflash import init_draft, load_target, metrics, write_draft
 from dflash.__main__ import main
 from dflash.host import stopping
 from dflash.weights.tiny import write_tiny_target, write_tiny_tokenizer
@@ -127,6 +128,44 @@ def test_an_interrupt_is_exit_code_130(serve_bench, monkeypatch):
     monkeypatch.setattr("dflash.serving.deployment._check", interrupted)
     code, _, err = serve_bench("--base-url", "http://127.0.0.1:1")
     assert (code, err) == (130, "dflash: interrupted\n")
+
+
+@pytest.fixture(scope="module")
+def draft(target):
+    network = init_draft(load_target(target), target_layer_ids=(0, 1), block_size=4)
+    write_draft(network, target.parent / "draft")
+    return str(target.parent / "draft")
+
+
+def test_a_stop_while_the_prompts_are_decoded_here_keeps_what_was_measured(compare, draft, tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        assert (tmp_path / "served.json").is_file()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dflash.serving.run.conventions.own_figures", interrupted)
+    words = ("--server", "vllm", f"--draft={draft}", "--offline", "--json", "served.json", "--served-model", "m")
+    counted = {"drafts": 2, "draft_tokens": 6, "accepted_tokens": 3}
+    code, out, err = compare(*words, metrics=counted)
+    assert (code, err) == (130, "dflash: interrupted\n")
+    assert "served-vllm-b4-c1-n5" in out
+    assert "held to ours" not in out
+    info = json.loads((tmp_path / "served.json").read_text())["benchmarks"][0]["extra_info"]
+    assert info["accept_len_mean"] == 1.5
+    assert "own" not in info
+    assert "ended before its prompts were decoded here" in info["own_unknown"]
+
+
+def test_acceptance_beside_ours_is_one_line_below_the_table(compare, draft, monkeypatch):
+    words = ("--server", "vllm", f"--draft={draft}", "--offline", "--served-model", "m")
+    ours = metrics.acceptance([[1, 2, 1, 2]], 4)
+    monkeypatch.setattr("dflash.serving.run.conventions.own_figures", lambda *_, **__: lambda _: ours)
+    code, out, err = compare(*words, metrics={"drafts": 2, "draft_tokens": 6, "accepted_tokens": 3})
+    assert (code, err) == (0, "")
+    assert out.count("no gap") == 1
+    code, out, err = compare(*words, metrics={"drafts": 2, "draft_tokens": 6, "accepted_tokens": 0})
+    assert code == 1
+    assert err.count("a gap") == 1
+    assert "a gap" not in out
 
 
 def test_rounds_that_were_measured_are_kept_when_a_later_one_fails(serve_bench, tmp_path):

@@ -120,6 +120,24 @@ def test_vllm_that_did_not_draft_is_unknown():
     assert of_vllm("", "", SIZE, MOST)["acceptance_length"] is None
 
 
+@pytest.mark.parametrize("size", [2, 4, 16])
+def test_blocks_of_another_size_than_assumed_are_named(size):
+    """A vLLM that runs already may draft more or fewer tokens than its draft's config says."""
+    blocks = [a for row in BLOCKS for a in row]
+    figures = of_vllm(page([], 2), page(blocks, 2), size, MOST)
+    assert f"{SIZE - 1} drafted tokens a block" in figures["acceptance_unknown"]
+    assert "--block-size" in figures["acceptance_unknown"]
+
+
+def test_blocks_that_were_cut_are_counted():
+    """At the end of its context a server drafts less."""
+    blocks = [a for row in BLOCKS for a in row]
+    cut = page(blocks, 2).replace(f" {(len(blocks) + 2) * (SIZE - 1)}.0", f" {(len(blocks) + 2) * (SIZE - 1) - 3}.0")
+    figures = of_vllm(page([], 2), cut, SIZE, MOST)
+    assert figures["num_draft_tokens"] == len(blocks) * (SIZE - 1) - 3
+    assert figures["accept_histogram"] is None
+
+
 def test_counters_are_summed_over_engines():
     counters = read_counters(page([7, 3], before=1))
     assert counters["drafts"] == 3

@@ -4,6 +4,7 @@ The server is the reference's own code behind HTTP (reference_server.py), with a
 """
 
 import asyncio
+import dataclasses
 import functools
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 from dflash import decode, load_target, metrics, write_draft
 from dflash.decoding.decode import RequestError
 from dflash.measuring.gate import Floors
+from dflash.models.draft import pack_tokens
 from dflash.serving.adapters import ADAPTERS, Timed
 from dflash.serving.connection import Connection
 from dflash.serving.conventions import CONVENTIONS, LEVEL, chance, held_to_ours, own_figures
@@ -105,6 +107,21 @@ def test_answers_without_a_block_are_refused(tmp_path):
         own(None)
 
 
+def test_every_token_is_proposed_as_servers_let_a_draft_do(tmp_path):
+    """Whatever vocabulary it learned: of one token that the target never says, none would be accepted."""
+    target = load_target(write_tiny_target(tmp_path / "target", vocab_size=VOCAB))
+    draft = draw_widely(new_draft(target.config, num_layers=1, block_size=4))
+    prompts, settings = [[3, 4, 5], [9, 2]], {"max_new_tokens": 200, "stop_token_ids": ()}
+    whole = decode(target, draft, prompts, **settings)
+    unsaid = min(set(range(VOCAB)) - {token for row in whole.tokens for token in row})
+    draft.config = dataclasses.replace(draft.config, vocabulary=pack_tokens(np.array([unsaid]), VOCAB))
+    assert decode(target, draft, prompts, **settings).metrics["accept_len_mean"] == 0
+    write_draft(draft, tmp_path / "draft")
+    own = own_figures(tmp_path / "target", served_draft(tmp_path / "draft", tmp_path / "target"), prompts, **settings)
+    assert own(None)["accept_histogram"] == whole.metrics["accept_histogram"]
+    assert own(None)["accept_len_mean"] > 0
+
+
 # ---- a server that breaks one
 
 
@@ -117,6 +134,7 @@ def draw_widely(draft):
             weight.set_value(jnp.asarray(rng.uniform(0.5, 2.5, shape), jnp.float32))
         elif len(shape) == 2:
             weight.set_value(jnp.asarray(rng.normal(0, shape[1] ** -0.5, shape), jnp.float32))
+    return draft
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +229,7 @@ def test_a_run_that_is_held_to_ours_names_it_too(lab, start):
         prompts = tuple(Prompt(id=text, category="own", text=text) for text in texts)
         with served_run(deployment(options), TOKENIZER, PromptSet(name="own", prompts=prompts), **sizes) as run:
             run.measure(2)
-    case = run.result({"prompts": "random"})
+    case = run.held_to_ours(run.result({"prompts": "random"}))
     assert case.lossless
     assert case.own.explained_by[0] == name
     assert name in run.failures(case, Floors(), 2)[0]

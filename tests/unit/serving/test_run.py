@@ -92,7 +92,7 @@ def measure(tokenizer):
             servers, tokenizer, asked, max_new_tokens=BUDGET, concurrency=concurrency, rounds=rounds
         ) as run:
             run.measure(rounds)
-        return run, run.result({"prompts": "file"})
+        return run, run.held_to_ours(run.result({"prompts": "file"}))
 
     return measure
 
@@ -265,6 +265,18 @@ def test_what_can_not_be_held_to_ours_fails_the_run(deployment, measure, letters
             run, case = measure(deployment("vllm", base_url=a, draft_base_url=b, offline=True))
         assert why in case.own_unknown
         assert why in run.failures(case, Floors(), 3)[0]
+
+
+def test_too_little_memory_to_decode_here_leaves_what_was_measured(deployment, measure, letters, monkeypatch):
+    def exhausted(*_, **__):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 42 bytes.")
+
+    monkeypatch.setattr("dflash.serving.run.conventions.own_figures", exhausted)
+    with serving(letters=letters) as (a, _), serving(letters=letters, **drafting(3)) as (b, _):
+        run, case = measure(deployment("vllm", base_url=a, draft_base_url=b, offline=True))
+    assert case.accept_len_mean == 1.5
+    assert case.own_unknown.startswith("out of memory")
+    assert "out of memory" in run.failures(case, Floors(), 3)[0]
 
 
 def test_sglang_jax_started_elsewhere_keeps_its_log(compared):
