@@ -176,11 +176,18 @@ class Place:
         return self.build(part)
 
     def build(self, part: Callable[[tuple[slice | np.ndarray, ...]], np.ndarray]) -> Array:
-        """The array on the mesh, made by a function of the `entries` that a device holds; no more is made at once."""
+        """The array on the mesh, made by a function of the `entries` that a device holds.
+
+        Devices that hold the same entries share what is made for the first of them.
+        """
+        made: dict[str, np.ndarray] = {}
 
         def of(index: tuple[slice, ...] | None) -> np.ndarray:
             assert index is not None
-            return part(self.entries(index))
+            key = str(index)
+            if key not in made:
+                made[key] = part(self.entries(index))
+            return made[key]
 
         return jax.make_array_from_callback(self.shape, self.sharding, of)
 
