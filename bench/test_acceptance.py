@@ -60,7 +60,8 @@ def test_acceptance_by_category(
 
     def run() -> list[Any]:
         """Tokens, accept lengths and what each block gave, of the rows of each batch."""
-        decoder = compiled_decoder(target, draft, BLOCK.name, block_size, *greedy.shape, budget, sampling)
+        shape = dataclasses.replace(greedy.shape, mode=BLOCK.name, block_size=block_size)
+        decoder = compiled_decoder(target, draft, shape)
         decoder.take_weights()
         requests = greedy.requests([draft] * len(batches), BLOCK.name, block_size)
         return [read_state(decoder.steps(prefill(decoder, request))) for request in requests]

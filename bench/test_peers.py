@@ -3,6 +3,7 @@
 The same weights, prompts and proposals, float32, all cores; every round runs both in turn.
 """
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -18,6 +19,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from dflash import init_draft, write_draft
 from dflash.decoding import modes
 from dflash.decoding.decode import check_request, compiled_decoder, prefill, read_state
+from dflash.decoding.loop import DecodeShape
 from dflash.decoding.script import ScriptedDraft
 from dflash.measuring.interval import known, ratio_interval
 from dflash.measuring.result import Peer, to_json
@@ -126,8 +128,10 @@ def test_decode_beside_the_reference(
     stops = workload.stop_token_ids
     common = {"stop_token_ids": stops, "allow_larger_block": False}
     longest = round_up(max(map(len, prompts)), 32)
-    greedy = compiled_decoder(target, None, modes.GREEDY.name, 1, 1, longest, BUDGET + BLOCK)
-    decoder = compiled_decoder(target, peer_draft, modes.BLOCK.name, BLOCK, 1, longest, BUDGET)
+    shape = DecodeShape(mode=modes.BLOCK.name, block_size=BLOCK, batch=1, max_prompt_len=longest, max_new_tokens=BUDGET)
+    plain_shape = dataclasses.replace(shape, mode=modes.GREEDY.name, block_size=1, max_new_tokens=BUDGET + BLOCK)
+    greedy = compiled_decoder(target, None, plain_shape)
+    decoder = compiled_decoder(target, peer_draft, shape)
     requests, scripts = [], []
     for prompt in prompts:
         plain = check_request(

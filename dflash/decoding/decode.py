@@ -17,7 +17,7 @@ from flax import nnx
 from dflash import metrics
 from dflash.config import DraftVocab, check_draft, field_faults
 from dflash.decoding.logprobs import log_probabilities
-from dflash.decoding.loop import MAX_STOPS, Decoder, State
+from dflash.decoding.loop import MAX_STOPS, Decoder, DecodeShape, State
 from dflash.decoding.modes import BLOCK, MODES, RECOMPUTE
 from dflash.decoding.recompute import recompute_row
 from dflash.decoding.sampling import GREEDILY, Sampling
@@ -312,18 +312,9 @@ def _form(network: Llama | Draft | None) -> Hashable:
     return graph, tuple((leaf.shape, str(leaf.dtype), leaf.sharding) for leaf in jax.tree.leaves(weights))
 
 
-def compiled_decoder(
-    target: Llama,
-    draft: Draft | None,
-    mode: str,
-    block_size: int,
-    batch: int,
-    prompt_len: int,
-    max_new_tokens: int,
-    sampling: Sampling = GREEDILY,
-) -> Decoder:
+def compiled_decoder(target: Llama, draft: Draft | None, shape: DecodeShape) -> Decoder:
     """The decoder of a shape, with the networks' current weights. Asking again compiles nothing: `compile_s` is 0."""
-    key = (_form(target), _form(draft), mode, block_size, batch, prompt_len, max_new_tokens, sampling.rule)
+    key = (_form(target), _form(draft), shape)
     kept = _COMPILED.get(key)
     if kept is not None:
         _COMPILED.move_to_end(key)
@@ -331,16 +322,7 @@ def compiled_decoder(
         decoder.target, decoder.draft = target, draft
         decoder.take_weights()
         return decoder
-    decoder = Decoder(
-        target,
-        draft,
-        mode=mode,
-        block_size=block_size,
-        batch=batch,
-        max_prompt_len=prompt_len,
-        max_new_tokens=max_new_tokens,
-        sampling=sampling,
-    )
+    decoder = Decoder(target, draft, shape)
     kept = copy.copy(decoder)
     kept.compile_s = 0.0
     del kept.target, kept.draft, kept._weights
@@ -352,19 +334,16 @@ def compiled_decoder(
 
 def build_decoder(target: Llama, request: Request) -> Decoder:
     """The compiled decoder of a request's shape, with the models' current weights."""
-    # In steps, so that a few tokens more need no other program.
-    prompt_len = round_up(max(map(len, request.prompts)), 32)
-    budget = round_up(max(request.budgets), 64)
-    return compiled_decoder(
-        target,
-        request.draft,
-        request.mode,
-        request.block_size,
-        len(request.prompts),
-        prompt_len,
-        budget,
-        request.sampling,
+    shape = DecodeShape(
+        mode=request.mode,
+        block_size=request.block_size,
+        batch=len(request.prompts),
+        # In steps, so that a few tokens more need no other program.
+        max_prompt_len=round_up(max(map(len, request.prompts)), 32),
+        max_new_tokens=round_up(max(request.budgets), 64),
+        sampling=request.sampling,
     )
+    return compiled_decoder(target, request.draft, shape)
 
 
 def prefill(decoder: Decoder, request: Request) -> State:

@@ -214,8 +214,8 @@ def _emit_first(state: State) -> State:
 class DecodeShape:
     """What the programs of a decode are compiled for.
 
-    `batch` rows, prompts of at most `max_prompt_len` tokens, budgets of at most `max_new_tokens`. Of `sampling` only
-    the rule counts: seed and rows are the state's.
+    `batch` rows, prompts of at most `max_prompt_len` tokens, budgets of at most `max_new_tokens`. Greedy decoding has
+    blocks of 1. Of `sampling` the rule is kept: seed and rows are the state's.
     """
 
     mode: str
@@ -224,6 +224,9 @@ class DecodeShape:
     max_prompt_len: int
     max_new_tokens: int
     sampling: Sampling = GREEDILY
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sampling", self.sampling.rule)
 
     @property
     def chunk(self) -> int:
@@ -329,36 +332,15 @@ class Decoder:
     is what compiling took, in seconds.
     """
 
-    def __init__(
-        self,
-        target: Llama,
-        draft: Draft | None,
-        *,
-        mode: str,
-        block_size: int,
-        batch: int,
-        max_prompt_len: int,
-        max_new_tokens: int,
-        sampling: Sampling = GREEDILY,
-    ):
-        self.target, self.draft, self.mode = target, draft, mode
-        self.block_size = block_size if draft is not None else 1
-        self.batch, self.max_new_tokens = batch, max_new_tokens
-        self.shape = DecodeShape(
-            mode=mode,
-            block_size=self.block_size,
-            batch=batch,
-            max_prompt_len=max_prompt_len,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling.rule,
-        )
+    def __init__(self, target: Llama, draft: Draft | None, shape: DecodeShape):
+        self.target, self.draft, self.shape = target, draft, shape
         start = time.perf_counter()
-        programs = Programs(target, draft, self.shape)
+        programs = Programs(target, draft, shape)
         self._fresh, self._first = programs.fresh.compile(), programs.first.compile()
         self._prefill, self._loop = programs.prefill.compile(), programs.loop.compile()
         self.take_weights()
         # One chunk and no step: the small programs around these are compiled here too, not in the first prefill.
-        self.steps(self.prefill([[0]] * batch, budgets=[1] * batch, stops=[[]] * batch))
+        self.steps(self.prefill([[0]] * shape.batch, budgets=[1] * shape.batch, stops=[[]] * shape.batch))
         self.compile_s = time.perf_counter() - start
 
     def take_weights(self) -> None:
@@ -381,13 +363,13 @@ class Decoder:
         """
         shape = self.shape
         lengths = np.array([len(p) for p in prompts])
-        padded = np.zeros((self.batch, shape.prompt_len), np.int32)
+        padded = np.zeros((shape.batch, shape.prompt_len), np.int32)
         for row, prompt in zip(padded, prompts, strict=True):
             row[: len(prompt)] = prompt
-        stop_table = np.full((self.batch, MAX_STOPS), -1, np.int32)
+        stop_table = np.full((shape.batch, MAX_STOPS), -1, np.int32)
         for row, ids in zip(stop_table, stops, strict=True):
             row[: len(ids)] = ids
-        script_table = np.full((self.batch, shape.script_len), -1, np.int32)
+        script_table = np.full((shape.batch, shape.script_len), -1, np.int32)
         if script is not None:
             script_table[:, : script.shape[1]] = script[:, : shape.script_len]
         state = self._fresh()
@@ -402,7 +384,7 @@ class Decoder:
             script=like(script_table, state.script),
         )
         if state.draws is not None:
-            rows = like(sampling.rows(self.batch), state.draws.rows)
+            rows = like(sampling.rows(shape.batch), state.draws.rows)
             state = dataclasses.replace(state, draws=dataclasses.replace(state.draws, rows=rows))
         for start in range(0, int(lengths.max()), shape.chunk):
             keep = np.clip(lengths - start, 0, shape.chunk).astype(np.int32)
@@ -411,7 +393,7 @@ class Decoder:
 
     def steps(self, state: State, limit: int | Array | None = None) -> State:
         """Runs until every row has ended or step `limit`. Consumes `state`; returns when the device is done."""
-        limit = self.max_new_tokens if limit is None else limit
+        limit = self.shape.max_new_tokens if limit is None else limit
         # One that lies on the device already costs no transfer.
         last = limit if isinstance(limit, Array) else jax.device_put(np.int32(limit), state.step.sharding)
         return jax.block_until_ready(self._loop(self._weights, state, last))

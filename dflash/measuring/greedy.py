@@ -4,13 +4,14 @@ A workload is groups of prompts (a batch each) and a token budget. The timed pro
 knows nothing about drafts, so the baseline does not depend on the cases beside it.
 """
 
+import dataclasses
 import functools
 import time
 from collections.abc import Sequence
 from typing import Any
 
 from dflash.decoding.decode import Request, check_request, compiled_decoder, prefill, read_state
-from dflash.decoding.loop import Decoder, State
+from dflash.decoding.loop import Decoder, DecodeShape, State
 from dflash.decoding.modes import GREEDY
 from dflash.decoding.sampling import GREEDILY, Sampling
 from dflash.metrics import round_up
@@ -43,10 +44,15 @@ class Greedy:
         stop_token_ids: Sequence[int] = (),
         sampling: Sampling = GREEDILY,
     ):
-        self.target, self.groups, self.max_new_tokens, self.sampling = target, groups, max_new_tokens, sampling
-        self._stops = stop_token_ids
-        longest = max(len(p) for g in groups for p in g)
-        self.shape = (len(groups[0]), round_up(longest, 32))  # batch, prompt length
+        self.target, self.groups, self.sampling, self._stops = target, groups, sampling, stop_token_ids
+        self.shape = DecodeShape(
+            mode=GREEDY.name,
+            block_size=1,
+            batch=len(groups[0]),
+            max_prompt_len=round_up(max(len(p) for g in groups for p in g), 32),
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+        )
         self.greedy_requests = self.requests([None] * len(groups), GREEDY.name, 1)
         self.seconds: list[float] = []
         self.tokens: list[Rows] = []
@@ -64,7 +70,7 @@ class Greedy:
                 prompts,
                 mode=mode,
                 block_size=block_size,
-                max_new_tokens=budget or self.max_new_tokens,
+                max_new_tokens=budget or self.shape.max_new_tokens,
                 stop_token_ids=self._stops if stops else (),
                 sampling=self.sampling.row(number * len(prompts)),
             )
@@ -74,10 +80,10 @@ class Greedy:
     @functools.cached_property
     def decoder(self) -> Decoder:
         """The timed decoder, with the target's weights as of its first use."""
-        return self._compiled(self.max_new_tokens)
+        return self._compiled(self.shape)
 
-    def _compiled(self, budget: int) -> Decoder:
-        decoder = compiled_decoder(self.target, None, GREEDY.name, 1, *self.shape, budget, self.sampling)
+    def _compiled(self, shape: DecodeShape) -> Decoder:
+        decoder = compiled_decoder(self.target, None, shape)
         decoder.take_weights()
         return decoder
 
@@ -100,6 +106,6 @@ class Greedy:
         if known is None or len(known[0]) < count:
             # Past the stop tokens too: the block that holds one must be accepted as far as any other.
             longer = self.requests([None] * (group + 1), GREEDY.name, 1, budget=count, stops=False)[group]
-            decoder = self._compiled(count)
+            decoder = self._compiled(dataclasses.replace(self.shape, max_new_tokens=count))
             self._outputs[group] = known = read_state(decoder.steps(prefill(decoder, longer)))[0]
         return [row[:count] for row in known]

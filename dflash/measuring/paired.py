@@ -74,12 +74,12 @@ class PairedRun:
             known = ", ".join(m.name for m in VERIFYING)
             raise RequestError(f"a paired run compares {known} with greedy decoding, got {mode.name}")
         self.greedy, self.target, self.draft, self.mode = greedy, greedy.target, draft, mode
-        self.block_size, self.max_new_tokens, self.with_baseline = block_size, greedy.max_new_tokens, baseline
+        self.block_size, self.max_new_tokens, self.with_baseline = block_size, greedy.shape.max_new_tokens, baseline
         self.brief, self.groups = brief, max(1, len(greedy.groups) // 4) if brief else len(greedy.groups)
         # All are checked before anything is compiled.
         self._requests = greedy.requests([draft] * self.groups, mode.name, block_size)
-        shape = (block_size, *greedy.shape, self.max_new_tokens)
-        self.dflash = compiled_decoder(self.target, draft, mode.name, *shape, greedy.sampling)
+        shape = dataclasses.replace(greedy.shape, mode=mode.name, block_size=block_size)
+        self.dflash = compiled_decoder(self.target, draft, shape)
         self.dflash.take_weights()
         if scripted is not None:
             # As far past the budget as the last block may look.

@@ -95,10 +95,10 @@ def probes(tmp_path_factory):
         "import os\n"
         "from dflash.measuring import paired\n"
         "compiled = paired.compiled_decoder\n"
-        "def refuse(target, draft, mode, block, batch, *shape):\n"
-        "    if 'block' in mode and batch == int(os.environ['OOM_BATCH']):\n"
+        "def refuse(target, draft, shape):\n"
+        "    if 'block' in shape.mode and shape.batch == int(os.environ['OOM_BATCH']):\n"
         "        raise RuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes in /somewhere/else/hlo.')\n"
-        "    return compiled(target, draft, mode, block, batch, *shape)\n"
+        "    return compiled(target, draft, shape)\n"
         "paired.compiled_decoder = refuse\n"
     )
     # Ended for good, at once, when the first case is on the disk.

@@ -10,7 +10,7 @@ from dflash import ScriptedDraft, load_target
 from dflash.decoding import modes
 from dflash.decoding.audit import DEFECT, NEAR_TIE, Decoded, audit, audit_divergence, audit_rows
 from dflash.decoding.decode import check_request, decode
-from dflash.decoding.loop import Decoder
+from dflash.decoding.loop import Decoder, DecodeShape
 from dflash.measuring.result import AuditResult, from_json
 from dflash.models import kv_cache as caches
 from dflash.models.draft import Draft
@@ -66,16 +66,14 @@ def run(target, draft, outputs):
             allow_larger_block=False,
         )
         # What is broken is compiled in, so a decoder of its own.
-        decoder = Decoder(
-            target,
-            draft,
+        shape = DecodeShape(
             mode=mode,
             block_size=BLOCK,
             batch=len(PROMPTS),
             max_prompt_len=40,
             max_new_tokens=BUDGET,
         )
-        decoded = Decoded.by(decoder, request)
+        decoded = Decoded.by(Decoder(target, draft, shape), request)
         faults = decoded.faults(target)
         return audit_rows(target, PROMPTS, [o[:BUDGET] for o in outputs], decoded.rows, faults), faults
 

@@ -17,6 +17,7 @@ from flax import nnx
 
 from dflash import ConfigError, RequestError, ScriptedDraft, decode, init_draft, load_prompts, load_target, stream
 from dflash.decoding.decode import check_request, compiled_decoder, read_state, states
+from dflash.decoding.loop import DecodeShape
 from dflash.decoding.sampling import Sampling
 from dflash.models.draft import Draft
 from dflash.weights.tiny import write_tiny_target
@@ -367,7 +368,8 @@ def test_what_was_compiled_serves_every_network_of_the_form_and_keeps_none(tmp_p
 def test_the_first_prefill_compiles_nothing(target, draft, caplog):
     """compile_s is all there is: what the first token waits for is prefill."""
     request = check(target, draft, [[1, 2], [3]], max_new_tokens=13)
-    decoder = compiled_decoder(target, draft, request.mode, BLOCK, 2, 32, 13)
+    shape = DecodeShape(mode=request.mode, block_size=BLOCK, batch=2, max_prompt_len=32, max_new_tokens=13)
+    decoder = compiled_decoder(target, draft, shape)
     with jax.log_compiles():
         state = decoder.prefill(request.prompts, budgets=request.budgets, stops=request.stops)
         decoder.steps(state)
@@ -394,7 +396,8 @@ def test_changed_weights_are_used(tmp_path):
     # The tokens can't tell which draft proposed them, so the decoder is asked what it holds.
     nnx.update(draft, nnx.state(trained))
     decode(target, draft, PROMPTS, **settings)
-    held = compiled_decoder(target, draft, settings["mode"], BLOCK, 3, 32, 20)._weights[1]
+    shape = DecodeShape(mode=settings["mode"], block_size=BLOCK, batch=3, max_prompt_len=32, max_new_tokens=20)
+    held = compiled_decoder(target, draft, shape)._weights[1]
     wanted = dict(nnx.to_flat_state(nnx.state(trained)))
     for path, value in nnx.to_flat_state(held):
         assert np.array_equal(value.get_value(), wanted[path].get_value()), path

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dflash.decoding.loop import PREFILL_CHUNK, Decoder
+from dflash.decoding.loop import PREFILL_CHUNK, Decoder, DecodeShape
 from dflash.decoding.recompute import recompute_row
 from dflash.weights.load import load_target
 from dflash.weights.tiny import write_tiny_target
@@ -80,15 +80,15 @@ class Family:
 
     def decoder(self, mode, batch):
         if (mode, batch) not in self._decoders:
-            self._decoders[mode, batch] = Decoder(
-                self.target,
-                None if mode == "greedy" else self.draft,
+            draft = None if mode == "greedy" else self.draft
+            shape = DecodeShape(
                 mode=mode,
-                block_size=BLOCK,
+                block_size=1 if draft is None else BLOCK,
                 batch=batch,
                 max_prompt_len=LONGEST,
                 max_new_tokens=BUDGET,
             )
+            self._decoders[mode, batch] = Decoder(self.target, draft, shape)
         return self._decoders[mode, batch]
 
     def prefill(self, mode, rows=(0, 1, 2), stops=NO_STOPS, script=None, budgets=BUDGETS):
@@ -362,15 +362,14 @@ def test_bfloat16_runs(tmp_path, draw_draft):
     """Shapes, ranges and sums; no exactness: rows and blocks round differently."""
     directory = write_tiny_target(tmp_path / "target", "gpt_oss", num_hidden_layers=2, **FAMILIES["gpt_oss"])
     target, draft = load_target(directory, "bfloat16"), draw_draft(seed=3, dtype=jnp.bfloat16)
-    decoder = Decoder(
-        target,
-        draft,
+    shape = DecodeShape(
         mode="cached_block_verify",
         block_size=BLOCK,
         batch=2,
         max_prompt_len=48,
         max_new_tokens=BUDGET,
     )
+    decoder = Decoder(target, draft, shape)
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, 199, n).tolist() for n in (7, 40)]
     state = decoder.steps(decoder.prefill(prompts, budgets=[BUDGET, 20], stops=[[], []]))

@@ -40,7 +40,8 @@ def test_a_round_decodes_every_group(target, expected):
 def test_the_baseline_is_the_one_token_step(target):
     """And not a verify of a block with one useful row, which would make any draft look fast."""
     decoder = Greedy(target, GROUPS, max_new_tokens=BUDGET).decoder
-    assert (decoder.mode, decoder.block_size, decoder.draft, decoder.max_new_tokens) == ("greedy", 1, None, BUDGET)
+    shape = decoder.shape
+    assert (shape.mode, shape.block_size, decoder.draft, shape.max_new_tokens) == ("greedy", 1, None, BUDGET)
 
 
 def test_the_clock_waits_for_the_device(target):

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from dflash.config import ConfigError, ConvConfig, RopeConfig, SelectorConfig, build_target_layer_ids
-from dflash.decoding.loop import Decoder
+from dflash.decoding.loop import Decoder, DecodeShape
 from dflash.weights.huggingface import read_draft, write_draft
 from dflash.weights.load import load_target
 from dflash.weights.tiny import write_tiny_target
@@ -150,9 +150,9 @@ def run_loop(decoder, requests):
 @pytest.mark.parametrize("name", DECODES)
 def test_a_whole_decode_is_the_references(job, answer, name):
     target, draft = load_target(job / "small"), read_draft(job / f"decode-{name}")
-    shape = {"block_size": BLOCK, "batch": 1, "max_prompt_len": 50, "max_new_tokens": BUDGET}
-    greedy = Decoder(target, None, mode="greedy", **shape)
-    block = Decoder(target, draft, mode="cached_block_verify", **shape)
+    shape = {"batch": 1, "max_prompt_len": 50, "max_new_tokens": BUDGET}
+    greedy = Decoder(target, None, DecodeShape(mode="greedy", block_size=1, **shape))
+    block = Decoder(target, draft, DecodeShape(mode="cached_block_verify", block_size=BLOCK, **shape))
     requests = decode_requests()
     accept_lens = []
     for ours, plain, theirs in zip(
