@@ -303,7 +303,6 @@ def audit(
             mode=mode,
             block_size=block_size,
             max_new_tokens=budget,
-            stop_token_ids=(),
             sampling=sampling,
         )
 

@@ -195,7 +195,7 @@ def _token_ids(prompts: Iterable[Prompt], tokenizer: Codec | None) -> list[Any]:
     return [ids(row, prompt) for row, prompt in enumerate(items)]
 
 
-def _check_loaded(target: Any, draft: Any, tokenizer: Any = None) -> None:
+def _check_loaded(target: Any, draft: Any, tokenizer: Any) -> None:
     """Refuses what is not loaded, such as a name, an easy slip."""
     proposer = draft.draft if isinstance(draft, ScriptedDraft) else draft
     for what, given, good, call in (
@@ -224,23 +224,38 @@ def _check_block_size(draft: Draft, block_size: int | None, allow_larger_block: 
     return size
 
 
+def _check_script(draft: ScriptedDraft, block_size: int, rows: int) -> np.ndarray:
+    outputs = _items(draft.outputs) or []
+    if len(outputs) != rows:
+        raise RequestError(f"a scripted draft has one output per prompt ({rows}), got {len(outputs)}")
+    if any(not 0 <= i < 2**31 for row in outputs for i in _integers(row, "outputs of a scripted draft")):
+        raise RequestError("outputs of a scripted draft must be token ids")
+    if _integer(draft.accept_len) not in range(block_size):
+        raise RequestError(
+            f"accept_len must be 0..{block_size - 1} for blocks of {block_size}, got {draft.accept_len!r}"
+        )
+    return draft.table(block_size)
+
+
 def check_request(
     target: Llama,
     draft: Draft | ScriptedDraft | None,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Prompt],
     *,
+    tokenizer: Codec | None = None,
     mode: str,
     block_size: int | None,
     max_new_tokens: int | Sequence[int],
-    stop_token_ids: Sequence[int] | Sequence[Sequence[int]],
+    stop_token_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
     sampling: Sampling = GREEDILY,
     allow_larger_block: bool = False,
     draft_vocab: DraftVocab | None = None,
 ) -> Request:
     """The request with defaults filled in, per row. Raises RequestError with the rule, what came, and what to do."""
+    _check_loaded(target, draft, tokenizer)
+    token_ids = _token_ids(prompts, tokenizer)
     if not isinstance(mode, str) or mode not in MODES:
         raise RequestError(f"mode must be one of {list(MODES)}, got {mode!r}")
-    _check_loaded(target, draft)
     if faults := field_faults(sampling):
         raise RequestError("; ".join(faults))
     drafts = MODES[mode].drafts
@@ -249,7 +264,7 @@ def check_request(
     if draft is not None and drafts is False:
         raise RequestError(f"mode {mode} decodes with the target alone, got a draft: pass None")
     config = target.config
-    ids = _check_prompts(prompts, config.vocab_size)
+    ids = _check_prompts(token_ids, config.vocab_size)
     network = draft.draft if isinstance(draft, ScriptedDraft) else draft
     size = 1
     if network is None and draft_vocab is not None:
@@ -270,17 +285,9 @@ def check_request(
                 f"prompt + max_new_tokens + block must stay within {limit} positions; prompt {row} needs "
                 f"{len(prompt)} + {budget} + {size}: shorten the prompt or the budget"
             )
+    if stop_token_ids is None:
+        stop_token_ids = () if tokenizer is None else tokenizer.stop_token_ids
     stops = _check_stops(stop_token_ids, len(ids))
-    script = None
-    if isinstance(draft, ScriptedDraft):
-        outputs = _items(draft.outputs) or []
-        if len(outputs) != len(ids):
-            raise RequestError(f"a scripted draft has one output per prompt ({len(ids)}), got {len(outputs)}")
-        if any(not 0 <= i < 2**31 for row in outputs for i in _integers(row, "outputs of a scripted draft")):
-            raise RequestError("outputs of a scripted draft must be token ids")
-        if _integer(draft.accept_len) not in range(size):
-            raise RequestError(f"accept_len must be 0..{size - 1} for blocks of {size}, got {draft.accept_len!r}")
-        script = draft.table(size)
     return Request(
         draft=network,
         mode=mode,
@@ -288,7 +295,7 @@ def check_request(
         prompts=ids,
         budgets=budgets,
         stops=stops,
-        script=script,
+        script=_check_script(draft, size, len(ids)) if isinstance(draft, ScriptedDraft) else None,
         sampling=sampling,
     )
 
@@ -401,7 +408,7 @@ def decode(
     `first_row` + b. `draft_vocab` is how many tokens the draft proposes, or "all" (`models.draft.proposing`);
     by default those that it was trained with. Raises RequestError for a request that can't be run.
     """
-    request = _request(
+    request = check_request(
         target,
         draft,
         prompts,
@@ -410,12 +417,9 @@ def decode(
         block_size=block_size,
         max_new_tokens=max_new_tokens,
         stop_token_ids=stop_token_ids,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        seed=seed,
-        first_row=first_row,
+        sampling=Sampling(
+            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, first_row=first_row
+        ),
         allow_larger_block=allow_larger_block,
         draft_vocab=draft_vocab,
     )
@@ -426,38 +430,6 @@ def decode(
         rows = zip(request.prompts, result.tokens, strict=True)
         result = dataclasses.replace(result, logprobs=[log_probabilities(target, *row) for row in rows])
     return result
-
-
-def _request(
-    target: Llama,
-    draft: Draft | ScriptedDraft | None,
-    prompts: Sequence[Prompt],
-    *,
-    tokenizer: Codec | None,
-    mode: str,
-    block_size: int | None,
-    max_new_tokens: int | Sequence[int],
-    stop_token_ids: Sequence[int] | Sequence[Sequence[int]] | None,
-    allow_larger_block: bool,
-    draft_vocab: DraftVocab | None,
-    **sampling: Any,
-) -> Request:
-    """The request that `decode` and `stream` are asked for."""
-    _check_loaded(target, draft, tokenizer)
-    if stop_token_ids is None:
-        stop_token_ids = () if tokenizer is None else tokenizer.stop_token_ids
-    return check_request(
-        target,
-        draft,
-        _token_ids(prompts, tokenizer),
-        mode=mode,
-        block_size=block_size,
-        max_new_tokens=max_new_tokens,
-        stop_token_ids=stop_token_ids,
-        sampling=Sampling(**sampling),
-        allow_larger_block=allow_larger_block,
-        draft_vocab=draft_vocab,
-    )
 
 
 def stream(
@@ -473,11 +445,13 @@ def stream(
     The first are those of the prefill, one a row. `settings` are those of `decode`, but for `logprobs` and the mode
     recompute. Raises RequestError.
     """
-    asked = inspect.signature(decode).bind(target, draft, prompts, **settings)
-    asked.apply_defaults()
-    if asked.arguments.pop("logprobs"):
+    bound = inspect.signature(decode).bind(target, draft, prompts, **settings)
+    bound.apply_defaults()
+    asked = bound.arguments
+    if asked.pop("logprobs"):
         raise RequestError("logprobs are of finished rows, and stream gives tokens as they come: use decode")
-    request = _request(**asked.arguments)
+    sampling = Sampling(**{field.name: asked.pop(field.name) for field in dataclasses.fields(Sampling)})
+    request = check_request(**asked, sampling=sampling)
     if not MODES[request.mode].cached:
         raise RequestError(f"mode {request.mode} does not stream: use decode")
     steps = _integer(every)

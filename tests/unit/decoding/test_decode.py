@@ -94,7 +94,7 @@ def check(target, draft, prompts=((1, 2, 3),), **settings):
         ({"prompts": [[1], []]}, "prompt 1 is empty$"),
         ({"prompts": [[1], [5, 199]]}, r"^token ids .*0\.\.198; prompt 1 has 199: .*tokenizer"),
         ({"prompts": [[-1]]}, r"^token ids .*0\.\.198; prompt 0 has -1: .*tokenizer"),
-        ({"prompts": ["text"]}, r"^token ids \(prompt 0\) .*integers, got 'text'$"),
+        ({"prompts": ["text"]}, r"^text and messages need tokenizer=.*; prompt 0 is 'text'$"),
         ({"prompts": [1, 2]}, r"^token ids \(prompt 0\) .*integers, got 1$"),
         ({"prompts": [[1.5]]}, r"^token ids \(prompt 0\) .*integers, got \[1\.5\]$"),
         ({"block_size": 1}, r"^block_size .*\b2 .*got 1$"),
