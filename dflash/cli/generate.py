@@ -5,14 +5,13 @@ import json
 from functools import partial
 from typing import Annotated, Any
 
-import numpy as np
 import tyro
 
 from dflash import metrics
 from dflash.cli.target import TargetOptions
 from dflash.cli.template import TemplateOptions
 from dflash.config import BlockSize, Count, DraftVocab
-from dflash.decoding.decode import DecodeResult, RequestError, check_request, read_state, states
+from dflash.decoding.decode import DecodeResult, RequestError, check_request, partial_results
 from dflash.decoding.modes import BLOCK, GREEDY, MODES
 from dflash.decoding.sampling import Sampling, SamplingOptions
 from dflash.host.device import device_facts
@@ -119,29 +118,16 @@ def generate(args: Annotated[Generate, tyro.conf.arg(name="")]) -> None:
         draft_vocab=args.draft_vocab_size,
     )
     printed = ""
-    for seen in states(target, request):
-        state, prefill_s, decode_s = seen
-        tokens = np.asarray(state.tokens)[0, : int(state.count[0])].tolist()
+    for result in partial_results(target, request):
         if not args.json:
-            printed = _print_new(shown(tokenizer, tokens, args.show_special), printed)
-    rows, accepted, produced = read_state(state)
-    result = DecodeResult(
-        mode=request.mode,
-        block_size=request.block_size,
-        tokens=rows,
-        accept_lens=[[] for _ in rows] if draft is None else accepted,
-        produced=produced,
-        compile_s=0.0,
-        prefill_s=prefill_s,
-        decode_s=decode_s,
-    )
-    text = shown(tokenizer, rows[0], args.show_special)
+            printed = _print_new(shown(tokenizer, result.tokens[0], args.show_special), printed)
+    text = shown(tokenizer, result.tokens[0], args.show_special)
     if args.json:
         facts = _facts(args, tokenizer, prompt, name) | device_facts(device, dp=args.dp, tp=args.tp)
         origin = of_command(facts, compiled)
         answer = {
             "text": text,
-            "tokens": rows[0],
+            "tokens": result.tokens[0],
             "mode": result.mode,
             "sampling": sampling.facts,
             **result.metrics,

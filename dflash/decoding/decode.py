@@ -375,6 +375,23 @@ def read_state(state: State) -> tuple[list[list[int]], list[list[int]], list[lis
     )
 
 
+def read_result(
+    request: Request, state: State, *, compile_s: float = 0.0, prefill_s: float, decode_s: float
+) -> DecodeResult:
+    """What a request's decode gave, from the device; the seconds are those of `DecodeResult`."""
+    tokens, accept_lens, produced = read_state(state)
+    return DecodeResult(
+        mode=request.mode,
+        block_size=request.block_size,
+        tokens=tokens,
+        accept_lens=[[] for _ in tokens] if request.draft is None else accept_lens,
+        produced=produced,
+        compile_s=compile_s,
+        prefill_s=prefill_s,
+        decode_s=decode_s,
+    )
+
+
 def decode(
     target: Llama,
     draft: Draft | ScriptedDraft | None,
@@ -462,10 +479,9 @@ def stream(
 
 def _new_tokens(target: Llama, request: Request, every: int) -> Iterator[list[list[int]]]:
     seen = [0] * len(request.prompts)
-    for state, _, _ in states(target, request, every):
-        rows = read_state(state)[0]
-        yield [row[n:] for row, n in zip(rows, seen, strict=True)]
-        seen = [len(row) for row in rows]
+    for result in partial_results(target, request, every):
+        yield [row[n:] for row, n in zip(result.tokens, seen, strict=True)]
+        seen = [len(row) for row in result.tokens]
 
 
 def _decode(target: Llama, request: Request) -> DecodeResult:
@@ -475,32 +491,22 @@ def _decode(target: Llama, request: Request) -> DecodeResult:
     first = time.perf_counter()
     state = decoder.steps(state)
     end = time.perf_counter()
-    tokens, accept_lens, produced = read_state(state)
-    return DecodeResult(
-        mode=request.mode,
-        block_size=request.block_size,
-        tokens=tokens,
-        accept_lens=accept_lens if request.draft is not None else [[] for _ in tokens],
-        produced=produced,
-        compile_s=decoder.compile_s,
-        prefill_s=first - start,
-        decode_s=end - first,
-    )
+    return read_result(request, state, compile_s=decoder.compile_s, prefill_s=first - start, decode_s=end - first)
 
 
-def states(target: Llama, request: Request, every: int = 4) -> Iterator[tuple[State, float, float]]:
-    """Yields the state after prefill and then after every `every` steps, with prefill and decode seconds so far."""
+def partial_results(target: Llama, request: Request, every: int = 4) -> Iterator[DecodeResult]:
+    """Yields what was decoded so far: after prefill, then after every `every` steps. `compile_s` is left 0."""
     decoder = build_decoder(target, request)
     start = time.perf_counter()
     state = prefill(decoder, request)
     prefill_s, decode_s, limit = time.perf_counter() - start, 0.0, 0
-    yield state, prefill_s, decode_s
+    yield read_result(request, state, prefill_s=prefill_s, decode_s=decode_s)
     while not np.asarray(state.done).all():
         limit += every
         start = time.perf_counter()
         state = decoder.steps(state, limit)
         decode_s += time.perf_counter() - start
-        yield state, prefill_s, decode_s
+        yield read_result(request, state, prefill_s=prefill_s, decode_s=decode_s)
 
 
 def _decode_by_recompute(target: Llama, request: Request) -> DecodeResult:

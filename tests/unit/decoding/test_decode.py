@@ -16,7 +16,7 @@ import pytest
 from flax import nnx
 
 from dflash import ConfigError, RequestError, ScriptedDraft, decode, init_draft, load_prompts, load_target, stream
-from dflash.decoding.decode import check_request, compiled_decoder, read_state, states
+from dflash.decoding.decode import check_request, compiled_decoder, partial_results
 from dflash.decoding.loop import DecodeShape
 from dflash.decoding.sampling import Sampling
 from dflash.models.draft import Draft
@@ -408,16 +408,14 @@ def test_stream_gives_what_decode_gives(target, draft, greedy, every):
     request = check(target, draft, PROMPTS, max_new_tokens=BUDGETS, stop_token_ids=stops_of(greedy)[0])
     whole = decode(target, draft, PROMPTS, max_new_tokens=BUDGETS, stop_token_ids=stops_of(greedy)[0])
     seen = []
-    for figures in states(target, request, every):
-        state = figures[0]
-        tokens, accepted, produced = read_state(state)
+    for result in partial_results(target, request, every):
         if seen:
-            assert all(now[: len(then)] == then for then, now in zip(seen[-1], tokens, strict=True))
-        seen.append(tokens)
+            assert all(now[: len(then)] == then for then, now in zip(seen[-1], result.tokens, strict=True))
+        seen.append(result.tokens)
     assert seen[0] == [row[:1] for row in greedy]
-    assert (tokens, accepted, produced) == (whole.tokens, whole.accept_lens, whole.produced)
-    assert len(seen) == 1 + -(-max(map(len, produced)) // every)
-    assert min(figures[1:]) > 0
+    assert (result.tokens, result.accept_lens, result.produced) == (whole.tokens, whole.accept_lens, whole.produced)
+    assert len(seen) == 1 + -(-max(map(len, result.produced)) // every)
+    assert min(result.prefill_s, result.decode_s) > 0
 
 
 # ---- several devices
