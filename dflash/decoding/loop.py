@@ -25,7 +25,7 @@ from dflash.decoding.sampling import GREEDILY, Draws, Sampling, next_tokens
 from dflash.metrics import round_up
 from dflash.models import mesh
 from dflash.models.draft import Draft, proposed_tokens
-from dflash.models.kv_cache import KVCache, places
+from dflash.models.kv_cache import KVCache, empty_cache, places
 from dflash.models.layers import multiply
 from dflash.models.llama import Llama
 from dflash.models.mesh import ROWS, WHOLE
@@ -252,8 +252,8 @@ class DecodeShape:
         sizes = {"batch": B, "capacity": self.capacity, "block": max(self.chunk, self.block_size)}
         zeros = jnp.zeros(B, jnp.int32)
         return State(
-            cache=target.make_cache(**sizes),
-            draft_cache=None if draft is None else draft.make_cache(**sizes),
+            cache=empty_cache(target, **sizes),
+            draft_cache=None if draft is None else empty_cache(draft, **sizes),
             anchor=zeros,
             tokens=jnp.zeros((B, N + self.block_size), jnp.int32),
             count=zeros,

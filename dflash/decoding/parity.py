@@ -18,7 +18,7 @@ from jax import Array
 from dflash.decoding.reference import Reference, ulp
 from dflash.metrics import round_up
 from dflash.models import mesh
-from dflash.models.kv_cache import KVCache
+from dflash.models.kv_cache import KVCache, empty_cache
 from dflash.models.llama import Llama
 from dflash.models.mesh import WHOLE
 
@@ -45,7 +45,7 @@ def _walk(target: Llama, prompt: Sequence[int], answer: Sequence[int], size: int
     graph, weights = nnx.split(target)
     longest = round_up(len(prompt), _PAD)
     capacity = longest + round_up(len(answer), _PAD) + _PAD
-    cache = target.make_cache(batch=1, capacity=capacity, block=max(longest, size))
+    cache = empty_cache(target, batch=1, capacity=capacity, block=max(longest, size))
     padded = jnp.asarray([*prompt, *([0] * (longest - len(prompt)))], jnp.int32)[None]
     _, _, cache = _append(graph, weights, cache, padded, jnp.asarray([len(prompt)]))
     logits, outputs = [], []

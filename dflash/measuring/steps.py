@@ -25,7 +25,7 @@ from dflash.metrics import expected_awake, round_up
 from dflash.models import mesh
 from dflash.models.draft import Draft
 from dflash.models.gpt_oss import GptOss
-from dflash.models.kv_cache import KVCache, places
+from dflash.models.kv_cache import KVCache, empty_cache, places
 from dflash.models.layers import multiply
 from dflash.models.llama import Llama
 from dflash.models.mesh import COLUMNS, ROWS
@@ -155,7 +155,7 @@ def verify_step(
         return (next_tokens(model, draws, x, cache.positions(tokens)), features), appended
 
     capacity = round_up(context + tokens, 64)
-    cache = _at(target.make_cache(batch=batch, capacity=capacity, block=tokens), context)
+    cache = _at(empty_cache(target, batch=batch, capacity=capacity, block=tokens), context)
     # Rows differ, as prompts do: equal rows would wake the same experts.
     block = (jnp.arange(batch * tokens, dtype=jnp.int32) % target.config.vocab_size).reshape(batch, tokens)
     of_weights = weights, mesh.weight_specs(weights)
@@ -198,7 +198,7 @@ def draft_step(
         return drafted, draft.append_context([features] * len(ids), cache)
 
     capacity = round_up(context + block_size, 64)
-    cache = _at(draft.make_cache(batch=batch, capacity=capacity, block=block_size), context)
+    cache = _at(empty_cache(draft, batch=batch, capacity=capacity, block=block_size), context)
     block = jnp.full((batch, block_size), draft.config.mask_token_id, jnp.int32)
     features = jnp.ones((hidden, batch * block_size), target.dtype)
     of_weights = weights, (mesh.weight_specs(target_weights), mesh.weight_specs(draft_weights), HEAD)

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from dflash.config import ConfigError, DraftConfig, DraftVocab
 from dflash.models.conv import DynamicConv
-from dflash.models.kv_cache import KVCache, attention_mask, empty_cache
+from dflash.models.kv_cache import KVCache, attention_mask
 from dflash.models.layers import Linear, RMSNorm, SwiGLU, attend, most_likely, rope_tables, rotate
 from dflash.models.mesh import Part
 from dflash.models.selector import CandidateSelector
@@ -182,10 +182,6 @@ class Draft(nnx.Module):
             return x
         anchors = jnp.arange(x.shape[1]) % block_size == 0
         return jnp.where(anchors, x, self.mask_embedding[...][:, None].astype(x.dtype))
-
-    def make_cache(self, *, batch: int, capacity: int, block: int) -> KVCache:
-        """An empty cache for this draft's context, whole: on a mesh its key heads are those of all devices together."""
-        return empty_cache(self, batch=batch, capacity=capacity, block=block)
 
     def _rope(self, positions: Array) -> Rope:
         return rope_tables(self.config.rope, self.config.head_dim, positions)

@@ -7,7 +7,6 @@ and rollback all just set `lengths`.
 """
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -29,36 +28,6 @@ class KVCache:
     lengths: Array
     windows: tuple[int | None, ...] = dataclasses.field(metadata={"static": True})
     block: int = dataclasses.field(metadata={"static": True})
-
-    @classmethod
-    def create(
-        cls,
-        *,
-        batch: int,
-        windows: Sequence[int | None],
-        num_kv_heads: int,
-        head_dim: int,
-        capacity: int,
-        block: int,
-        dtype: jnp.dtype,
-    ) -> "KVCache":
-        """An empty cache for rows of up to `capacity` positions that grows by at most `block` positions at a time.
-
-        `capacity` must hold the committed tokens and one block beyond them, since a block past the end has nowhere to
-        go. The decode loop sizes it that way.
-        """
-
-        def slots(window: int | None) -> int:
-            return capacity if window is None else min(capacity, window + block - 1)
-
-        sizes = [slots(w) for w in windows]
-        return cls(
-            keys=tuple(jnp.zeros((batch, num_kv_heads, head_dim, s), dtype) for s in sizes),
-            values=tuple(jnp.zeros((batch, num_kv_heads, s, head_dim), dtype) for s in sizes),
-            lengths=jnp.zeros(batch, jnp.int32),
-            windows=tuple(windows),
-            block=block,
-        )
 
     def specs(self, rows: str | None = "rows") -> "KVCache":
         """How a cache is split over a mesh, as `shard_map` takes it: by key heads, and by rows unless that is None."""
@@ -123,19 +92,21 @@ class KVCache:
 
 
 def empty_cache(network: mesh.Network, *, batch: int, capacity: int, block: int) -> KVCache:
-    """An empty cache for a target or a draft, whole; see `KVCache.create`.
+    """An empty cache for a target or a draft: up to `capacity` positions a row, at most `block` of them at a time.
 
-    On a mesh its key heads are those of all devices together: more than the config's where they are repeated.
+    `capacity` must hold the committed tokens and one block beyond them, since a block past the end has nowhere to go.
+    The cache is whole: on a mesh its key heads are those of all devices together, more than the config's where they are
+    repeated.
     """
-    c = network.config
-    return KVCache.create(
-        batch=batch,
-        windows=c.windows,
-        num_kv_heads=max(c.num_kv_heads, mesh.ways(network.mesh, mesh.TP)),
-        head_dim=c.head_dim,
-        capacity=capacity,
+    c, dtype = network.config, network.dtype
+    heads = max(c.num_kv_heads, mesh.ways(network.mesh, mesh.TP))
+    slots = [capacity if window is None else min(capacity, window + block - 1) for window in c.windows]
+    return KVCache(
+        keys=tuple(jnp.zeros((batch, heads, c.head_dim, s), dtype) for s in slots),
+        values=tuple(jnp.zeros((batch, heads, s, c.head_dim), dtype) for s in slots),
+        lengths=jnp.zeros(batch, jnp.int32),
+        windows=tuple(c.windows),
         block=block,
-        dtype=network.dtype,
     )
 
 

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from dflash.config import TargetConfig
 from dflash.models import mesh
-from dflash.models.kv_cache import KVCache, attention_mask, empty_cache
+from dflash.models.kv_cache import KVCache, attention_mask
 from dflash.models.layers import Linear, RMSNorm, SwiGLU, attend, most_likely, rope_tables, rotate, rows_of
 from dflash.models.mesh import Part
 
@@ -102,10 +102,6 @@ class Llama(nnx.Module):
     def make_mlp(self, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Module:
         c = self.config
         return SwiGLU(c.hidden_size, c.intermediate_size, bias=c.mlp_bias, dtype=dtype, rngs=rngs)
-
-    def make_cache(self, *, batch: int, capacity: int, block: int) -> KVCache:
-        """An empty cache for this target, whole: on a mesh its key heads are those of all devices together."""
-        return empty_cache(self, batch=batch, capacity=capacity, block=block)
 
     def embed(self, tokens: Array) -> Array:
         """tokens int32 of any shape -> columns [H, tokens.size]."""

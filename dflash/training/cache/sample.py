@@ -18,7 +18,7 @@ from dflash.config import ConfigError
 from dflash.decoding.sampling import GREEDILY, Draws, Sampling
 from dflash.metrics import round_up
 from dflash.models import mesh
-from dflash.models.kv_cache import KVCache
+from dflash.models.kv_cache import KVCache, empty_cache
 from dflash.models.layers import most_likely
 from dflash.models.llama import Llama
 from dflash.models.mesh import COLUMNS, ROWS, WHOLE
@@ -156,7 +156,7 @@ class Sampler:
         capacity = self.prompt_len + N
         real = np.arange(B) < rows
         return _State(
-            cache=self.target.make_cache(batch=B, capacity=capacity, block=self.chunk),
+            cache=empty_cache(self.target, batch=B, capacity=capacity, block=self.chunk),
             newest=jnp.zeros(B, jnp.int32),
             tokens=jnp.zeros((B, N), jnp.int32),
             count=jnp.zeros(B, jnp.int32),

@@ -7,6 +7,7 @@ from flax import nnx
 
 from dflash import load_target
 from dflash.decoding.reference import Judged, Reference, relative_move, ulp
+from dflash.models.kv_cache import empty_cache
 from dflash.weights.tiny import write_tiny_target
 
 TOKENS = np.random.default_rng(0).integers(0, 199, 150).tolist()
@@ -40,7 +41,7 @@ def test_the_logits_are_the_forwards_own(directory):
 
 def test_keys_and_values_are_a_caches(directory):
     target = load_target(directory)
-    cache = target.make_cache(batch=1, capacity=256, block=160)
+    cache = empty_cache(target, batch=1, capacity=256, block=160)
     _, _, cache = nnx.jit(type(target).hidden)(target, jnp.asarray([TOKENS]), cache=cache)
     for i, (keys, values) in enumerate(Reference(target, TOKENS).keys_values):
         held = np.asarray(cache.keys[i][0, :, :, : len(TOKENS)]).transpose(2, 0, 1).reshape(len(TOKENS), -1)

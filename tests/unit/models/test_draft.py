@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from dflash.models.kv_cache import empty_cache
 from dflash.weights.huggingface import read_draft, write_draft
 
 BATCH, BLOCK, WINDOW, HIDDEN, VOCAB = 3, 6, 8, 64, 199
@@ -64,7 +65,7 @@ class Drive:
         self._uncached = jax.jit(lambda w, f, n, x, start: merge(graph, w).uncached(list(f), n, x, start))
 
     def empty(self):
-        return self.draft.make_cache(batch=BATCH, capacity=LONGEST + BLOCK, block=16)
+        return empty_cache(self.draft, batch=BATCH, capacity=LONGEST + BLOCK, block=16)
 
     def append(self, cache, count, keep, garbage):
         """The next `count` features of every row, of which those beyond `keep` are `garbage`."""

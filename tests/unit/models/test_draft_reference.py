@@ -13,6 +13,7 @@ from flax import nnx
 
 from dflash.config import ConfigError, ConvConfig, RopeConfig, SelectorConfig, build_target_layer_ids
 from dflash.decoding.loop import Decoder, DecodeShape
+from dflash.models.kv_cache import empty_cache
 from dflash.weights.huggingface import read_draft, write_draft
 from dflash.weights.load import load_target
 from dflash.weights.tiny import write_tiny_target
@@ -111,7 +112,7 @@ def run_blocks(draft, target, inputs):
         return cache, x.T, target.logits(x).T
 
     # Contexts come in pieces of one size, as the decode loop appends them; only the last keeps less than it appends.
-    cache, known, outputs = draft.make_cache(batch=1, capacity=128, block=BLOCK), 0, []
+    cache, known, outputs = empty_cache(draft, batch=1, capacity=128, block=BLOCK), 0, []
     for i, count in enumerate(CONTEXTS):
         for start in range(known, known + count, BLOCK):
             keep = min(BLOCK, known + count - start)

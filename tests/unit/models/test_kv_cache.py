@@ -3,6 +3,7 @@
 import functools
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dflash.models.kv_cache import KVCache, attention_mask
+from dflash.models.kv_cache import attention_mask, empty_cache
 from dflash.models.layers import attend
 from dflash.weights.load import load_target
 from dflash.weights.tiny import write_tiny_target
@@ -27,15 +28,9 @@ BLOCKS = (1, 2, 4)
 
 
 def empty(window, *, batch=BATCH, capacity=CAPACITY, block=BLOCK):
-    return KVCache.create(
-        batch=batch,
-        windows=(window,),
-        num_kv_heads=1,
-        head_dim=IDENTITIES,
-        capacity=capacity,
-        block=block,
-        dtype=jnp.float32,
-    )
+    config = SimpleNamespace(windows=(window,), num_kv_heads=1, head_dim=IDENTITIES)
+    network = SimpleNamespace(config=config, dtype=jnp.float32, mesh=None)
+    return empty_cache(network, batch=batch, capacity=capacity, block=block)
 
 
 @functools.partial(jax.jit, static_argnames="causal")
@@ -218,7 +213,7 @@ class Model:
         return cache, np.asarray(logits)
 
     def empty(self):
-        return self.target.make_cache(batch=self.batch, capacity=LENGTH + MODEL_BLOCK, block=MODEL_BLOCK)
+        return empty_cache(self.target, batch=self.batch, capacity=LENGTH + MODEL_BLOCK, block=MODEL_BLOCK)
 
 
 @pytest.fixture(scope="module")
