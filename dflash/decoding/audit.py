@@ -14,7 +14,7 @@ import numpy as np
 from dflash.decoding.decode import Request, RequestError, build_decoder, check_request, prefill, read_state
 from dflash.decoding.loop import Decoder, State
 from dflash.decoding.modes import BLOCK, GREEDY, VERIFYING
-from dflash.decoding.parity import Parity, compare_steps
+from dflash.decoding.parity import ParityResult, compare_steps
 from dflash.decoding.reference import SAFETY, Reference, relative_move
 from dflash.decoding.sampling import GREEDILY, Sampling
 from dflash.decoding.script import ScriptedDraft
@@ -247,7 +247,7 @@ class Audit:
     """What an audit found. `faults` describe defects other than divergences; `tokens` counts tokens judged."""
 
     dtype: str
-    parity: Parity
+    parity: ParityResult
     tokens: int
     divergences: dict[str, list[Divergence]]
     faults: list[str]
@@ -275,7 +275,7 @@ class Audit:
             "tokens": self.tokens,
             "near_ties": self.near_ties,
             "defects": self.defects,
-            "parity": self.parity.figures(),
+            "parity": dataclasses.asdict(self.parity),
             "divergences": {c: [dataclasses.asdict(d) for d in rows] for c, rows in self.divergences.items()},
         }
 

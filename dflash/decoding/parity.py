@@ -7,13 +7,14 @@ differently for 1 and for S tokens. In float32 on the CPU there should be none.
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Annotated, Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from pydantic import Field
 
 from dflash.decoding.reference import Reference, ulp
 from dflash.metrics import round_up
@@ -23,6 +24,13 @@ from dflash.models.llama import Llama
 from dflash.models.mesh import WHOLE
 
 _PAD = 64
+
+# Of the figures of a result, as its JSON schema states them. No figure comes near 1e30, and what is computed of two
+# figures stays finite.
+Count: TypeAlias = Annotated[int, Field(ge=0)]
+AtLeastOne: TypeAlias = Annotated[int, Field(ge=1)]
+NotNegative: TypeAlias = Annotated[float, Field(ge=0, le=1e30)]
+Fraction: TypeAlias = Annotated[float, Field(ge=0, le=1)]
 
 
 @partial(jax.jit, static_argnames="graph", donate_argnums=2)
@@ -68,37 +76,38 @@ def ulps(a: np.ndarray, b: np.ndarray, dtype: Any) -> np.ndarray:
     return np.abs(a - b) / ulp(np.maximum(np.maximum(np.abs(a), np.abs(b)), usual), dtype)
 
 
-def _spread(distances: list[np.ndarray]) -> dict[str, float]:
-    every = np.concatenate([d.ravel() for d in distances])
-    return {"ulps_max": float(every.max()), "ulps_p99": float(np.percentile(every, 99))}
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spread:
+    """How far two roundings are apart, in units in the last place."""
+
+    ulps_p99: NotNegative
+    ulps_max: NotNegative
+
+    @classmethod
+    def over(cls, distances: list[np.ndarray]) -> "Spread":
+        """Of all entries of some arrays."""
+        every = np.concatenate([d.ravel() for d in distances])
+        return cls(ulps_p99=float(np.percentile(every, 99)), ulps_max=float(every.max()))
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Parity:
-    """What blocks of `block_size` round differently from single tokens, over `positions` teacher-forced positions.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ParityResult:
+    """What blocks of `block_size` round differently from single tokens."""
 
-    `logits` and each entry of `layers` (by layer) hold ulps_max and ulps_p99. `flips` counts the positions where the
-    most likely token differs; `defects` counts those that are not near ties; `first_layer` is the first layer with a
-    difference.
-    """
-
-    block_size: int
-    positions: int
+    block_size: AtLeastOne
+    positions: Count  # teacher-forced
     bitwise_equal: bool
-    first_layer: int | None
-    flips: int
-    defects: int
-    logits: dict[str, float]
-    layers: list[dict[str, float]]
-
-    def figures(self) -> dict[str, Any]:
-        """The figures for JSON."""
-        return dataclasses.asdict(self) | {"flip_rate": self.flips / self.positions}
+    first_layer: Count | None  # the first with a difference
+    flips: Count  # positions where the most likely token differs
+    flip_rate: Fraction
+    defects: Count  # flips that are not near ties
+    logits: Spread
+    layers: list[Spread]
 
 
 def compare_steps(
     target: Llama, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], block_size: int
-) -> Parity:
+) -> ParityResult:
     """Reads every answer after its prompt token by token and block by block (whole blocks only), and compares.
 
     Raises ValueError when no answer holds a whole block: there is nothing to compare then.
@@ -128,14 +137,15 @@ def compare_steps(
     if not count:
         longest = max(map(len, answers))
         raise ValueError(f"an answer must have at least {block_size} tokens to hold a block, got {longest}")
-    layers = [_spread(d) for d in of_layers]
-    return Parity(
+    layers = [Spread.over(d) for d in of_layers]
+    return ParityResult(
         block_size=block_size,
         positions=count,
-        bitwise_equal=equal and not any(layer["ulps_max"] for layer in layers),
-        first_layer=next((i for i, layer in enumerate(layers) if layer["ulps_max"]), None),
+        bitwise_equal=equal and not any(layer.ulps_max for layer in layers),
+        first_layer=next((i for i, layer in enumerate(layers) if layer.ulps_max), None),
         flips=flips,
+        flip_rate=flips / count,
         defects=defects,
-        logits=_spread(of_logits),
+        logits=Spread.over(of_logits),
         layers=layers,
     )

@@ -14,16 +14,12 @@ from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.json_schema import GenerateJsonSchema
 
 from dflash.decoding.audit import Divergence
+from dflash.decoding.parity import AtLeastOne, Count, Fraction, NotNegative, ParityResult
 from dflash.host.disk import read_object
 from dflash.host.provenance import FLAGS, SCHEMA_VERSION
 from dflash.metrics import finite
 
-Count: TypeAlias = Annotated[int, Field(ge=0)]
-AtLeastOne: TypeAlias = Annotated[int, Field(ge=1)]
-# No figure comes near these ends, and what is computed of two figures stays finite.
-NotNegative: TypeAlias = Annotated[float, Field(ge=0, le=1e30)]
 Positive: TypeAlias = Annotated[float, Field(ge=1e-30, le=1e30)]
-Fraction: TypeAlias = Annotated[float, Field(ge=0, le=1)]
 Interval: TypeAlias = tuple[Positive, Positive]
 Sha256: TypeAlias = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 MillisecondsBySize: TypeAlias = dict[AtLeastOne, Positive]
@@ -392,29 +388,6 @@ class GateResult:
 
     failed: bool
     cases: Annotated[list[CaseVerdict], Field(min_length=1)]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Spread:
-    """How far two roundings are apart, in units in the last place."""
-
-    ulps_p99: NotNegative
-    ulps_max: NotNegative
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ParityResult:
-    """What blocks of `block_size` round differently from single tokens."""
-
-    block_size: AtLeastOne
-    positions: Count
-    bitwise_equal: bool
-    first_layer: Count | None
-    flips: Count
-    flip_rate: Fraction
-    defects: Count
-    logits: Spread
-    layers: list[Spread]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,22 +9,23 @@ import pytest
 
 from dflash.cli import main as cli
 from dflash.decoding.audit import DEFECT, NEAR_TIE, Audit, Divergence
-from dflash.decoding.parity import Parity
+from dflash.decoding.parity import ParityResult, Spread
 from dflash.text.prompts import ids_sha256, load_prompts
 from dflash.text.tokenizer import load_tokenizer
 from dflash.weights.snapshot import snapshot_hash
 from dflash.weights.tiny import write_tiny_target, write_tiny_tokenizer
 
-SPREAD = {"ulps_max": 2.5, "ulps_p99": 1.0}
-PARITY = Parity(
+SPREAD = Spread(ulps_max=2.5, ulps_p99=1.0)
+PARITY = ParityResult(
     block_size=4,
     positions=100,
     bitwise_equal=False,
     first_layer=1,
     flips=2,
+    flip_rate=0.02,
     defects=0,
     logits=SPREAD,
-    layers=[{"ulps_max": 0.0, "ulps_p99": 0.0}, SPREAD],
+    layers=[Spread(ulps_max=0.0, ulps_p99=0.0), SPREAD],
 )
 TIE = Divergence(prompt=1, token=7, greedy_token=5, dflash_token=9, margin=0.1, noise=0.25, verdict=NEAR_TIE)
 EARLY = Divergence(

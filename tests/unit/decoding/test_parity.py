@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from dflash import load_target
-from dflash.decoding.parity import compare_steps, ulps
+from dflash.decoding.parity import Spread, compare_steps, ulps
 from dflash.models.layers import Linear
 from dflash.weights.tiny import write_tiny_target
 
@@ -37,10 +37,10 @@ def test_float32_differs_by_no_more_than_its_own_rounding(directory):
     parity = compare_steps(load_target(directory), PROMPTS, ANSWERS, 8)
     assert (parity.positions, parity.flips, parity.defects) == (16 + 8, 0, 0)
     # Our kernels sum in one order whatever the number of tokens; XLA's need not.
-    assert parity.logits["ulps_p99"] <= 64
+    assert parity.logits.ulps_p99 <= 64
     assert len(parity.layers) == 2
     assert parity.bitwise_equal == (parity.first_layer is None)
-    assert parity.figures()["flip_rate"] == 0
+    assert parity.flip_rate == 0
 
 
 @pytest.mark.usefixtures("round_blocks_in_layer_1")
@@ -48,8 +48,8 @@ def test_where_a_difference_begins(directory):
     parity = compare_steps(load_target(directory, "bfloat16"), PROMPTS[:1], ANSWERS[:1], 8)
     assert not parity.bitwise_equal
     assert parity.first_layer == 1
-    assert parity.layers[0] == {"ulps_max": 0, "ulps_p99": 0}
-    assert 0 < parity.layers[1]["ulps_p99"] <= parity.layers[1]["ulps_max"]
+    assert parity.layers[0] == Spread(ulps_max=0, ulps_p99=0)
+    assert 0 < parity.layers[1].ulps_p99 <= parity.layers[1].ulps_max
 
 
 def test_an_answer_without_a_block(directory):
