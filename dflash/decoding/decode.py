@@ -421,7 +421,7 @@ def decode(
     `mode` is greedy (one token at a time; draft None), cached_sequential_verify, cached_block_verify, or recompute (no
     cache; with a draft or None). `block_size` defaults to the draft's. `max_new_tokens` and `stop_token_ids` are for
     all rows, or one per row. With a temperature above 0 tokens are drawn, in every mode the same ones
-    (`dflash.decoding.sampling.Sampling` explains these settings): row b's depend on its prompt, `seed` and
+    (`decoding.sampling.SamplingSettings` explains these settings): row b's depend on its prompt, `seed` and
     `first_row` + b. `draft_vocab` is how many tokens the draft proposes, or "all" (`models.draft.proposing`);
     by default those that it was trained with. Raises RequestError for a request that can't be run.
     """

@@ -26,8 +26,8 @@ _LISTED = 256
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class SamplingOptions(Checked):
-    """How tokens are drawn."""
+class SamplingSettings:
+    """How tokens are drawn. Filters are transformers', in this order; of equally likely tokens all stay or go."""
 
     temperature: Temperature = 0.0
     """Above 0, tokens are drawn, the same in every mode; 0 is greedy. Servers draw with noise of their own."""
@@ -42,27 +42,21 @@ class SamplingOptions(Checked):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Sampling:
-    """How tokens are drawn; temperature 0 is greedy. Filters are transformers', in its order.
+class SamplingOptions(SamplingSettings, Checked):
+    """How tokens are drawn."""
 
-    top_k      tokens less likely than the k-th are never drawn; 0 leaves all
-    top_p      nor those beyond the likeliest that reach this probability together; 1 leaves all
-    min_p      nor those less likely than this times the likeliest; 0 leaves all
-    seed       of the noise
-    first_row  the number of the first prompt, where a request is a part of a longer list
-    """
 
-    temperature: Temperature = 0.0
-    top_k: Index = 0
-    top_p: Mass = 1.0
-    min_p: Share = 0.0
-    seed: Seed = 0
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Sampling(SamplingSettings):
+    """How the tokens of a request are drawn. `check_request` checks it."""
+
     first_row: Index = 0
+    """The number of the first prompt, where a request is a part of a longer list."""
 
     @classmethod
     def of(cls, options: Any) -> "Sampling":
         """The sampling that a command's or pytest's options ask for; they have these names."""
-        return cls(**{f.name: getattr(options, f.name) for f in dataclasses.fields(cls) if f.name != "first_row"})
+        return cls(**{f.name: getattr(options, f.name) for f in dataclasses.fields(SamplingSettings)})
 
     @property
     def filters(self) -> bool:
