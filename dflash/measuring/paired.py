@@ -51,6 +51,13 @@ def _steps(produced: Sequence[Rows]) -> np.ndarray:
     return np.array([max(map(sum, rows)) for rows in produced])
 
 
+def _speed(produced: Sequence[Rows], seconds: float) -> tuple[float | None, float | None]:
+    """Tokens per second, and milliseconds per token."""
+    steps = int(_steps(produced).sum())
+    tok_s_total = metrics.throughput([row for rows in produced for row in rows], seconds)
+    return tok_s_total, 1000 * seconds / steps if steps else None
+
+
 class PairedRun:
     """The rounds of one case, each paired with a round of `greedy`, which other cases may share.
 
@@ -133,16 +140,21 @@ class PairedRun:
 
     def result(self, rounds: int, origin: Mapping[str, Any], steps: StepTimes | None = None) -> Decode:
         """The case's figures over its last `rounds` rounds, warm-up excluded; `origin` says what it measures."""
-        accepted = [row for _, rows, _ in self._outcome for row in rows]
-        produced = [row for _, _, rows in self._outcome for row in rows]
-        dflash_s = np.array(self.dflash_s[-rounds:])
-        dflash_steps = _steps([rows for _, _, rows in self._outcome])
-        longest = int(dflash_steps.sum())
+        info = self._workload() | self._accepted() | self._speeds(rounds) | self._compared() | self._experts()
+        if steps is not None:
+            info |= self._prediction(steps)
+            info |= self._explanation(steps, info)
+        case = Decode(**origin, **info, status="ok")
+        return dataclasses.replace(case, status=status(case))
+
+    @property
+    def _produced(self) -> list[Rows]:
+        return [rows for _, _, rows in self._outcome]
+
+    def _workload(self) -> dict[str, Any]:
+        """What was decoded."""
         lengths = [len(p) for r in self._requests for p in r.prompts]
-        divergences = self._audit()
-        defects = [d for d in divergences if d.verdict != NEAR_TIE]
-        place = TokenPlace(prompt=defects[0].prompt, token=defects[0].token) if defects else self.divergence
-        info: dict[str, Any] = {
+        return {
             "mode": self.mode.name,
             "block_size": self.block_size,
             "batch_size": len(self._requests[0].prompts),
@@ -151,60 +163,62 @@ class PairedRun:
             "prompt_len_mean": sum(lengths) / len(lengths),
             "max_new_tokens": self.max_new_tokens,
             "dtype": str(self.target.dtype),
-            **metrics.acceptance(accepted, self.block_size),
-            **acceptance_over_prompts(accepted),
-            "num_output_tokens": metrics.output_tokens(produced),
-            "ttft_ms": 1000 * float(np.median(self.prefill_s[-rounds * len(self._requests) :])),
-            "compile_s": self.dflash.compile_s,
-            "rounds": len(dflash_s),
-            "tok_s_total": None,
-            "tpot_ms": None,
-            "baseline_tok_s_total": None,
-            "baseline_tpot_ms": None,
-            **NO_SPEEDUP,
-            "block_ratio": None,
-            "lossless": None,
-            "first_divergence": place,
-            "divergences": None,
-            "near_ties": None,
+            "num_output_tokens": metrics.output_tokens([row for rows in self._produced for row in rows]),
         }
-        total_s = float(np.median(dflash_s.sum(axis=1)))
+
+    def _accepted(self) -> dict[str, Any]:
+        """What the target accepted."""
+        accepted = [row for _, rows, _ in self._outcome for row in rows]
+        return metrics.acceptance(accepted, self.block_size) | acceptance_over_prompts(accepted)
+
+    def _speeds(self, rounds: int) -> dict[str, Any]:
+        """What the tokens took, and how much less than greedy's."""
+        dflash_s, produced = np.array(self.dflash_s[-rounds:]), self._produced
+        total_s, speedup = float(np.median(dflash_s.sum(axis=1))), NO_SPEEDUP
+        greedy_speed: tuple[float | None, float | None] = (None, None)
         if self.with_baseline:
-            baseline_s = np.array(self.baseline_s[-rounds:])
-            greedily = [row for rows in self.greedy.produced[: self.groups] for row in rows]
-            greedy_steps = _steps(self.greedy.produced[: self.groups])
-            longest_greedy = int(greedy_steps.sum())
-            # After a near tie the texts differ, and may in length: what is compared is the time of a token.
-            pace = greedy_steps / np.maximum(dflash_steps, 1)
-            greedy_s = float(np.median(baseline_s.sum(axis=1)))
-            if longest:
+            baseline_s, greedily = np.array(self.baseline_s[-rounds:]), self.greedy.produced[: self.groups]
+            greedy_s, steps = float(np.median(baseline_s.sum(axis=1))), _steps(produced)
+            if steps.any():
+                # After a near tie the texts differ, and may in length: what is compared is the time of a token.
+                pace = _steps(greedily) / np.maximum(steps, 1)
                 seconds = paired_seconds(baseline_s, dflash_s * pace)
                 greedy_s, total_s = float(seconds[0].sum()), float((seconds[1] / pace).sum())
-                info |= speedup_figures(baseline_s, dflash_s * pace)
-                info |= {"block_ratio": longest / self._block_steps() / info["speedup_x"]}
-            info |= {
-                "baseline_tok_s_total": metrics.throughput(greedily, greedy_s),
-                "baseline_tpot_ms": 1000 * greedy_s / longest_greedy if longest_greedy else None,
-                "lossless": self.divergence is None or (bool(divergences) and not defects),
-                "divergences": divergences,
-                "near_ties": len(divergences) - len(defects),
-            }
-        info |= {
-            "tok_s_total": metrics.throughput(produced, total_s),
-            "tpot_ms": 1000 * total_s / longest if longest else None,
+                speedup = speedup_figures(baseline_s, dflash_s * pace)
+                speedup["block_ratio"] = int(steps.sum()) / self._block_steps() / speedup["speedup_x"]
+            greedy_speed = _speed(greedily, greedy_s)
+        tok_s_total, tpot_ms = _speed(produced, total_s)
+        return {
+            "rounds": len(dflash_s),
+            "compile_s": self.dflash.compile_s,
+            "ttft_ms": 1000 * float(np.median(self.prefill_s[-rounds * len(self._requests) :])),
+            "tok_s_total": tok_s_total,
+            "tpot_ms": tpot_ms,
+            "baseline_tok_s_total": greedy_speed[0],
+            "baseline_tpot_ms": greedy_speed[1],
+            **speedup,
         }
-        info |= self._experts()
-        if steps is not None:
-            info |= self._prediction(steps, longest)
-            info |= self._explanation(steps, info)
-        case = Decode(**origin, **info, status="ok")
-        return dataclasses.replace(case, status=status(case))
+
+    def _compared(self) -> dict[str, Any]:
+        """Whether the tokens are greedy's, and the verdict on those that are not."""
+        if not self.with_baseline:
+            return {"lossless": None, "first_divergence": None}
+        divergences = self._audit()
+        defects = [d for d in divergences if d.verdict != NEAR_TIE]
+        return {
+            "lossless": self.divergence is None or (bool(divergences) and not defects),
+            "first_divergence": (
+                TokenPlace(prompt=defects[0].prompt, token=defects[0].token) if defects else self.divergence
+            ),
+            "divergences": divergences,
+            "near_ties": len(divergences) - len(defects),
+        }
 
     def _block_steps(self) -> int:
         """Blocks that the device ran; a batch takes as many as its slowest row."""
         return sum(max(map(len, rows)) for _, _, rows in self._outcome)
 
-    def _prediction(self, steps: StepTimes, longest: int) -> dict[str, Any]:
+    def _prediction(self, steps: StepTimes) -> dict[str, Any]:
         """The cost model's speed-up from the terms timed alone and the steps that both decoders actually took."""
         blocks = self._block_steps()
         if not blocks:
@@ -214,6 +228,7 @@ class PairedRun:
             # One target step per token that is looked at, the refused one included, until no row agrees.
             looked_at = sum(1 + max(block) for _, rows, _ in self._outcome for block in zip_longest(*rows, fillvalue=0))
             ratio = looked_at / blocks + steps.draft_s[self.block_size] / steps.step_s
+        longest = int(_steps(self._produced).sum())
         return {"predicted_speedup_x": longest / blocks / ratio, "predicted_block_ratio": ratio}
 
     def _experts(self) -> dict[str, Any]:
@@ -239,9 +254,6 @@ class PairedRun:
             "verify_ratio_ci95": known(*steps.verify_ratio_ci95.get(size, (0.0, math.inf))),
             "draft_ratio": draft,
             "break_even_acceptance_length": info["predicted_block_ratio"],
-            "residual": None,
-            "time_shares": None,
-            "advice": None,
         }
         if predicted and info["speedup_x"]:
             terms["residual"] = cost_model.residual(info["speedup_x"], predicted)
