@@ -1,16 +1,15 @@
 """What a step must do at least on one device: the bytes that it has to read, and the products that it has to make."""
 
 import dataclasses
-from collections.abc import Iterator
-from typing import Any
 
+import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
+from dflash.compiled.programs import device_bytes, device_size
 from dflash.compiled.topology import Chip
 from dflash.config import DraftConfig
-from dflash.metrics import expected_awake
+from dflash.measuring.steps import weights_of_step
 from dflash.models.draft import Draft
 from dflash.models.llama import Llama
 from dflash.training.trainer import TrainConfig, abstract_batch, step_flops
@@ -34,19 +33,10 @@ class Floor:
 def training_floor(draft: DraftConfig, config: TrainConfig, *, context: int) -> Floor:
     """A training step on rows of `context` tokens: its products, and master weights and moments, read and written."""
     network = nnx.eval_shape(lambda: Draft(draft, dtype=jnp.float32, rngs=nnx.Rngs(0)))
-    state = 3 * sum(nbytes for _, _, nbytes in _weights(network))
+    state = 3 * device_bytes(nnx.state(network))
     head = draft.num_tokens * draft.hidden_size * jnp.dtype(config.dtype).itemsize / config.tp
     flops = step_flops(draft, abstract_batch(draft, config, context))
     return Floor(hbm_bytes=2 * state + head, flops=flops / (config.dp * config.tp))
-
-
-def _weights(network: Llama | Draft) -> Iterator[tuple[tuple[Any, ...], float, float]]:
-    """Path, elements and bytes of every weight on one device."""
-    for path, weight in nnx.to_flat_state(nnx.state(network)):
-        array = weight.get_value()
-        shape = array.sharding.shard_shape(array.shape) if array.sharding is not None else array.shape
-        count = float(np.prod(shape))
-        yield path, count, count * array.dtype.itemsize
 
 
 def _attention(network: Llama | Draft, rows: int, tokens: int, context: int, itemsize: int) -> Floor:
@@ -61,24 +51,16 @@ def _attention(network: Llama | Draft, rows: int, tokens: int, context: int, ite
 
 
 def target_floor(target: Llama, *, batch: int, tokens: int, context: int) -> Floor:
-    """A forward of `tokens` tokens of each of `batch` rows behind `context` committed ones.
-
-    Of an untied embedding only the tokens' rows are read; of routed experts those that are expected to be awake.
-    """
+    """A forward of `tokens` tokens of each of `batch` rows behind `context` committed ones."""
     dp = 1 if target.mesh is None else target.mesh.shape["dp"]
-    rows, experts = batch // dp, target.config.experts
+    rows = batch // dp
     columns = rows * tokens
-    read = flops = 0.0
-    for path, count, nbytes in _weights(target):
-        if path[0] == "embedding" and target.head is not None:
-            read += nbytes * min(1.0, columns / target.config.vocab_size)
-        elif experts is not None and str(path[-1]).startswith(("gate_up", "down")):
-            read += nbytes * expected_awake(experts.count, experts.per_token, columns) / experts.count
-            flops += 2 * count * columns * experts.per_token / experts.count
-        else:
-            read += nbytes
-            flops += 2 * count * columns
-    return Floor(hbm_bytes=read, flops=flops) + _attention(target, rows, tokens, context, target.dtype.itemsize)
+    nbytes = flops = 0.0
+    for array, read, multiplied in weights_of_step(target, columns):
+        size = device_size(array)
+        nbytes += read * size * array.dtype.itemsize
+        flops += 2 * multiplied * size * columns
+    return Floor(hbm_bytes=nbytes, flops=flops) + _attention(target, rows, tokens, context, target.dtype.itemsize)
 
 
 def draft_floor(target: Llama, draft: Draft, *, batch: int, tokens: int, context: int) -> Floor:
@@ -86,11 +68,9 @@ def draft_floor(target: Llama, draft: Draft, *, batch: int, tokens: int, context
     dp = 1 if draft.mesh is None else draft.mesh.shape["dp"]
     rows = batch // dp
     columns = rows * tokens
-    head = target.embedding if target.head is None else target.head
-    weight = head.weight.get_value()
-    shape = weight.sharding.shard_shape(weight.shape) if weight.sharding is not None else weight.shape
-    proposed = float(np.prod(shape)) * draft.config.num_tokens / draft.config.vocab_size
-    counts = [(count, nbytes) for _, count, nbytes in _weights(draft)]
-    read = sum(nbytes for _, nbytes in counts) + proposed * weight.dtype.itemsize
-    flops = 2 * columns * (sum(count for count, _ in counts) + proposed)
+    head = (target.embedding if target.head is None else target.head).weight.get_value()
+    proposed = device_size(head) * draft.config.num_tokens / draft.config.vocab_size
+    weights = nnx.state(draft)
+    read = device_bytes(weights) + proposed * head.dtype.itemsize
+    flops = 2 * columns * (sum(device_size(array) for array in jax.tree.leaves(weights)) + proposed)
     return Floor(hbm_bytes=read, flops=flops) + _attention(draft, rows, tokens, context, draft.dtype.itemsize)

@@ -157,15 +157,14 @@ def lower_decode(networks: Networks, mode: str, *, batch: int, context: int, blo
     return Programs(networks.target, None if mode == "greedy" else networks.draft, shape)
 
 
+def device_size(array: Any) -> float:
+    """Elements of an abstract array on one device."""
+    return float(np.prod(array.shape if array.sharding is None else array.sharding.shard_shape(array.shape)))
+
+
 def device_bytes(tree: Any) -> float:
     """Bytes of a pytree of abstract arrays on one device."""
-
-    def of(array: Any) -> float:
-        placed = getattr(array, "sharding", None)
-        shape = array.shape if placed is None else placed.shard_shape(array.shape)
-        return float(np.prod(shape)) * jnp.dtype(array.dtype).itemsize
-
-    return sum(of(a) for a in jax.tree.leaves(tree))
+    return sum(device_size(array) * array.dtype.itemsize for array in jax.tree.leaves(tree))
 
 
 def held_bytes(target: Llama, draft: Draft, shape: DecodeShape) -> dict[str, float]:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 KINDS = ("cpu", "gpu", "tpu")
 
@@ -106,8 +105,3 @@ def device_facts(device: jax.Device, *, dp: int = 1, tp: int = 1) -> dict[str, A
         "cpu_model": cpu_model(),
         "mesh": {"dp": dp, "tp": tp},
     }
-
-
-def weight_bytes(arrays: Any) -> int:
-    """Bytes of all arrays in a pytree."""
-    return sum(int(np.prod(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(arrays))

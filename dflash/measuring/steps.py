@@ -6,7 +6,7 @@ machine that drifts, only ratios of neighbouring calls mean anything.
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,6 @@ from jax import Array
 
 from dflash.decoding.loop import HEAD, draft_head, drafted_tokens
 from dflash.decoding.sampling import GREEDILY, Draws, Sampling, next_tokens
-from dflash.host.device import weight_bytes
 from dflash.measuring.cost_model import StepTimes
 from dflash.measuring.interval import ratio_interval
 from dflash.metrics import expected_awake, round_up
@@ -58,21 +57,26 @@ def read_bandwidth(megabytes: int = 512, rounds: int = 7) -> float:
     return data.nbytes / float(seconds.min())
 
 
-def step_bytes(target: Llama, tokens: int) -> float:
-    """Bytes of weights that a step of `tokens` tokens reads: all, but only a token's rows of an untied embedding.
+def weights_of_step(target: Llama, tokens: int) -> Iterator[tuple[Any, float, float]]:
+    """Every weight, the fraction of it that a step of `tokens` tokens reads, and the one that a token multiplies.
 
-    Of routed experts, only those expected to be awake.
+    All of a weight; but only the tokens' rows of an untied embedding, which multiplies nothing, and of routed experts
+    those expected to be awake. The target may be abstract.
     """
     experts = target.config.experts
-    total = 0.0
-    for path, value in nnx.to_flat_state(nnx.state(target)):
-        size = float(weight_bytes(value.get_value()))
+    for path, weight in nnx.to_flat_state(nnx.state(target)):
+        read = multiplied = 1.0
         if path[0] == "embedding" and target.head is not None:
-            size *= min(1.0, tokens / target.config.vocab_size)
+            read, multiplied = min(1.0, tokens / target.config.vocab_size), 0.0
         elif experts is not None and path[-1] in _OF_EXPERTS:
-            size *= expected_awake(experts.count, experts.per_token, tokens) / experts.count
-        total += size
-    return total
+            read = expected_awake(experts.count, experts.per_token, tokens) / experts.count
+            multiplied = experts.per_token / experts.count
+        yield weight.get_value(), read, multiplied
+
+
+def step_bytes(target: Llama, tokens: int) -> float:
+    """Bytes of weights that a step of `tokens` tokens reads, on all devices together."""
+    return sum(read * array.size * array.dtype.itemsize for array, read, _ in weights_of_step(target, tokens))
 
 
 def experts_awake(target: GptOss, rows: Sequence[Sequence[int]], block_size: int) -> float:

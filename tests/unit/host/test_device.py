@@ -4,11 +4,10 @@ import os
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 from dflash.host import device
-from dflash.host.device import DeviceError, device_facts, open_default_device, open_device, weight_bytes
+from dflash.host.device import DeviceError, device_facts, open_default_device, open_device
 
 # What jax says when another process has the chip, by generation of libtpu.
 HELD = {
@@ -152,11 +151,6 @@ def test_facts_of_a_result():
     assert facts["device_count"] >= 1
     assert isinstance(facts["device_kind"], str)
     assert facts["cpu_model"]
-
-
-def test_bytes_of_weights():
-    arrays = {"a": jnp.zeros((3, 4), jnp.float32), "b": [jnp.zeros(5, jnp.bfloat16), jnp.zeros((), jnp.int8)]}
-    assert weight_bytes(arrays) == 48 + 10 + 1
 
 
 @pytest.mark.parametrize("opened", [device.open_default_device, lambda: device.open_device("cpu"), device.check_width])
