@@ -18,6 +18,7 @@ from dflash.decoding.parity import ParityResult, compare_steps
 from dflash.decoding.reference import SAFETY, Reference, relative_move
 from dflash.decoding.sampling import GREEDILY, Sampling
 from dflash.decoding.script import ScriptedDraft
+from dflash.metrics import first_difference
 from dflash.models.draft import Draft
 from dflash.models.kv_cache import KVCache
 from dflash.models.llama import Llama
@@ -95,10 +96,9 @@ def audit_divergence(
     target's own choice after that row's tokens, or nearly tied with it, and their caches must be sound (`faults`). So a
     defect whose rows happen to diverge at a tie is seen in what follows.
     """
-    if list(expected) == list(got):
+    place = first_difference(list(expected), list(got))
+    if place is None:
         return None
-    shorter = min(len(expected), len(got))
-    place = next((k for k in range(shorter) if expected[k] != got[k]), shorter)
     reasons = list(faults)
     for name, tokens in (("greedy", expected), ("DFlash", got)):
         fault = dishonest_token(Reference(target, [*prompt, *tokens]), prompt, tokens, sampling)
@@ -108,7 +108,7 @@ def audit_divergence(
         reasons.insert(0, "float32 tokens must be equal")
     pair = [int(tokens[place]) if place < len(tokens) else None for tokens in (expected, got)]
     margin = noise = None
-    if place == shorter:
+    if None in pair:
         reasons.insert(0, "one ends where the other continues")
     else:
         shared = Reference(target, [*prompt, *expected[:place]])
