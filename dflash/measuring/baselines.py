@@ -1,4 +1,4 @@
-"""Baselines: what each case reached on a device before, and the floors for later runs. No jax.
+"""Baselines: what each case reached on a device before, and the floors for later runs.
 
 One file per device kind, `bench/baselines/<device kind>.json`, reviewed like code:
 

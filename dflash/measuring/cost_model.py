@@ -2,7 +2,7 @@
 
     speedup_x = acceptance_length / (T_verify(B) / T_1 + T_draft(B) / T_1)
 
-Its terms are timed alone (dflash.measuring.steps). Pure numpy: no jax, no clock.
+Its terms are timed alone, in dflash.measuring.steps; here is only arithmetic.
 """
 
 import dataclasses

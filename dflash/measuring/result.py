@@ -1,4 +1,4 @@
-"""What a benchmark measured, as a typed record: one dataclass per kind of benchmark, with the JSON's fields. No jax.
+"""What a benchmark measured, as a typed record: one dataclass per kind of benchmark, with the JSON's fields.
 
 Producers build these, and `to_json` makes the `extra_info` of pytest-benchmark's file of them; readers get them back
 from `read_file`, which refuses what is not as the records say. The JSON schema of the file is made of them too
