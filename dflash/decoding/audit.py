@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from dflash.decoding.decode import Request, RequestError, build_decoder, check_request, prefill, read_state
+from dflash.decoding.decode import Request, RequestError, Rows, build_decoder, check_request, prefill, read_state
 from dflash.decoding.loop import Decoder, State
 from dflash.decoding.modes import BLOCK, GREEDY, VERIFYING
 from dflash.decoding.parity import ParityResult, compare_steps
@@ -26,8 +26,6 @@ from dflash.models.llama import Llama
 NEAR_TIE, DEFECT = "near tie", "defect"
 # A single position may move further than in any draw (a router may choose another expert); the mean may not.
 PEAK = 4.0
-
-Rows = Sequence[Sequence[int]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

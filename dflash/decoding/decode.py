@@ -77,6 +77,8 @@ class Codec(Protocol):
     def decode(self, ids: Iterable[int]) -> str: ...
 
 
+# Tokens, or lengths of blocks, by row.
+Rows = list[list[int]]
 # Token ids; text as it is; or messages, through the chat template.
 Prompt = Sequence[int] | str | Sequence[Mapping[str, str]]
 
@@ -364,7 +366,7 @@ def prefill(decoder: Decoder, request: Request) -> State:
     )
 
 
-def read_state(state: State) -> tuple[list[list[int]], list[list[int]], list[list[int]]]:
+def read_state(state: State) -> tuple[Rows, Rows, Rows]:
     """Tokens, accept lengths and produced lengths per row, from the device."""
     tokens, count = np.asarray(state.tokens), np.asarray(state.count)
     accepted, produced = np.asarray(state.accepted), np.asarray(state.produced)

@@ -18,9 +18,9 @@ from dflash.models.kv_cache import KVCache
 from dflash.models.llama import Llama
 
 # What the target says of a block: predictions [B, S], accept lengths [B], context features, the cache (uncommitted).
-Verdict = tuple[Array, Array, list[Array], KVCache]
-# (target, whose draws, layers whose outputs the draft reads, cache, done bool [B], candidates int32 [B, S]) -> Verdict
-Verify = Callable[[Llama, Draws | None, Sequence[int], KVCache, Array, Array], Verdict]
+Verified = tuple[Array, Array, list[Array], KVCache]
+# (target, whose draws, layers whose outputs the draft reads, cache, done bool [B], candidates int32 [B, S]) -> Verified
+Verify = Callable[[Llama, Draws | None, Sequence[int], KVCache, Array, Array], Verified]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +45,7 @@ class Mode:
 
 def _verify_block(
     target: Llama, draws: Draws | None, layer_ids: Sequence[int], cache: KVCache, done: Array, candidates: Array
-) -> Verdict:
+) -> Verified:
     """One target forward for the whole block."""
     del done  # an ended row rides along
     with jax.named_scope("verify"):
@@ -57,7 +57,7 @@ def _verify_block(
 
 def _verify_sequentially(
     target: Llama, draws: Draws | None, layer_ids: Sequence[int], cache: KVCache, done: Array, candidates: Array
-) -> Verdict:
+) -> Verified:
     """One target forward per token, each committed before the next; ends when no row agrees any more."""
     batch, block = candidates.shape
     hidden, lengths = target.config.hidden_size, cache.lengths

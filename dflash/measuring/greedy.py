@@ -10,14 +10,12 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from dflash.decoding.decode import Request, check_request, compiled_decoder, prefill, read_state
+from dflash.decoding.decode import Request, Rows, check_request, compiled_decoder, prefill, read_state
 from dflash.decoding.loop import Decoder, DecodeShape, State
 from dflash.decoding.modes import GREEDY
 from dflash.decoding.sampling import GREEDILY, Sampling
 from dflash.metrics import round_up
 from dflash.models.llama import Llama
-
-Rows = list[list[int]]
 
 
 def timed_decode(decoder: Decoder, state: State) -> tuple[State, float]:

@@ -16,13 +16,13 @@ import numpy as np
 
 from dflash import metrics
 from dflash.decoding.audit import NEAR_TIE, Divergence, audit_again
-from dflash.decoding.decode import RequestError, compiled_decoder, prefill, read_state
+from dflash.decoding.decode import RequestError, Rows, compiled_decoder, prefill, read_state
 from dflash.decoding.modes import VERIFYING, Mode
 from dflash.decoding.script import ScriptedDraft
 from dflash.measuring import cost_model
 from dflash.measuring.cost_model import StepTimes
 from dflash.measuring.gate import status
-from dflash.measuring.greedy import Greedy, Rows, timed_decode
+from dflash.measuring.greedy import Greedy, timed_decode
 from dflash.measuring.interval import (
     NO_SPEEDUP,
     acceptance_over_prompts,

@@ -5,11 +5,12 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+from dflash.decoding.decode import Rows
 from dflash.decoding.sampling import GREEDILY, Sampling
 from dflash.host.provenance import flags, sources_sha256, versions
 from dflash.measuring.cases import Case, ChosenDraft, PromptSetting
 from dflash.measuring.cost_model import StepTimes
-from dflash.measuring.greedy import Greedy, Rows
+from dflash.measuring.greedy import Greedy
 from dflash.measuring.journal import Journal, Record, identity
 from dflash.measuring.paired import PairedRun
 from dflash.measuring.result import Decode, Failed
