@@ -26,7 +26,7 @@ from jax.sharding import Mesh
 from dflash.models.families import FAMILIES
 from dflash.models.layers import precision
 from dflash.models.llama import Llama
-from dflash.weights.build import DTYPES
+from dflash.weights.build import DTYPES, named_weights
 from dflash.weights.config_json import read_target_config
 from dflash.weights.easydel import HEAD, from_state, to_state
 from dflash.weights.snapshot import read_json
@@ -132,19 +132,15 @@ def load_model(directory: Path, dtype: str = "float32") -> Any:
         )
 
 
-def _parameters(model: Any) -> dict[str, nnx.Variable]:
-    """The weights of a model by path (joined with "/"); a tied head has no entry."""
-    parameters = {"/".join(map(str, path)): v for path, v in nnx.to_flat_state(nnx.state(model, nnx.Param))}
-    return {path: v for path, v in parameters.items() if v.get_value() is not None}
-
-
 def to_target(model: Any, dtype: str = "float32", mesh: Mesh | None = None) -> Llama:
     """Our target with the weights of EasyDeL's model (Llama, Qwen or GPT-OSS); see `from_state` for what is shared.
 
     Drop the model before the target is used, and no weight is held twice. Raises ConfigError or WeightsError.
     """
     config = read_target_config(json.loads(model.config.to_json_string(use_diff=False)), "the model's config")
-    return from_state(config, {path: v.get_value() for path, v in _parameters(model).items()}, dtype, mesh)
+    # A tied head is a parameter without a value.
+    arrays = {path.replace(".", "/"): value for path, value in named_weights(model).items() if value is not None}
+    return from_state(config, arrays, dtype, mesh)
 
 
 def from_target(target: Llama, directory: Path) -> Any:

@@ -42,7 +42,7 @@ from dflash.training.run import (
 from dflash.training.trainer import TrainConfig, learning_rate, make_optimizer, place_target, train_step
 from dflash.weights.config_json import read_draft_config
 from dflash.weights.runs.arrays import add_hashes, read_arrays, read_index
-from dflash.weights.runs.checkpoint import join_draft, plan, read_run, run_config, split_draft
+from dflash.weights.runs.checkpoint import join_draft, read_run, run_arrays, run_config, split_draft
 from dflash.weights.runs.directories import MARKER, check_run, completed_runs, latest_run, new_run, newest_run, step_of
 
 # The model type in config.json by which EasyDeL recognises a draft.
@@ -195,8 +195,8 @@ def _module_classes(package: Any) -> tuple[Any, Any]:
         def __init__(self, config: Any, rngs: Any, **dtypes: Any):
             float32 = {"dtype": jnp.float32, "param_dtype": jnp.float32, "precision": None}
             super().__init__(config=config, rngs=rngs, **float32 | dtypes)
-            shapes = [parts for _, parts in plan(read_draft_config(config.dflash["draft"]))]
-            empty = {path: jnp.zeros(shape, jnp.float32) for parts in shapes for path, shape in parts.items()}
+            shapes = run_arrays(read_draft_config(config.dflash["draft"]))
+            empty = {path: jnp.zeros(shape, jnp.float32) for path, shape in shapes.items()}
             for name, tree in unflatten_dict(empty, sep="/")["model"].items():
                 setattr(self, name, _node(tree))
 

@@ -10,13 +10,12 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 
 from dflash.config import TargetConfig, fault_list
 from dflash.models.llama import Llama
 from dflash.models.mesh import gather
-from dflash.weights.build import Opened, build_target, check_tied
+from dflash.weights.build import Opened, build_target, check_tied, named_weights
 from dflash.weights.names import Source, target_plan
 from dflash.weights.runs.arrays import check_chunks, read_arrays, read_index
 from dflash.weights.snapshot import WeightsError, check_tensors, target_config
@@ -105,7 +104,7 @@ def to_state(target: Llama) -> Iterator[tuple[str, Any]]:
 
     Arrays that already have their layout are shared. A tied head has no array of its own.
     """
-    weights = {".".join(map(str, path)): v.get_value() for path, v in nnx.to_flat_state(nnx.state(gather(target)))}
+    weights = named_weights(gather(target))
     for ours, source in _plan(target.config).items():
         yield from zip(source.tensors, map(jnp.asarray, _split(weights[ours], source.tensors)), strict=True)
 

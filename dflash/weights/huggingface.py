@@ -15,7 +15,7 @@ from safetensors import safe_open
 from dflash.config import ConfigError, DraftConfig, TargetConfig
 from dflash.models.draft import Draft
 from dflash.models.mesh import gather
-from dflash.weights.build import DTYPES, Opened, check_dtype, check_tied, fill
+from dflash.weights.build import DTYPES, Opened, check_dtype, check_tied, fill, named_weights
 from dflash.weights.config_json import read_draft_config, write_draft_config
 from dflash.weights.dialect import Dialect
 from dflash.weights.names import AnySource, draft_plan, target_plan
@@ -117,13 +117,13 @@ def read_draft_weights(directory: Path, dtype: str, config: DraftConfig, mesh: M
 
 def draft_tensors(draft: Draft) -> dict[str, np.ndarray]:
     """A draft's weights by z-lab's names, [out, in], in the draft's dtype."""
-    state = nnx.to_flat_state(nnx.state(gather(draft)))
-    values = {".".join(map(str, p)): np.asarray(v.get_value()) for p, v in state}
+    weights = named_weights(gather(draft))
     tensors: dict[str, np.ndarray] = {}
     for name, source in draft_plan(draft.config):
         rows = np.cumsum([shape[0] for shape in source.tensors.values()])[:-1]
-        parts = np.split(values[name], rows)
+        parts = np.split(np.asarray(weights.pop(name)), rows)
         tensors |= {t: np.ascontiguousarray(p) for t, p in zip(source.tensors, parts, strict=True)}
+    assert not weights, sorted(weights)
     return tensors
 
 

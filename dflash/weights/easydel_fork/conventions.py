@@ -24,7 +24,7 @@ from dflash.host.disk import DAMAGE, parse_object
 from dflash.models.draft import Draft
 from dflash.models.layers import rope_attention_factor
 from dflash.weights.config_json import read_draft_config, write_rope
-from dflash.weights.runs.checkpoint import join_draft, plan
+from dflash.weights.runs.checkpoint import join_draft, run_arrays
 from dflash.weights.snapshot import WeightsError, read_json, target_config
 
 # What the fork's config.json has for its own use; each is read, or has no part in the network.
@@ -148,8 +148,7 @@ def recorded_cache(recorded: Any) -> dict[str, Any]:
 
 def wanted_arrays(config: DraftConfig) -> dict[str, tuple[int, ...]]:
     """Paths and shapes of a draft's arrays as the fork has them: EasyDeL's, without q/k norms."""
-    shapes = {path: shape for _, parts in plan(config) for path, shape in parts.items()}
-    return {path: shape for path, shape in shapes.items() if not path.endswith(_NORMS)}
+    return {path: shape for path, shape in run_arrays(config).items() if not path.endswith(_NORMS)}
 
 
 def check_arrays(draft: ForkDraft) -> None:

@@ -8,7 +8,7 @@ the EasyDeL fork, whose conventions differ (`dflash.weights.easydel_fork.convent
 import datetime
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,10 @@ from jax import Array
 
 from dflash.config import ConfigError, DraftConfig, TargetConfig, fault_list
 from dflash.models.draft import Draft
-from dflash.models.mesh import gather
 from dflash.weights.build import DTYPES, check_dtype
 from dflash.weights.config_json import read_draft_config, write_draft_config
 from dflash.weights.dialect import Dialect, digest_of
+from dflash.weights.huggingface import draft_tensors
 from dflash.weights.names import draft_plan
 from dflash.weights.runs.arrays import (
     INDEX,
@@ -39,10 +39,6 @@ from dflash.weights.snapshot import WeightsError, check_tensors, tensor_faults
 
 _FLOATS = ("float32", "bfloat16", "float16")
 
-# A weight of ours, and the arrays [in, out] or [size] that it is made of, in the order of its rows.
-Plan = Iterator[tuple[str, dict[str, tuple[int, ...]]]]
-
-
 _NAMES = {"input_layernorm": "in_norm", "post_attention_layernorm": "post_norm", "self_attn": "attn"}
 
 
@@ -54,9 +50,9 @@ def run_path(tensor: str) -> str:
     return f"model/{'final_norm/scale' if path == 'norm/scale' else path}/value"
 
 
-def plan(c: DraftConfig) -> Plan:
-    for name, source in draft_plan(c):
-        yield name, {run_path(tensor): shape[::-1] for tensor, shape in source.tensors.items()}
+def run_arrays(c: DraftConfig) -> dict[str, tuple[int, ...]]:
+    """Paths and shapes of the arrays, [in, out] or [size], that a run holds of a draft."""
+    return {run_path(name): shape[::-1] for _, source in draft_plan(c) for name, shape in source.tensors.items()}
 
 
 # ---- config.json
@@ -144,26 +140,20 @@ def _read_config(directory: Path) -> DraftConfig:
 
 def split_draft(draft: Draft) -> dict[str, np.ndarray]:
     """The draft's weights as arrays of the layout. Raises WeightsError when their dtypes differ or can't be stored."""
-    values = {".".join(map(str, p)): np.asarray(v.get_value()) for p, v in nnx.to_flat_state(nnx.state(gather(draft)))}
-    dtypes = sorted({value.dtype.name for value in values.values()})
+    tensors = draft_tensors(draft)
+    dtypes = sorted({value.dtype.name for value in tensors.values()})
     if len(dtypes) > 1 or dtypes[0] not in DTYPES:
         raise WeightsError(f"the weights of a run have one dtype of {sorted(DTYPES)}, got {dtypes}: cast them")
-    arrays: dict[str, np.ndarray] = {}
-    for name, parts in plan(draft.config):
-        rows = np.cumsum([shape[-1] for shape in parts.values()])[:-1]
-        split = np.split(values.pop(name), rows)
-        arrays |= {path: part.T for path, part in zip(parts, split, strict=True)}
-    assert not values, sorted(values)
-    return arrays
+    return {run_path(name): value.T for name, value in tensors.items()}
 
 
 def join_draft(config: DraftConfig, arrays: Mapping[str, np.ndarray | Array], dtype: str) -> Draft:
     """The draft made of the arrays of the layout, in `dtype`. Differentiable."""
     graph, state = nnx.split(nnx.eval_shape(lambda: Draft(config, dtype=DTYPES[dtype], rngs=nnx.Rngs(0))))
     flat = {".".join(map(str, path)): (path, value) for path, value in nnx.to_flat_state(state)}
-    for name, parts in plan(config):
+    for name, source in draft_plan(config):
         path, empty = flat[name]
-        rows = [arrays[part].T for part in parts]
+        rows = [arrays[run_path(tensor)].T for tensor in source.tensors]
         # Arrays that were read are joined on the host, without compiling programs for it.
         value = (np if isinstance(rows[0], np.ndarray) else jnp).concatenate(rows).astype(jnp.dtype(dtype))
         assert value.shape == empty.get_value().shape, (name, value.shape)
@@ -209,7 +199,7 @@ def write_run(
 
 
 def read_run(directory: Path, dtype: str = "float32") -> Draft:
-    """The draft of one run directory, in `dtype` (float32 or bfloat16); `runs.resolve_run` finds the latest of a root.
+    """The draft of one run directory, in `dtype` (float32 or bfloat16); `resolve_run` finds the latest of a root.
 
     Raises ConfigError, or WeightsError when the run is incomplete or damaged; each with every fault.
     """
@@ -225,8 +215,7 @@ def _config(run: Path, _: TargetConfig | None = None) -> DraftConfig:
 def _read(directory: Path, dtype: str, config: DraftConfig) -> Draft:
     check_dtype(dtype)
     entries = read_index(directory).get("model", {})
-    wanted = {path: (shape, _FLOATS) for _, parts in plan(config) for path, shape in parts.items()}
-    check_tensors(entries, wanted, directory)
+    check_tensors(entries, {path: (shape, _FLOATS) for path, shape in run_arrays(config).items()}, directory)
     return join_draft(config, read_arrays(directory, entries.values()), dtype)
 
 
