@@ -18,7 +18,7 @@ from dflash.models.mesh import gather
 from dflash.weights.build import Opened, build_target, check_tied, named_weights
 from dflash.weights.names import Source, target_plan
 from dflash.weights.runs.arrays import check_chunks, read_arrays, read_index
-from dflash.weights.snapshot import WeightsError, check_tensors, target_config
+from dflash.weights.snapshot import WeightsError, check_tensors, target_config, tensor_faults
 
 _FLOATS = ("float32", "bfloat16", "float16")
 _MAY_BE_ZERO = ("/bias", "/sinks")
@@ -76,26 +76,15 @@ def _wanted(c: TargetConfig) -> dict[str, tuple[int, ...]]:
     return {path: shape for source in _plan(c).values() for path, shape in source.tensors.items()}
 
 
-def _check(config: TargetConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises WeightsError with every array of a state that is missing, unexpected or of another shape."""
-    wanted = _wanted(config)
-    faults = [f"missing {path} {list(shape)}" for path, shape in wanted.items() if path not in shapes]
-    for path, shape in shapes.items():
-        if path not in wanted:
-            faults += [] if path == HEAD and config.tie_embeddings else [f"unexpected {path} {list(shape)}"]
-        elif tuple(shape) != wanted[path]:
-            faults.append(f"{path} is {list(shape)}, must be {list(wanted[path])}")
-    if faults:
-        raise WeightsError(f"the state does not fit its config ({len(faults)} faults): " + fault_list(faults))
-
-
 def from_state(config: TargetConfig, arrays: dict[str, Any], dtype: str = "float32", mesh: Mesh | None = None) -> Llama:
     """The target made from a state: arrays by path (joined with "/"), of a model with this config.
 
     Arrays are removed from `arrays` one weight at a time, so none is held twice once their model is gone. Arrays that
     already have our layout and dtype (embedding, norms) are shared. Raises WeightsError.
     """
-    _check(config, {path: array.shape for path, array in arrays.items()})
+    stored = {path: array for path, array in arrays.items() if not (config.tie_embeddings and path == HEAD)}
+    if faults := tensor_faults(stored, {path: (shape, None) for path, shape in _wanted(config).items()}):
+        raise WeightsError(f"the state does not fit its config ({len(faults)} faults): " + fault_list(faults))
     return build_target(Opened(config, _plan(config), arrays.pop), dtype, mesh)
 
 

@@ -42,8 +42,8 @@ class Stored(Protocol):
     def dtype(self) -> str: ...
 
 
-# Shape and dtypes of every tensor that there has to be, by name.
-Wanted = Mapping[str, tuple[tuple[int, ...], tuple[str, ...]]]
+# Shape and dtypes (None: any) of every tensor that there has to be, by name.
+Wanted = Mapping[str, tuple[tuple[int, ...], tuple[str, ...] | None]]
 
 
 def tensor_faults(stored: Mapping[str, Stored], wanted: Wanted) -> list[str]:
@@ -56,7 +56,7 @@ def tensor_faults(stored: Mapping[str, Stored], wanted: Wanted) -> list[str]:
         shape, dtypes = wanted[name]
         if tensor.shape != shape:
             faults.append(f"{name} is {list(tensor.shape)}, must be {list(shape)}")
-        if tensor.dtype not in dtypes:
+        if dtypes is not None and tensor.dtype not in dtypes:
             faults.append(f"{name} is {tensor.dtype}, must be one of {list(dtypes)}")
     return faults
 
