@@ -13,6 +13,7 @@ from typing import Any
 from dflash.host.disk import expanded, read_object
 from dflash.text.worker import WORKER, WorkerFaultError
 from dflash.weights import named
+from dflash.weights.snapshot import ARRAY_INDEX
 
 # What templates that print the date take for today, so that a prompt is the same tomorrow.
 FIXED_DAY = "2026-01-01"
@@ -155,7 +156,7 @@ class Tokenizer:
             answer: dict[str, Any] = WORKER.ask(request)
         except WorkerFaultError as error:
             remedy = "fetch the snapshot again"
-            if (self._directory / "tensorstore_index.json").is_file():
+            if (self._directory / ARRAY_INDEX).is_file():
                 remedy = "EasyDeL saves none: copy the tokenizer's files from the snapshot that the weights are of"
             raise TokenizerError(
                 f"{self._directory} must hold a tokenizer that transformers reads, got: {error}; {remedy}"

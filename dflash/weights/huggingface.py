@@ -5,11 +5,9 @@ All missing, extra and misshapen tensors of a snapshot are reported in one error
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
 from safetensors import safe_open
 
 from dflash.config import ConfigError, DraftConfig, TargetConfig
@@ -20,6 +18,7 @@ from dflash.weights.config_json import read_draft_config, write_draft_config
 from dflash.weights.dialect import Dialect
 from dflash.weights.names import AnySource, draft_plan, target_plan
 from dflash.weights.snapshot import (
+    ARRAY_INDEX,
     Header,
     check_tensors,
     holds_weights,
@@ -90,7 +89,7 @@ def open_target(directory: Path, wanted: tuple[str, ...] = ("",)) -> Opened:
 
 
 def _draft_config(directory: Path, _: TargetConfig | None = None) -> DraftConfig:
-    if (directory / "tensorstore_index.json").is_file():
+    if (directory / ARRAY_INDEX).is_file():
         raise ConfigError(
             f"{directory} is an EasyDeL run directory, not a DFlashDraftModel directory (config.json and "
             "model.safetensors): read it with dflash.load_draft"
@@ -98,21 +97,14 @@ def _draft_config(directory: Path, _: TargetConfig | None = None) -> DraftConfig
     return read_draft_config(read_json(directory, "config.json"), str(directory / "config.json"))
 
 
-def read_draft(directory: Path, dtype: str = "float32", mesh: Mesh | None = None) -> Draft:
-    """The draft in a `DFlashDraftModel` directory. Raises ConfigError or WeightsError, each with every fault."""
-    directory = Path(directory)
-    return read_draft_weights(directory, dtype, _draft_config(directory), mesh)
-
-
-def read_draft_weights(directory: Path, dtype: str, config: DraftConfig, mesh: Mesh | None = None) -> Draft:
+def read_draft_weights(directory: Path, dtype: str, config: DraftConfig) -> Draft:
     """The draft of this config, from safetensors by z-lab's names. Raises WeightsError with every fault."""
     check_dtype(dtype)
     headers = read_headers(weight_files(directory))
     plan = dict(draft_plan(config))
     _check(plan, headers, lambda _: False, directory)
-    return fill(
-        lambda: Draft(config, dtype=DTYPES[dtype], rngs=nnx.Rngs(0)), plan, _tensor_reader(headers), dtype, mesh
-    )
+    read = _tensor_reader(headers)
+    return fill(lambda: Draft(config, dtype=DTYPES[dtype], rngs=nnx.Rngs(0)), plan, read, dtype, mesh=None)
 
 
 def draft_tensors(draft: Draft) -> dict[str, np.ndarray]:
@@ -132,13 +124,12 @@ def check_draft_tensors(directory: Path, config: DraftConfig) -> None:
     _check(dict(draft_plan(config)), read_headers(weight_files(directory)), lambda _: False, directory)
 
 
-def write_draft(draft: Draft, directory: Path, record: Mapping[str, Any] | None = None) -> None:
+def write_draft(draft: Draft, directory: Path) -> None:
     """Writes a `DFlashDraftModel` directory (z-lab's names, [out, in]) in the draft's dtype; complete, or not at all.
 
-    A `record` of how it was trained goes beside it, into training.json, with the draft's hash. Raises WeightsError when
-    `directory` exists.
+    Raises WeightsError when `directory` exists.
     """
-    write_snapshot(directory, write_draft_config(draft.config, str(draft.dtype)), draft_tensors(draft), record=record)
+    write_snapshot(directory, write_draft_config(draft.config, str(draft.dtype)), draft_tensors(draft))
 
 
 def _find(path: Path) -> Path | None:

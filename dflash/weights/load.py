@@ -32,8 +32,7 @@ from dflash.weights.dialect import Dialect
 from dflash.weights.easydel_fork import exports, linen, runs
 from dflash.weights.names import Source
 from dflash.weights.runs import checkpoint
-from dflash.weights.runs.arrays import INDEX
-from dflash.weights.snapshot import WeightsError
+from dflash.weights.snapshot import ARRAY_INDEX, WeightsError
 
 # Instead of a directory: a draft with random weights.
 UNTRAINED = "untrained"
@@ -76,7 +75,7 @@ def default_draft(target: str) -> str | None:
 
 def _open_target(directory: Path, wanted: tuple[str, ...] = ("",)) -> Opened:
     """The weights of a target whose paths start so, from a snapshot or from what EasyDeL's `save_pretrained` wrote."""
-    if not (directory / INDEX).is_file():
+    if not (directory / ARRAY_INDEX).is_file():
         return huggingface.open_target(directory, wanted)
     opened = easydel.open_target(directory)
     plan = {path: source for path, source in opened.plan.items() if path.startswith(wanted)}
@@ -104,7 +103,7 @@ def held_experts(directory: Path, dtype: str) -> str | None:
     Where MXFP4's scales lie too far apart for 8 bits it is `dtype` after all, which only reading them shows. Raises
     WeightsError.
     """
-    if dtype != "bfloat16" or (directory / INDEX).is_file():
+    if dtype != "bfloat16" or (directory / ARRAY_INDEX).is_file():
         return None
     packed = huggingface.is_packed(snapshot.read_headers(snapshot.weight_files(directory)))
     return "float8_e5m2" if packed else None

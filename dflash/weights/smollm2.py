@@ -83,9 +83,9 @@ class SnapshotError(RuntimeError):
     """The snapshot is missing and could not be made: what failed, and what to do."""
 
 
-def find_snapshot(cache_dir: Path | None = None) -> Path | None:
+def find_snapshot() -> Path | None:
     """The snapshot directory if it exists and is complete, else None; fetches and makes nothing."""
-    directory = (default_cache_dir() if cache_dir is None else Path(cache_dir)) / DIRECTORY
+    directory = default_cache_dir() / DIRECTORY
     return directory if _is_complete(directory) else None
 
 

@@ -18,6 +18,9 @@ from dflash.config import TargetConfig, fault_list
 from dflash.host.disk import read_object
 from dflash.weights.config_json import read_target_config
 
+# Beside the arrays of EasyDeL's directories, in place of safetensors files (`dflash.weights.runs.arrays`).
+ARRAY_INDEX = "tensorstore_index.json"
+
 
 class WeightsError(ValueError):
     """Weights on disk that can't be used: what is wrong, tensor by tensor, and what to do."""
@@ -138,7 +141,8 @@ def write_snapshot(
 ) -> None:
     """Writes config.json and safetensors, in files of at most `shard_bytes` (a larger tensor gets its own file).
 
-    See `write_draft` for the record. Raises WeightsError when `directory` exists.
+    A `record` of how a draft was trained goes beside them, into training.json, with the draft's hash. Raises
+    WeightsError when `directory` exists.
     """
     directory = Path(directory)
     taken = WeightsError(f"a draft is written to a new directory; {directory} exists: remove it or name another")
@@ -206,9 +210,9 @@ def snapshot_hash(directory: Path) -> str:
     digest = hashlib.sha256()
     directory = Path(directory)
     read_json(directory, "config.json")
-    if (directory / "tensorstore_index.json").is_file():
+    if (directory / ARRAY_INDEX).is_file():
         arrays = sorted(path for path in (directory / "model").rglob("*") if path.is_file())
-        files = [directory / "tensorstore_index.json", *arrays]
+        files = [directory / ARRAY_INDEX, *arrays]
     else:
         files = weight_files(directory)
     for path in [directory / "config.json", *files]:

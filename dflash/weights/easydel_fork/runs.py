@@ -18,9 +18,9 @@ from dflash.weights.easydel_fork.conventions import (
     trained_layer_ids,
     wanted_arrays,
 )
-from dflash.weights.runs.arrays import INDEX, check_chunks, read_arrays, read_index, read_run_object
+from dflash.weights.runs.arrays import check_chunks, read_arrays, read_index, read_run_object
 from dflash.weights.runs.directories import run_at
-from dflash.weights.snapshot import check_tensors, read_json
+from dflash.weights.snapshot import ARRAY_INDEX, check_tensors, read_json
 
 
 def _find(path: Path) -> Path | None:
@@ -60,7 +60,7 @@ def _read(run: Path, dtype: str, config: DraftConfig) -> Draft:
 def _digest(run: Path) -> str:
     """Over every chunk: the fork's index holds no hashes."""
     chunks = sorted(path for path in (run / "model").rglob("*") if path.is_file())
-    return digest_of([run / "config.json", run / INDEX, *chunks])
+    return digest_of([run / "config.json", run / ARRAY_INDEX, *chunks])
 
 
 DIALECT = Dialect(name="a run of the EasyDeL fork", find=_find, config=_config, read=_read, digest=_digest)

@@ -17,9 +17,8 @@ import tensorstore
 
 from dflash.config import fault_list
 from dflash.host.disk import read_object
-from dflash.weights.snapshot import WeightsError
+from dflash.weights.snapshot import ARRAY_INDEX, WeightsError
 
-INDEX = "tensorstore_index.json"
 _INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 STORED_DTYPES = ("float32", "bfloat16", "float16", "float64", "bool", *_INTEGERS)
 # The version that every reader accepts: older ones look for prefixes only in this one, newer ones in any.
@@ -97,7 +96,7 @@ def write_index(directory: Path, prefixes: Mapping[str, Iterable[Entry]]) -> Non
     """Writes tensorstore_index.json: the entries of each prefix (`model`, `tx`)."""
     lists = {prefix: [dataclasses.asdict(entry) for entry in entries] for prefix, entries in prefixes.items()}
     index = {"format": "tensorstore", "version": _VERSION, "prefixes": lists}
-    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    (directory / ARRAY_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _entry_fault(entry: Any, prefix: str) -> str | None:
@@ -115,11 +114,11 @@ def _entry_fault(entry: Any, prefix: str) -> str | None:
 
 def read_index(directory: Path) -> dict[str, dict[str, Entry]]:
     """The entries of an index by prefix and path. Raises WeightsError with every fault of the file."""
-    raw = read_run_object(directory, INDEX)
+    raw = read_run_object(directory, ARRAY_INDEX)
     prefixes = raw.get("prefixes")
     if raw.get("format") != "tensorstore" or not isinstance(prefixes, dict):
         raise WeightsError(
-            f"{directory / INDEX} must have the format tensorstore and prefixes, got {raw.get('format')!r} and "
+            f"{directory / ARRAY_INDEX} must have the format tensorstore and prefixes, got {raw.get('format')!r} and "
             f"{type(prefixes).__name__}: give another run"
         )
     faults: list[str] = []
@@ -136,7 +135,7 @@ def read_index(directory: Path) -> dict[str, dict[str, Entry]]:
             sizes = tuple(entry["shape"])
             index[prefix][entry["path"]] = Entry(entry["path"], sizes, entry["dtype"], entry.get("sha256"))
     if faults:
-        raise WeightsError(f"{directory / INDEX} can't be used: " + fault_list(faults) + ". Give another run")
+        raise WeightsError(f"{directory / ARRAY_INDEX} can't be used: " + fault_list(faults) + ". Give another run")
     return index
 
 

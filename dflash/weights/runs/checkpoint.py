@@ -26,7 +26,6 @@ from dflash.weights.dialect import Dialect, digest_of
 from dflash.weights.huggingface import draft_tensors
 from dflash.weights.names import draft_plan
 from dflash.weights.runs.arrays import (
-    INDEX,
     read_arrays,
     read_index,
     read_run_object,
@@ -35,7 +34,7 @@ from dflash.weights.runs.arrays import (
 )
 from dflash.weights.runs.directories import MARKER, check_run, new_run, run_at
 from dflash.weights.runs.leaves import check_leaves, leaf_kind, leaves_of, restore
-from dflash.weights.snapshot import WeightsError, check_tensors, tensor_faults
+from dflash.weights.snapshot import ARRAY_INDEX, WeightsError, check_tensors, tensor_faults
 
 _FLOATS = ("float32", "bfloat16", "float16")
 
@@ -245,7 +244,7 @@ def read_optimizer_state(directory: Path, like: Any) -> Any:
 
 def _digest(run: Path) -> str:
     """The index holds the hash of every array."""
-    return digest_of([run / "config.json", run / INDEX])
+    return digest_of([run / "config.json", run / ARRAY_INDEX])
 
 
 DIALECT = Dialect(name="a run of this project", find=run_at, config=_config, read=_read, digest=_digest)

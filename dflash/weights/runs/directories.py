@@ -14,8 +14,7 @@ from pathlib import Path
 
 import filelock
 
-from dflash.weights.runs.arrays import INDEX
-from dflash.weights.snapshot import WeightsError, holds_weights
+from dflash.weights.snapshot import ARRAY_INDEX, WeightsError, holds_weights
 
 MARKER = "metadata.json"
 _NAME = re.compile(r"run-(0|[1-9][0-9]*)")
@@ -67,7 +66,7 @@ def newest_run(root: Path) -> Path | None:
 
 def is_run(directory: Path) -> bool:
     """Whether this is a run directory, complete or not: by its index, by the files of many hosts, or by its name."""
-    if any((directory / name).is_file() for name in (INDEX, *_MANY_HOSTS)):
+    if any((directory / name).is_file() for name in (ARRAY_INDEX, *_MANY_HOSTS)):
         return True
     return directory.is_dir() and step_of(directory) is not None and not is_root(directory)
 
@@ -81,8 +80,8 @@ def check_run(directory: Path) -> None:
     """Raises WeightsError unless this is a complete, readable run directory."""
     if not is_run(directory):
         raise WeightsError(
-            f"{directory} is no run directory (it has no {INDEX}): name a run-<step> directory, or find the latest one "
-            "of a root with resolve_run"
+            f"{directory} is no run directory (it has no {ARRAY_INDEX}): name a run-<step> directory, or find the "
+            "latest one of a root with resolve_run"
         )
     missing = _missing(directory)
     if missing:

@@ -30,7 +30,8 @@ from dflash.training.start import frequent_tokens
 from dflash.training.trainer import TrainConfig, Trainer
 from dflash.weights.config_json import read_draft_config, write_draft_config
 from dflash.weights.export import check_export
-from dflash.weights.huggingface import read_draft, write_draft
+from dflash.weights.huggingface import write_draft
+from dflash.weights.load import read_any_draft
 from dflash.weights.runs.checkpoint import read_run, write_run
 from dflash.weights.tiny import write_tiny_target
 
@@ -326,7 +327,7 @@ def test_it_is_written_and_read_whole(architecture, draw_draft, tmp_path):
     draft = draw_draft(0, **architecture, vocabulary=VOCABULARY)
     write_draft(draft, tmp_path / "hf")
     write_run(draft, tmp_path / "runs", 7, optimizer_state=None, provenance={}, keep=None)
-    for read in (read_draft(tmp_path / "hf"), read_run(tmp_path / "runs" / "run-7")):
+    for read in (read_any_draft(tmp_path / "hf"), read_run(tmp_path / "runs" / "run-7")):
         assert read.config == draft.config
 
 

@@ -17,8 +17,8 @@ from dflash.models.selector import CandidateSelector
 from dflash.training.objective import Objective, block_sums
 from dflash.training.trainer import TrainConfig, Trainer
 from dflash.weights.config_json import read_draft_config, write_draft_config
-from dflash.weights.huggingface import read_draft, write_draft
-from dflash.weights.load import new_draft
+from dflash.weights.huggingface import write_draft
+from dflash.weights.load import new_draft, read_any_draft
 from dflash.weights.runs.checkpoint import read_run, write_run
 from dflash.weights.tiny import write_tiny_target
 
@@ -117,7 +117,7 @@ def test_it_is_written_and_read_whole(draw_draft, tmp_path):
     assert raw["architectures"] == ["DFlash2DraftModel"]
     assert raw["dflash_config"] | {"conv_kernel_size": 3, "conv_group_size": 16} == raw["dflash_config"]
     write_run(draft, tmp_path / "runs", 7, optimizer_state=None, provenance={}, keep=None)
-    for read in (read_draft(tmp_path / "hf"), read_run(tmp_path / "runs" / "run-7")):
+    for read in (read_any_draft(tmp_path / "hf"), read_run(tmp_path / "runs" / "run-7")):
         assert read.config == draft.config
         for (path, ours), (_, theirs) in zip(
             nnx.to_flat_state(nnx.state(draft)), nnx.to_flat_state(nnx.state(read)), strict=True

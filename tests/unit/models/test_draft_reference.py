@@ -14,8 +14,8 @@ from flax import nnx
 from dflash.config import ConfigError, ConvConfig, RopeConfig, SelectorConfig, build_target_layer_ids
 from dflash.decoding.loop import Decoder, DecodeShape
 from dflash.models.kv_cache import empty_cache
-from dflash.weights.huggingface import read_draft, write_draft
-from dflash.weights.load import load_target
+from dflash.weights.huggingface import write_draft
+from dflash.weights.load import load_target, read_any_draft
 from dflash.weights.tiny import write_tiny_target
 
 pytestmark = pytest.mark.oracle
@@ -128,7 +128,7 @@ def run_blocks(draft, target, inputs):
 @pytest.mark.parametrize("name", CASES)
 def test_hidden_states_and_logits_are_the_references(job, name):
     assert CONTEXTS[0] > WINDOW
-    draft, target = read_draft(job / name), load_target(job / "target")
+    draft, target = read_any_draft(job / name), load_target(job / "target")
     theirs = np.load(job / f"{name}.npz")
     proposals = set()
     for i, (hidden, logits) in enumerate(run_blocks(draft, target, np.load(job / f"{name}-inputs.npz"))):
@@ -150,7 +150,7 @@ def run_loop(decoder, requests):
 
 @pytest.mark.parametrize("name", DECODES)
 def test_a_whole_decode_is_the_references(job, answer, name):
-    target, draft = load_target(job / "small"), read_draft(job / f"decode-{name}")
+    target, draft = load_target(job / "small"), read_any_draft(job / f"decode-{name}")
     shape = {"batch": 1, "max_prompt_len": 50, "max_new_tokens": BUDGET}
     greedy = Decoder(target, None, DecodeShape(mode="greedy", block_size=1, **shape))
     block = Decoder(target, draft, DecodeShape(mode="cached_block_verify", block_size=BLOCK, **shape))

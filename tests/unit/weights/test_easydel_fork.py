@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from dflash import ConfigError, WeightsError, decode, load_draft, load_target
 from dflash.training.batches import sequence_batch
 from dflash.training.objective import block_hidden
-from dflash.weights.huggingface import read_draft, write_draft
+from dflash.weights.huggingface import write_draft
 from dflash.weights.load import draft_hash, read_any_draft
 from dflash.weights.runs.arrays import write_array, write_index
 from dflash.weights.runs.checkpoint import read_run, write_run
@@ -495,7 +495,7 @@ def test_a_converted_draft_decodes_and_is_written_again(target, arrays, tmp_path
         assert decode(target, draft, prompts, mode=mode, max_new_tokens=12).tokens == greedy
     again = write_run(draft, tmp_path / "ours", 1, optimizer_state=None, provenance={}, keep=None)
     write_draft(draft, tmp_path / "exported")
-    for read in (read_run(again), read_draft(tmp_path / "exported"), load_draft(again, target)):
+    for read in (read_run(again), read_any_draft(tmp_path / "exported"), load_draft(again, target)):
         assert read.config == draft.config
         assert_same_network(read, arrays)
 

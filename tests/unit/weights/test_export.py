@@ -13,7 +13,7 @@ from dflash import ConfigError, WeightsError, decode, load_draft, load_target
 from dflash.config import ConvConfig, RopeConfig, SelectorConfig, check_draft
 from dflash.weights.config_json import read_draft_config, read_target_config
 from dflash.weights.export import check_directory, check_export, export_draft, parse_size
-from dflash.weights.huggingface import draft_tensors, read_draft, read_tensors
+from dflash.weights.huggingface import draft_tensors, read_tensors
 from dflash.weights.load import read_any_draft
 from dflash.weights.tiny import tiny_config, write_tiny_target
 
@@ -49,7 +49,7 @@ def test_weights_are_rounded_once(draft, tmp_path, dtype, kind):
     ours = {name: value.astype(kind) for name, value in draft_tensors(draft).items()}
     assert same(read_tensors(tmp_path / "d"), ours)
     assert config_of(tmp_path / "d")["dtype"] == dtype
-    assert read_draft(tmp_path / "d").config == draft.config
+    assert read_any_draft(tmp_path / "d").config == draft.config
 
 
 def test_shards_are_full_and_complete(draft, tmp_path):
@@ -97,7 +97,7 @@ def test_sglang_jax_is_told_at_the_top_level_too(draft, tmp_path):
     config = config_of(tmp_path / "d")
     assert (config["target_hidden_size"], config["target_layer_ids"], config["mask_token_id"]) == (64, [0, 1], 5)
     assert config["dflash_config"] == {"target_layer_ids": [0, 1], "mask_token_id": 5, "block_size": 8}
-    assert read_draft(tmp_path / "d").config == draft.config
+    assert read_any_draft(tmp_path / "d").config == draft.config
 
 
 def test_speculators_counts_layers_from_the_embedding(draw_draft, target_dir, tmp_path):

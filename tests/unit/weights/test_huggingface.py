@@ -19,8 +19,8 @@ from dflash.config import ConfigError
 from dflash.models.families import FAMILIES
 from dflash.weights import huggingface
 from dflash.weights import snapshot as snapshot_module
-from dflash.weights.huggingface import read_draft, write_draft
-from dflash.weights.load import load_target
+from dflash.weights.huggingface import DIALECT, write_draft
+from dflash.weights.load import load_target, read_any_draft
 from dflash.weights.snapshot import WeightsError, read_json, snapshot_hash
 from dflash.weights.tiny import write_tiny_target
 
@@ -179,7 +179,7 @@ def test_a_missing_directory_or_file_is_named(snapshot, tmp_path):
     assert "needs model.safetensors or model.safetensors.index.json" in said
     assert "pickled .bin weights are not read" in said
     (snapshot / "config.json").unlink()
-    for read in (load_target, read_draft, snapshot_hash):
+    for read in (load_target, lambda directory: DIALECT.config(directory, None), snapshot_hash):
         assert re.search(f"needs config.json; {snapshot} ", refusal(snapshot, read))
 
 
@@ -274,7 +274,7 @@ def test_files_may_be_links_as_in_the_hugging_face_cache(sharded, tmp_path):
 def test_a_draft_is_read_back_bit_by_bit(draw_draft, tmp_path, dtype, changes):
     draft = draw_draft(seed=1, dtype=jnp.dtype(dtype), **changes)
     write_draft(draft, tmp_path / "deep" / "draft")
-    back = read_draft(tmp_path / "deep" / "draft", dtype)
+    back = read_any_draft(tmp_path / "deep" / "draft", dtype)
     assert back.config == draft.config
     assert back.dtype == draft.dtype
     assert {w.dtype for w in weights_of(back).values()} == {draft.dtype}
@@ -327,7 +327,7 @@ def test_tensors_of_another_draft_are_refused(draw_draft, tmp_path):
     tensors = tensors_of(tmp_path / "draft")
     older = {f"model.{name}": t for name, t in tensors.items()} | {"model.mask_embedding": np.zeros(64, np.float32)}
     save_file(older, tmp_path / "draft" / WEIGHTS)
-    said = refusal(tmp_path / "draft", read_draft)
+    said = refusal(tmp_path / "draft", read_any_draft)
     assert f"({2 * len(tensors) + 1} faults)" in said
     assert "missing fc.weight [64, 128]" in said
     assert "unexpected model.fc.weight [64, 128]" in said
@@ -337,7 +337,7 @@ def test_tensors_of_another_draft_are_refused(draw_draft, tmp_path):
 def test_an_easydel_run_is_refused_by_name(tmp_path):
     (tmp_path / "tensorstore_index.json").write_text("{}")
     with pytest.raises(ConfigError, match="is an EasyDeL run directory"):
-        read_draft(tmp_path)
+        DIALECT.config(tmp_path, None)
 
 
 # ---- what identifies a snapshot
@@ -409,4 +409,4 @@ def test_of_two_that_write_one_directory_the_second_is_refused(tmp_path, monkeyp
     with pytest.raises(WeightsError, match=r"a new directory; .*draft exists"):
         write_draft(draft, tmp_path / "draft")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["draft", "target"]
-    assert read_draft(tmp_path / "draft").config == draft.config
+    assert read_any_draft(tmp_path / "draft").config == draft.config

@@ -23,7 +23,7 @@ from flax import nnx
 
 import dflash
 from dflash import ConfigError, WeightsError, decode, load_draft, load_target, write_draft
-from dflash.weights.huggingface import read_draft
+from dflash.weights import huggingface
 from dflash.weights.load import read_any_draft
 from dflash.weights.runs import checkpoint as easydel
 from dflash.weights.runs import directories as runs
@@ -227,7 +227,7 @@ def test_a_draft_decodes_the_same_from_either_directory(draft, tmp_path):
     ]
     assert results[0].tokens == results[1].tokens == results[2].tokens
     assert results[0].accept_lens == results[1].accept_lens == results[2].accept_lens
-    assert "dflash.load_draft" in refusal(ConfigError, read_draft, run)
+    assert "dflash.load_draft" in refusal(ConfigError, huggingface.DIALECT.config, run, None)
     # A directory's files tell what it is, not its name.
     assert read_any_draft((tmp_path / "exported").rename(tmp_path / "run-3")).config == draft.config
 
