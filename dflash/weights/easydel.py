@@ -17,10 +17,9 @@ from dflash.models.llama import Llama
 from dflash.models.mesh import gather
 from dflash.weights.build import Opened, build_target, check_tied, named_weights
 from dflash.weights.names import Source, target_plan
-from dflash.weights.runs.arrays import check_chunks, read_arrays, read_index
+from dflash.weights.runs.arrays import FLOATS, check_chunks, read_arrays, read_index
 from dflash.weights.snapshot import WeightsError, check_tensors, target_config, tensor_faults
 
-_FLOATS = ("float32", "bfloat16", "float16")
 _MAY_BE_ZERO = ("/bias", "/sinks")
 # Not saved if the head is the embedding, but part of the state.
 HEAD = "lm_head/kernel"
@@ -104,7 +103,7 @@ def open_target(directory: Path) -> Opened:
     config = target_config(directory)
     entries = read_index(directory).get("model", {})
     there = {path: entry for path, entry in entries.items() if not (config.tie_embeddings and path == f"model/{HEAD}")}
-    check_tensors(there, {f"model/{path}": (shape, _FLOATS) for path, shape in _wanted(config).items()}, directory)
+    check_tensors(there, {f"model/{path}": (shape, FLOATS) for path, shape in _wanted(config).items()}, directory)
     check_chunks(directory, there.values(), _MAY_BE_ZERO)
 
     def read(path: str) -> np.ndarray:

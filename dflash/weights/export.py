@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 
 from dflash.config import ConfigError, DraftConfig, TargetConfig, TargetShape, check_draft, fault_list, range_faults
@@ -22,7 +22,6 @@ from dflash.weights.speculators import speculators_config
 Consumer = Literal["z-lab", "sglang-jax", "speculators"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
-_KINDS = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 _SIZE = re.compile(r"([0-9]+)(B|KB|MB|GB)?", re.IGNORECASE)
 
 
@@ -122,7 +121,7 @@ def _sglang_jax_config(c: DraftConfig, dtype: str) -> dict[str, Any]:
 def _cast(tensors: Mapping[str, np.ndarray], dtype: Dtype) -> dict[str, np.ndarray]:
     """The tensors in `dtype`. Raises WeightsError with every one that is then not finite."""
     with np.errstate(over="ignore"):
-        cast = {name: value.astype(_KINDS[dtype]) for name, value in tensors.items()}
+        cast = {name: value.astype(jnp.dtype(dtype)) for name, value in tensors.items()}
     broken = [name for name, value in cast.items() if not np.isfinite(value.astype(np.float32)).all()]
     if broken:
         raise WeightsError(f"as {dtype}, {broken} hold numbers that are not finite: export another run or dtype")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 import tokenizers
 from safetensors.numpy import save_file
@@ -105,9 +105,8 @@ def write_tiny_target(
     raw = tiny_config(family, **changes)
     config = read_target_config(raw)
     rng = np.random.default_rng(seed)
-    kind = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}[dtype]
     tensors = {name: _draw(rng, name, shape) for name, shape in target_tensors(config, packed=mxfp4).items()}
-    tensors = {name: t if t.dtype == np.uint8 else t.astype(kind) for name, t in tensors.items()}
+    tensors = {name: t if t.dtype == np.uint8 else t.astype(jnp.dtype(dtype)) for name, t in tensors.items()}
     directory.mkdir(parents=True, exist_ok=True)
     raw["dtype"] = raw["torch_dtype"] = dtype
     if mxfp4:

@@ -20,7 +20,8 @@ from dflash.host.disk import read_object
 from dflash.weights.snapshot import ARRAY_INDEX, WeightsError
 
 _INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
-STORED_DTYPES = ("float32", "bfloat16", "float16", "float64", "bool", *_INTEGERS)
+FLOATS = ("float32", "bfloat16", "float16")
+STORED_DTYPES = (*FLOATS, "float64", "bool", *_INTEGERS)
 # The version that every reader accepts: older ones look for prefixes only in this one, newer ones in any.
 _VERSION = "2.0"
 # Files are synced together after all are written, not one by one.

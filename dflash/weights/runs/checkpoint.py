@@ -25,18 +25,10 @@ from dflash.weights.config_json import read_draft_config, write_draft_config
 from dflash.weights.dialect import Dialect, digest_of
 from dflash.weights.huggingface import draft_tensors
 from dflash.weights.names import draft_plan
-from dflash.weights.runs.arrays import (
-    read_arrays,
-    read_index,
-    read_run_object,
-    write_array,
-    write_index,
-)
+from dflash.weights.runs.arrays import FLOATS, read_arrays, read_index, read_run_object, write_array, write_index
 from dflash.weights.runs.directories import MARKER, check_run, new_run, run_at
 from dflash.weights.runs.leaves import check_leaves, leaf_kind, leaves_of, restore
 from dflash.weights.snapshot import ARRAY_INDEX, WeightsError, check_tensors, tensor_faults
-
-_FLOATS = ("float32", "bfloat16", "float16")
 
 _NAMES = {"input_layernorm": "in_norm", "post_attention_layernorm": "post_norm", "self_attn": "attn"}
 
@@ -214,7 +206,7 @@ def _config(run: Path, _: TargetConfig | None = None) -> DraftConfig:
 def _read(directory: Path, dtype: str, config: DraftConfig) -> Draft:
     check_dtype(dtype)
     entries = read_index(directory).get("model", {})
-    check_tensors(entries, {path: (shape, _FLOATS) for path, shape in run_arrays(config).items()}, directory)
+    check_tensors(entries, {path: (shape, FLOATS) for path, shape in run_arrays(config).items()}, directory)
     return join_draft(config, read_arrays(directory, entries.values()), dtype)
 
 
