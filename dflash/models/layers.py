@@ -1,8 +1,7 @@
 """Layers that targets and drafts share. Activations are columns: a feature axis first, one column per token.
 
 Why columns: `y = W @ x` with W stored [out, in], as checkpoints store it, is the form of a thin matrix product that XLA
-runs fastest on a CPU for a few tokens at a time, and it costs accelerators nothing. Only `Linear` knows how a weight is
-stored and multiplied.
+runs fastest on a CPU for a few tokens at a time, and it costs accelerators nothing.
 """
 
 import math

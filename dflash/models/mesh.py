@@ -3,7 +3,7 @@
 A mesh has two axes: `dp` splits the rows of a batch, `tp` splits the networks. A weight's logical axes are named where
 its shape is declared (`Linear(..., rows=..., columns=...)`, `Param(..., axes=...)`); what is not declared lies whole
 on every device. Programs run under `shard_map`: a layer sees this device's part of its weights,
-and what it must exchange with other devices is written where it is exchanged (`total`, `best_of_all`). So a program's
+and what it must exchange with other devices is written where it is exchanged (`total`, `side_by_side`). So a program's
 collectives are those that stand in the source, and no others.
 
 A weight of two halves (gate and up; queries, keys and values) is split half by half, so its rows are put into another

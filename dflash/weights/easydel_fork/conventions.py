@@ -120,7 +120,7 @@ def target_settings(target: TargetConfig) -> dict[str, Any]:
     }
 
 
-def recorded_target(recorded: Any, source: str) -> TargetConfig:
+def recorded_target_config(recorded: Any, source: str) -> TargetConfig:
     """The config of the target that a trainer recorded the directory of. Raises ConfigError if it is missing."""
     if not isinstance(recorded, str) or not (Path(recorded) / "config.json").is_file():
         raise ConfigError(

@@ -17,7 +17,7 @@ from dflash.weights.easydel_fork.conventions import (
     fork_config,
     mlp_width,
     recorded_cache,
-    recorded_target,
+    recorded_target_config,
     target_settings,
     trained_layer_ids,
 )
@@ -75,7 +75,7 @@ def _config(file: Path, target: TargetConfig | None) -> DraftConfig:
     raw = read_json(root, "meta.json")
     cache = recorded_cache(raw.get("cache"))
     ids = trained_layer_ids(raw, cache, source, raw.get("cache"))
-    target = target or recorded_target(raw.get("teacher_snapshot_dir"), source)
+    target = target or recorded_target_config(raw.get("teacher_snapshot_dir"), source)
     sizes = {
         "hidden_size": target.hidden_size,
         "num_hidden_layers": raw.get("draft_layers"),

@@ -13,7 +13,7 @@ from dflash.weights.easydel_fork.conventions import (
     fork_config,
     mlp_width,
     recorded_cache,
-    recorded_target,
+    recorded_target_config,
     target_settings,
     trained_layer_ids,
     wanted_arrays,
@@ -37,7 +37,7 @@ def _config(run: Path, target: TargetConfig | None) -> DraftConfig:
     cache = settings.get("cache_dir")
     ids = trained_layer_ids(raw, recorded_cache(cache), source, cache)
     snapshot = settings.get("teacher_snapshot_dir") or settings.get("model_snapshot_dir")
-    target = target or recorded_target(snapshot, source)
+    target = target or recorded_target_config(snapshot, source)
     return fork_config(
         raw | {"num_hidden_layers": raw.get("num_layers"), "intermediate_size": mlp_width(raw)},
         ids,
