@@ -11,7 +11,6 @@ from typing import Any, Literal, get_args
 
 LABELS = "block_verify_target_predict_shifted"
 OffsetMode = Literal["cycle_samples", "per_prompt_rollout"]
-OFFSET_MODES: tuple[OffsetMode, ...] = get_args(OffsetMode)
 _SINCE_ANCHOR_LEFT = ("ctx_len_full", "add_one_for_pre_layer_capture", "target_ids_mode")
 # Names for the bits of a bfloat16; the oldest files stored the values themselves.
 _BFLOAT16 = ("bf16_u16", "bf16", "bfloat16")
@@ -21,26 +20,16 @@ _BFLOAT16 = ("bf16_u16", "bf16", "bfloat16")
 class WindowMeta:
     """What a reader needs to know; None where the file doesn't say.
 
-    `ctx_len` counts the stored context tokens, the anchor among them when `anchor_in_context`. `labels_from` is target
-    (its own greedy tokens) or data (the text's next tokens). `split` records the prompts' hashes by side.
+    `ctx_len` counts the stored context tokens, the anchor among them when `anchor_in_context`. `split` records the
+    prompts' hashes by side.
     """
 
-    model_snapshot_dir: str | None
     ctx_len: int
     block_size: int
-    num_blocks: int | None
-    rollout_steps: int
-    num_samples: int | None
     target_layer_ids: tuple[int, ...]
     add_one_for_pre_layer_capture: bool
-    target_ids_mode: str | None
     hidden_size: int
-    num_context_features: int
     anchor_in_context: bool
-    labels_from: str
-    seed: int | None
-    position_offsets: tuple[int, ...]
-    position_offset_mode: str | None
     snapshot_sha256: str | None
     split: Mapping[str, Any] | None
     raw: Mapping[str, Any] = dataclasses.field(repr=False)
@@ -73,11 +62,10 @@ class MetaReader:
         self.hidden_size = self._integer("hidden_size", 1, required=True)
         self.layer_ids = self._integers("target_layer_ids", required=True)
         self.features = self._features()
-        self.num_blocks = self._integer("num_blocks", 1)
-        self.rollout_steps = self._integer("rollout_steps", 1) or 1
+        blocks, steps = self._integer("num_blocks", 1), self._integer("rollout_steps", 1)
         self.num_samples = self._integer("num_samples", 1)
-        if self.num_samples is None and self.num_blocks is not None:
-            self.num_samples = self.num_blocks * self.rollout_steps
+        if self.num_samples is None and blocks is not None:
+            self.num_samples = blocks * (steps or 1)
         self.offsets = self._integers("position_offsets")
 
     def _check(self, good: bool, fault: str) -> None:
@@ -109,13 +97,12 @@ class MetaReader:
         self._check(value is None or isinstance(value, str), f"{key} must be text, got {value!r}")
         return value
 
-    def _one_of(self, key: str, allowed: Sequence[str]) -> str | None:
+    def _one_of(self, key: str, allowed: Sequence[str]) -> None:
         value = self.raw.get(key)
         self._check(value is None or value in allowed, f"{key} must be one of {list(allowed)}, got {value!r}")
-        return value
 
-    def _conventions(self) -> tuple[bool, bool, str | None]:
-        """anchor_in_context, add_one and the label mode."""
+    def _conventions(self) -> tuple[bool, bool]:
+        """anchor_in_context and add_one."""
         present = [k for k in _SINCE_ANCHOR_LEFT if k in self.raw]
         first = not present
         absent = [k for k in _SINCE_ANCHOR_LEFT if k not in present]
@@ -131,41 +118,31 @@ class MetaReader:
         full = self._integer("ctx_len_full", 2)
         if full is not None and self.ctx_len is not None:
             self._check(full == self.ctx_len + 1, f"ctx_len_full must be ctx_len + 1 ({self.ctx_len + 1}), got {full}")
-        return first, bool(add_one), self._one_of("target_ids_mode", (LABELS,))
+        self._one_of("target_ids_mode", (LABELS,))
+        return first, bool(add_one)
 
     def finish(self) -> WindowMeta | None:
         """The meta data; None if there are faults."""
-        anchor_in_context, add_one, labels = self._conventions()
+        anchor_in_context, add_one = self._conventions()
         self._one_of("dtype", _BFLOAT16)
         split = self.raw.get("split")
         self._check(split is None or isinstance(split, dict), f"split must be an object, got {split!r}")
-        # Before the mode was recorded, offsets changed from sample to sample.
-        mode = self._one_of("position_offset_mode", OFFSET_MODES) or (OFFSET_MODES[0] if self.offsets else None)
-        texts = {k: self._text(k) for k in ("model_snapshot_dir", "snapshot_sha256")}
-        seed = self._integer("seed", -(2**63))
+        self._one_of("position_offset_mode", get_args(OffsetMode))
+        self._text("model_snapshot_dir")
+        snapshot_sha256 = self._text("snapshot_sha256")
+        self._integer("seed", -(2**63))
         if self.faults:
             return None
         # Each of them is a fault when it is missing.
-        numbers = (self.ctx_len, self.block_size, self.hidden_size, self.features)
-        ctx_len, block_size, hidden_size, features = (n or 0 for n in numbers)
+        ctx_len, block_size, hidden_size = (n or 0 for n in (self.ctx_len, self.block_size, self.hidden_size))
         return WindowMeta(
-            model_snapshot_dir=texts["model_snapshot_dir"],
             ctx_len=ctx_len,
             block_size=block_size,
-            num_blocks=self.num_blocks,
-            rollout_steps=self.rollout_steps,
-            num_samples=self.num_samples,
             target_layer_ids=self.layer_ids or (),
             add_one_for_pre_layer_capture=add_one,
-            target_ids_mode=labels,
             hidden_size=hidden_size,
-            num_context_features=features,
             anchor_in_context=anchor_in_context,
-            labels_from="data" if labels is None else "target",
-            seed=seed,
-            position_offsets=self.offsets or (0,),
-            position_offset_mode=mode,
-            snapshot_sha256=texts["snapshot_sha256"],
+            snapshot_sha256=snapshot_sha256,
             split=split,
             raw=self._whole,
         )

@@ -29,18 +29,7 @@ from dflash.config import TargetConfig, fault_list
 from dflash.host.disk import DAMAGE
 from dflash.training.cache.arrays import CacheError, Limits, Spec, read_meta
 from dflash.training.cache.npz import read_npz
-from dflash.training.cache.window_meta import LABELS, MetaReader, WindowMeta
-
-__all__ = [
-    "LABELS",
-    "Samples",
-    "WindowCache",
-    "bytes_per_sample",
-    "from_bits",
-    "open_windows",
-    "to_bits",
-    "window_specs",
-]
+from dflash.training.cache.window_meta import MetaReader, WindowMeta
 
 # Name -> dtype and axes. L is B-1, F is K*H.
 LAYOUT: dict[str, tuple[type, str]] = {
@@ -78,27 +67,20 @@ def window_specs(samples: int, context: int, block_size: int, features: int, hid
     return {n: Spec(dtype=np.dtype(d), shape=tuple(sizes[a] for a in axes)) for n, (d, axes) in LAYOUT.items()}
 
 
-def bytes_per_sample(context: int, block_size: int, features: int, hidden: int) -> int:
-    """Bytes of one sample on disk: 23.58 MB at GPT-OSS-20B's hidden size with 1023 tokens and 4 features."""
-    return sum(spec.nbytes for spec in window_specs(1, context, block_size, features, hidden).values())
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Samples:
     """n samples of a window cache.
 
     context_features bfloat16 [n, C, K*H], feature k in columns k*H to (k+1)*H; anchor_embedding bfloat16 [n, H]. The
-    others are int32: target_ids [n, B-1], ctx_pos_start and anchor_pos [n], anchor_ids [n] and ctx_token_ids [n, C],
-    the last two None if the version lacks them. C is the cache's `context`, which never includes the anchor.
+    others are int32: target_ids [n, B-1], ctx_pos_start [n], and anchor_ids [n], None if the version lacks them. C is
+    the cache's `context`, which never includes the anchor.
     """
 
     context_features: np.ndarray
     anchor_embedding: np.ndarray
     target_ids: np.ndarray
     ctx_pos_start: np.ndarray
-    anchor_pos: np.ndarray
     anchor_ids: np.ndarray | None
-    ctx_token_ids: np.ndarray | None
 
 
 class WindowCache:
@@ -162,17 +144,17 @@ class WindowCache:
             raise TypeError(f"samples are asked for by a list of integers, got {rows.dtype} {list(rows.shape)}")
         if len(rows) and not 0 <= rows.min() <= rows.max() < len(self):
             raise IndexError(f"samples are 0..{len(self) - 1}, got {rows.min()}..{rows.max()}")
-        read = {name: np.ascontiguousarray(array[rows]) for name, array in self._arrays.items()}
-        start = read.get("ctx_pos_start_i32", np.zeros(len(rows), np.int32))
-        tokens = read.get("ctx_token_ids")
+
+        def read(name: str) -> np.ndarray:
+            return np.ascontiguousarray(self._arrays[name][rows])
+
+        placed = "ctx_pos_start_i32" in self._arrays
         return Samples(
-            context_features=from_bits(read["context_features_u16"][:, : self.context]),
-            anchor_embedding=from_bits(read["anchor_embedding_u16"]),
-            target_ids=read["target_ids"],
-            ctx_pos_start=start,
-            anchor_pos=start + np.int32(self.context),
-            anchor_ids=read.get("anchor_ids"),
-            ctx_token_ids=None if tokens is None else tokens[:, : self.context],
+            context_features=from_bits(read("context_features_u16")[:, : self.context]),
+            anchor_embedding=from_bits(read("anchor_embedding_u16")),
+            target_ids=read("target_ids"),
+            ctx_pos_start=read("ctx_pos_start_i32") if placed else np.zeros(len(rows), np.int32),
+            anchor_ids=read("anchor_ids") if self.has_anchor_ids else None,
         )
 
 

@@ -15,7 +15,8 @@ from dflash.training.batches import (
 )
 from dflash.training.cache import CacheError
 from dflash.training.cache.arrays import ArrayWriter
-from dflash.training.cache.windows import LABELS, open_windows, to_bits, window_specs
+from dflash.training.cache.window_meta import LABELS
+from dflash.training.cache.windows import open_windows, to_bits, window_specs
 
 V, H, S = 199, 64, 8
 FIELDS = ("features", "starts", "anchors", "anchor_ids", "anchor_embedding", "labels", "mask")

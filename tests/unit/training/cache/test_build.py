@@ -152,12 +152,12 @@ def test_sequences_hold_the_text_and_what_the_target_says_of_it(sources, built, 
 
 def bases(cache, config):
     """Every base: its text to the last anchor, put together of its samples, and where the window of each begins."""
-    samples = cache.samples(range(len(cache)))
+    samples, contexts = cache.samples(range(len(cache))), np.load(cache.path / "ctx_token_ids.npy")
     for block in range(config.num_blocks):
         begins = np.cumsum([0, *(config.accept_lens(block, TEXTS.seed)[:-1] + 1)])
         text = np.full(begins[-1] + C + 1, -1)
         for i, begin in enumerate(begins, start=block * STEPS):
-            part = [*samples.ctx_token_ids[i], samples.anchor_ids[i]]
+            part = [*contexts[i], samples.anchor_ids[i]]
             known = text[begin : begin + len(part)]
             assert ((known == part) | (known == -1)).all(), "samples of a base go on from one another"
             text[begin : begin + len(part)] = part
@@ -171,6 +171,7 @@ def test_windows_are_cut_from_one_untruncated_text(sources, built, family, name,
     cache, target = open_cache(built[family] / name), sources[family].target
     assert isinstance(cache, WindowCache)
     samples, moved = cache.samples(range(len(cache))), set()
+    anchor_pos = np.load(cache.path / "anchor_pos_i32.npy")
     embedding = np.asarray(target.embedding.weight[...]).astype(ml_dtypes.bfloat16)
     for block, text, begins in bases(cache, config):
         logits, _ = run_target(target, text, samples.ctx_pos_start[block * STEPS])
@@ -179,7 +180,7 @@ def test_windows_are_cut_from_one_untruncated_text(sources, built, family, name,
             i, end = block * STEPS + step, begin + C
             offset = OFFSETS[(block if config is ROLLOUTS else i) % len(OFFSETS)]
             moved.add(offset)
-            assert (samples.ctx_pos_start[i], samples.anchor_pos[i]) == (offset + begin, offset + end)
+            assert (samples.ctx_pos_start[i], anchor_pos[i]) == (offset + begin, offset + end)
             logits, features = run_target(target, [*text[: end + 1], *samples.target_ids[i]], offset)
             assert_rounded(samples.context_features[i], features[begin:end])
             np.testing.assert_array_equal(samples.target_ids[i], logits[end:-1].argmax(axis=1))
@@ -192,7 +193,7 @@ def test_contexts_are_text_of_one_side_and_nothing_else(built, name):
     cache = open_cache(built["llama"] / name)
     made = read_conversations(built["llama"] / name / "conversations.jsonl")[: TEXTS.count]
     sides = {h: [t for c in made if c.held_out == h for t in [*c.prompt, *c.answer]] for h in (False, True)}
-    tokens = cache.samples(range(0, len(cache), STEPS)).ctx_token_ids
+    tokens = np.load(cache.path / "ctx_token_ids.npy")[::STEPS]
     held_out = np.isin(np.arange(len(cache)), cache.rows(held_out=True)).reshape(BLOCKS, STEPS)
     assert {*held_out.ravel().tolist()} == {False, True}
     for context, marks in zip(tokens, held_out, strict=True):

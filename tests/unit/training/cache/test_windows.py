@@ -16,15 +16,8 @@ from hypothesis import strategies as st
 
 from dflash.training.cache import CacheError, open_cache
 from dflash.training.cache.arrays import ArrayWriter
-from dflash.training.cache.windows import (
-    LABELS,
-    Samples,
-    bytes_per_sample,
-    from_bits,
-    open_windows,
-    to_bits,
-    window_specs,
-)
+from dflash.training.cache.window_meta import LABELS
+from dflash.training.cache.windows import Samples, from_bits, open_windows, to_bits, window_specs
 from dflash.weights.config_json import read_target_config
 from dflash.weights.tiny import tiny_config
 
@@ -65,15 +58,12 @@ def make_samples(rows=range(N)):
     def draw(f, *shape):
         return np.array([f(r) for r in draws]).reshape(len(draws), *shape)
 
-    starts = draw(lambda r: r.integers(0, 1000)).astype(np.int32)
     return Samples(
         context_features=draw(lambda r: r.normal(size=(C, K * H)), C, K * H).astype(BF16),
         anchor_embedding=draw(lambda r: r.normal(size=H), H).astype(BF16),
         target_ids=draw(lambda r: r.integers(0, 99, B - 1), B - 1).astype(np.int32),
-        ctx_pos_start=starts,
-        anchor_pos=starts + C,
+        ctx_pos_start=draw(lambda r: r.integers(0, 1000)).astype(np.int32),
         anchor_ids=draw(lambda r: r.integers(0, 99)).astype(np.int32),
-        ctx_token_ids=draw(lambda r: r.integers(0, 99, C), C).astype(np.int32),
     )
 
 
@@ -82,13 +72,13 @@ def whole(tmp_path_factory):
     writer = ArrayWriter(tmp_path_factory.mktemp("whole") / "cache", {})
     writer.allocate(window_specs(N, C, B, K, H))
     samples = make_samples()
-    for name, array in writer.arrays.items():
-        field = name.removesuffix("_u16").removesuffix("_i32")
-        if field == "held_out_u8":
-            array[:] = np.arange(N) >= 4
-        else:
-            values = getattr(samples, field)
-            array[:] = to_bits(values) if values.dtype == BF16 else values
+    writer.arrays["held_out_u8"][:] = np.arange(N) >= 4
+    writer.arrays["anchor_pos_i32"][:] = samples.ctx_pos_start + C
+    writer.arrays["ctx_token_ids"][:] = np.random.default_rng(N).integers(0, 99, (N, C))
+    for field in dataclasses.fields(Samples):
+        values = getattr(samples, field.name)
+        name = next(n for n in (field.name, f"{field.name}_u16", f"{field.name}_i32") if n in writer.arrays)
+        writer.arrays[name][:] = to_bits(values) if values.dtype == BF16 else values
     writer.commit(N)
     return writer.finish(META)
 
@@ -116,7 +106,6 @@ def test_what_a_cache_says_of_itself(whole):
     assert (cache.context, cache.max_block_size, cache.hidden_size, cache.feature_layer_ids) == (C, B, H, (1, 4))
     assert (cache.snapshot_sha256, cache.split, len(cache.sha256)) == ("cd", SPLIT, 64)
     assert (cache.rows(held_out=False).tolist(), cache.rows(held_out=True).tolist()) == ([0, 1, 2, 3], [4, 5])
-    assert (cache.meta.position_offsets, cache.meta.labels_from) == ((0, 64), "target")
 
 
 def test_the_hash_follows_the_meta_data(whole, cache):
@@ -145,11 +134,12 @@ def test_samples_are_asked_for_by_number(whole, rows, error):
 def test_size_of_a_sample(whole):
     features, embedding, ids = 1023 * 4 * 2880 * 2, 2880 * 2, 4 * (7 + 1 + 1023 + 1 + 1)
     assert features / 1e6 == pytest.approx(23.57, abs=0.005)
-    size = bytes_per_sample(1023, 8, features=4, hidden=2880)
+    size = sum(spec.nbytes for spec in window_specs(1, 1023, 8, features=4, hidden=2880).values())
     # One byte more than the seeds' files take: the split.
     assert size == features + embedding + ids + 1
     assert size / 1e6 == pytest.approx(23.58, abs=0.005)
-    assert N * bytes_per_sample(C, B, features=K, hidden=H) == sum(p.stat().st_size - 128 for p in whole.glob("*.npy"))
+    specs = window_specs(N, C, B, features=K, hidden=H).values()
+    assert sum(spec.nbytes for spec in specs) == sum(p.stat().st_size - 128 for p in whole.glob("*.npy"))
 
 
 @given(st.floats(width=32, allow_nan=False))
@@ -245,13 +235,9 @@ def test_every_version_is_read(tmp_path, whole, version):
     batch, meta, first = cache.samples(range(N)), cache.meta, version == 1
     np.testing.assert_array_equal(batch.target_ids, make_samples().target_ids)
     np.testing.assert_array_equal(batch.ctx_pos_start, make_samples().ctx_pos_start if version >= 4 else np.zeros(N))
-    np.testing.assert_array_equal(batch.anchor_pos, batch.ctx_pos_start + C - first)
-    assert (batch.ctx_token_ids is None) == (version < 3)
-    # The first version: the anchor ends the context, ids count by a layer's input, labels are the data's.
-    assert (meta.anchor_in_context, meta.feature_layer_ids) == (first, (0, 3) if first else (1, 4))
-    assert meta.labels_from == ("data" if first else "target")
-    mode = {4: "cycle_samples", 5: "cycle_samples"}.get(version, None if version < 4 else "per_prompt_rollout")
-    assert (meta.position_offset_mode, len(cache)) == (mode, N)
+    # The first version: the anchor ends the context, ids count by a layer's input.
+    assert (meta.anchor_in_context, meta.anchor_distance) == (first, C - first)
+    assert (meta.feature_layer_ids, len(cache)) == ((0, 3) if first else (1, 4), N)
 
 
 def test_the_first_version_does_not_show_its_anchor_to_the_draft(tmp_path, whole):
