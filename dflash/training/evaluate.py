@@ -60,7 +60,7 @@ def check_fit(draft: Draft, cache: SequenceCache | WindowCache) -> None:
         )
     if cache.hidden_size != c.hidden_size:
         faults.append(f"its hidden size is {c.hidden_size}, the cache's {cache.hidden_size}")
-    if cache.max_block_size is not None and c.block_size > cache.max_block_size:
+    if c.block_size > cache.max_block_size:
         faults.append(f"its blocks have {c.block_size} slots, the cache's labels serve {cache.max_block_size}")
     if c.selector is not None and isinstance(cache, WindowCache) and not cache.has_anchor_ids:
         faults.append("its selector follows the anchor, and this old cache does not say which token that is")

@@ -77,7 +77,7 @@ class SequenceCache:
         return int(self.meta["hidden_size"])
 
     @property
-    def max_block_size(self) -> int | None:
+    def max_block_size(self) -> int:
         """The longest sequence: the labels are the tokens themselves, and a longer block has none at its end."""
         return self.longest
 

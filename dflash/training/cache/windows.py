@@ -112,7 +112,7 @@ class WindowCache:
         return "anchor_ids" in self._arrays
 
     @property
-    def max_block_size(self) -> int | None:
+    def max_block_size(self) -> int:
         """Labels were made for blocks of this size."""
         return self.meta.block_size
 
