@@ -16,11 +16,10 @@ from dflash.host.provenance import compile_cache, of_command
 from dflash.measuring.result import Offline, Results, from_json
 from dflash.models.mesh import open_mesh
 from dflash.report.sections import acceptance_section, render
-from dflash.training.cache import open_cache
+from dflash.training.cache import open_with_target
 from dflash.training.cache.sequences import SequenceCache
 from dflash.training.evaluate import Evaluator, summarise, walk
-from dflash.weights.load import model_facts, read_any_draft, read_borrowed, target_directory
-from dflash.weights.snapshot import snapshot_hash, target_config
+from dflash.weights.load import model_facts, read_any_draft
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,11 +57,7 @@ def evaluate(args: Annotated[Evaluate, tyro.conf.arg(name="")]) -> None:
     device = open_default_device()
     mesh, facts = open_mesh(device, dp=args.dp, tp=args.tp), device_facts(device, dp=args.dp, tp=args.tp)
     compiled = compile_cache()
-    directory = target_directory(args.target)
-    cache = open_cache(args.cache_dir, target_config(directory))
-    if cache.snapshot_sha256 not in (None, snapshot_hash(directory)):
-        raise ConfigError(f"{args.cache_dir} was made with another target than {args.target} (their hashes differ)")
-    borrowed = read_borrowed(directory)
+    cache, borrowed, _ = open_with_target(args.cache_dir, args.target)
     draft = read_any_draft(args.draft, args.dtype, borrowed.config)
     rows = np.arange(len(cache)) if args.rows == "all" else cache.rows(args.rows == "held_out")
     if not len(rows):

@@ -25,7 +25,7 @@ from dflash.host.device import device_facts, open_default_device
 from dflash.host.provenance import compile_cache, of_command
 from dflash.models.draft import Draft, pack_tokens, plain, proposing
 from dflash.training.batches import TrainingBatches
-from dflash.training.cache import open_cache, recorded_target
+from dflash.training.cache import open_with_target, recorded_target
 from dflash.training.cache.sequences import SequenceCache
 from dflash.training.cache.windows import WindowCache
 from dflash.training.evaluate import check_fit
@@ -33,16 +33,7 @@ from dflash.training.run import Run, RunConfig
 from dflash.training.start import check_init_layers, frequent_tokens, start_from_layers
 from dflash.training.trainer import TrainConfig, Trainer
 from dflash.weights.config_json import MAX_LAYERS
-from dflash.weights.load import (
-    Borrowed,
-    draft_hash,
-    new_draft,
-    read_any_draft,
-    read_borrowed,
-    read_layers,
-    target_directory,
-)
-from dflash.weights.snapshot import snapshot_hash, target_config
+from dflash.weights.load import Borrowed, draft_hash, new_draft, read_any_draft, read_layers, target_directory
 
 # Held-out batches to score at a time; for sequences as many as make this many blocks.
 HELD_OUT_BATCHES = 4
@@ -182,12 +173,7 @@ def train(args: Annotated[Train, tyro.conf.arg(name="")]) -> None:
         load("easydel.trainers")  # before a large target is hashed in vain
     device, compiled, config = open_default_device(), compile_cache(), args.training
     args = dataclasses.replace(args, target=args.target or recorded_target(args.cache_dir))
-    directory = target_directory(args.target)
-    cache = open_cache(args.cache_dir, target_config(directory))
-    target_hash = snapshot_hash(directory)
-    if cache.snapshot_sha256 not in (None, target_hash):
-        raise ConfigError(f"{args.cache_dir} was made with another target than {args.target} (their hashes differ)")
-    borrowed = read_borrowed(directory)
+    cache, borrowed, target_hash = open_with_target(args.cache_dir, args.target)
     draft = _start(args, borrowed, cache)
     check_fit(draft, cache)
 

@@ -5,7 +5,7 @@ The sequence form is for training here; the window form is what earlier loaders 
 
 from pathlib import Path
 
-from dflash.config import TargetConfig
+from dflash.config import ConfigError, TargetConfig
 from dflash.training.cache.arrays import CacheError, building_dir, read_meta
 from dflash.training.cache.build_sequences import build_sequences
 from dflash.training.cache.build_windows import WindowConfig, build_windows
@@ -13,6 +13,8 @@ from dflash.training.cache.conversations import ConversationConfig
 from dflash.training.cache.sequences import FORM, SequenceCache, open_sequences
 from dflash.training.cache.source import CacheSource
 from dflash.training.cache.windows import WindowCache, open_windows
+from dflash.weights.load import Borrowed, read_borrowed, target_directory
+from dflash.weights.snapshot import snapshot_hash, target_config
 
 __all__ = [
     "CacheError",
@@ -24,6 +26,7 @@ __all__ = [
     "build_sequences",
     "build_windows",
     "open_cache",
+    "open_with_target",
     "recorded_target",
 ]
 
@@ -42,6 +45,19 @@ def open_cache(path: str | Path, target: TargetConfig | None = None) -> Sequence
         raise CacheError(f"a teacher cache is a directory, or an .npz file; there is none at {path}: {hint}")
     sequences = path.is_dir() and read_meta(path).get("form") == FORM
     return open_sequences(path, target) if sequences else open_windows(path, target)
+
+
+def open_with_target(path: Path, target: str) -> tuple[SequenceCache | WindowCache, Borrowed, str]:
+    """The cache at a path, what a draft borrows of its target, and the hash of the target's snapshot.
+
+    Raises CacheError, and ConfigError if the cache was made with another target.
+    """
+    directory = target_directory(target)
+    cache = open_cache(path, target_config(directory))
+    target_hash = snapshot_hash(directory)
+    if cache.snapshot_sha256 not in (None, target_hash):
+        raise ConfigError(f"{path} was made with another target than {target} (their hashes differ)")
+    return cache, read_borrowed(directory), target_hash
 
 
 def recorded_target(path: Path) -> str:

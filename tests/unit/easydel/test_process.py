@@ -118,7 +118,7 @@ def test_a_command_that_needs_it_says_so_first_and_in_one_sentence(command, monk
     def read(*arguments):
         raise AssertionError(f"{arguments} was read for nothing")
 
-    for module, name in (("target", "load_target"), ("train", "open_cache")):
+    for module, name in (("target", "load_target"), ("train", "open_with_target")):
         monkeypatch.setattr(sys.modules[f"dflash.cli.{module}"], name, read)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(easydel.metadata, "version", missing)
