@@ -133,6 +133,17 @@ def open_file(path: Path) -> BinaryIO:
     return path.open("rb")
 
 
+def whole_lines(path: Path) -> tuple[list[bytes], int]:
+    """The lines of a file that is appended to, without their breaks, and how many bytes of it they take.
+
+    What a kill left after the last line break is not among them. Raises OSError.
+    """
+    with open_file(path) as file:
+        text = file.read()
+    size = text.rfind(b"\n") + 1
+    return text[:size].splitlines(), size
+
+
 # What numpy, zipfile and msgpack raise on bytes that are no array or no archive.
 DAMAGE = (
     OSError,

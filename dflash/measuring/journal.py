@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dflash.host.disk import open_file, parse_object
+from dflash.host.disk import parse_object, whole_lines
 from dflash.measuring.result import Decode, Failed, from_json, to_json
 
 # A case that failed, or was too noisy to count, is measured again.
@@ -69,19 +69,17 @@ class Journal:
 def _read(path: Path) -> list[Record]:
     """Every complete record. A line cut short by a kill is removed, so that the next record starts on its own line."""
     try:
-        with open_file(path) as file:
-            text = file.read()
+        lines, size = whole_lines(path)
     except OSError as error:
         raise JournalError(f"{path} can't be read ({error.strerror}); delete it to start over") from None
-    whole = text[: text.rfind(b"\n") + 1]
     try:
-        records = [_record(parse_object(line, "a line", ValueError, "")) for line in whole.splitlines()]
+        records = [_record(parse_object(line, "a line", ValueError, "")) for line in lines]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise JournalError(
             f"{path} must hold identity, info and seconds of a case in each line; delete it to start over ({error})"
         ) from None
-    if len(whole) < len(text):
-        os.truncate(path, len(whole))
+    if size < path.stat().st_size:
+        os.truncate(path, size)
     return records
 
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from dflash.config import Checked, ConfigError, Count, DraftConfig
 from dflash.host.ahead import ahead
-from dflash.host.disk import parse_object, read_object, write_atomically
+from dflash.host.disk import parse_object, read_object, whole_lines, write_atomically
 from dflash.metrics import finite
 from dflash.training.batches import Batch, TrainingBatches
 from dflash.training.machine import matmul_rate
@@ -127,12 +127,10 @@ def read_metrics(metrics: Path) -> list[dict[str, Any]]:
 
     Raises TrainingError for a line that a run did not write.
     """
-    texts = metrics.read_bytes().splitlines() if metrics.is_file() else []
+    texts = whole_lines(metrics)[0] if metrics.is_file() else []
     remedy = "remove that line"
     lines = []
     for number, text in enumerate(texts, 1):
-        if number == len(texts) and not text.endswith(b"}"):
-            continue
         line = parse_object(text, f"{metrics}, line {number},", TrainingError, remedy)
         if type(line.get("step")) is not int:
             raise TrainingError(f"{metrics}, line {number}, must say its step, a whole number: {remedy}")

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from dflash.config import Count, Fraction, Index, Mass, Seed, Share, Temperature
 from dflash.decoding.sampling import Sampling
-from dflash.host.disk import expanded, open_file, parse_object
+from dflash.host.disk import expanded, parse_object, whole_lines
 from dflash.models.llama import Llama
 from dflash.text.lengths import template_around
 from dflash.text.prompts import Prompt, PromptError, PromptSource, load_prompts
@@ -288,7 +288,7 @@ def write_conversations(
     Resumes where a killed run stopped; a line that was cut short is made again. Raises PromptError if the source has
     too few.
     """
-    done = list(_read_batches(path))
+    done = read_batches(path)
     conversations = [c for batch in done for c in batch]
     known = {prompt_hash(c.prompt) for c in conversations}
     if len(conversations) >= config.count:
@@ -317,18 +317,14 @@ def write_conversations(
     return conversations[: config.count]
 
 
-def _read_batches(path: Path) -> Iterator[list[Conversation]]:
+def read_batches(path: Path) -> list[list[Conversation]]:
     """The complete lines of a file; what a kill left after them is cut off. Raises CacheError for one that is none."""
     if not path.exists():
-        return
-    whole = 0
-    with open_file(path) as file:
-        for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):
-                break
-            whole += len(line)
-            yield _conversations_of(line, f"{path}, line {number},")
-    os.truncate(path, whole)
+        return []
+    lines, size = whole_lines(path)
+    batches = [_conversations_of(line, f"{path}, line {number},") for number, line in enumerate(lines, 1)]
+    os.truncate(path, size)
+    return batches
 
 
 def _conversations_of(line: bytes, place: str) -> list[Conversation]:
@@ -346,9 +342,3 @@ def _is_conversation(row: Any) -> bool:
         and all(isinstance(ids, list) and ids and all(type(i) is int for i in ids) for ids in row[:2])
         and isinstance(row[2], bool)
     )
-
-
-def read_conversations(path: Path) -> list[Conversation]:
-    """The conversations of a file that `write_conversations` made. Raises CacheError for a damaged one."""
-    with open_file(path) as file:
-        return [c for number, line in enumerate(file, 1) for c in _conversations_of(line, f"{path}, line {number},")]

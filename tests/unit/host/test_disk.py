@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from dflash.host import disk
-from dflash.host.disk import check_writable, claim, nearest, parse_object, read_object, write_atomically
+from dflash.host.disk import check_writable, claim, nearest, parse_object, read_object, whole_lines, write_atomically
 
 
 class BadFileError(ValueError):
@@ -128,6 +128,15 @@ def test_a_place_is_asked_whether_it_may_be_written_and_left_as_it_was(tmp_path)
         with pytest.raises(kind) as caught:
             check_writable(path)
         assert caught.value.filename == str(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "lines", "size"),
+    [(b"", [], 0), (b"{", [], 0), (b"{}\n", [b"{}"], 3), (b"{}\n\n{}\n{}", [b"{}", b"", b"{}"], 7)],
+)
+def test_what_follows_the_last_line_break_is_no_line(tmp_path, text, lines, size):
+    (tmp_path / "x").write_bytes(text)
+    assert whole_lines(tmp_path / "x") == (lines, size)
 
 
 def test_a_pipe_is_written_and_stays_one(tmp_path):

@@ -30,7 +30,7 @@ from dflash.training.cache import (
     open_cache,
 )
 from dflash.training.cache.build_windows import window_contexts
-from dflash.training.cache.conversations import Conversation, read_conversations, split_record
+from dflash.training.cache.conversations import Conversation, read_batches, split_record
 from dflash.weights.snapshot import snapshot_hash
 from dflash.weights.tiny import write_tiny_target, write_tiny_tokenizer
 
@@ -88,6 +88,11 @@ def build_all(source, directory):
     return directory
 
 
+def text_of(cache):
+    batches = read_batches(cache / "conversations.jsonl")
+    return [conversation for batch in batches for conversation in batch][: TEXTS.count]
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     return {family: write_folder(tmp_path_factory.mktemp(family) / "target", family) for family in FAMILIES}
@@ -136,7 +141,7 @@ def assert_rounded(bits, values):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sequences_hold_the_text_and_what_the_target_says_of_it(sources, built, family):
     cache = open_cache(built[family] / "sequences")
-    made = read_conversations(built[family] / "sequences" / "conversations.jsonl")[: TEXTS.count]
+    made = text_of(built[family] / "sequences")
     assert isinstance(cache, SequenceCache)
     assert len(cache) == len(made) == TEXTS.count
     for i, (c, (first, end)) in enumerate(zip(made, itertools.pairwise(cache.bounds), strict=True)):
@@ -191,7 +196,7 @@ def test_windows_are_cut_from_one_untruncated_text(sources, built, family, name,
 @pytest.mark.parametrize("name", ["rollouts", "cycles"])
 def test_contexts_are_text_of_one_side_and_nothing_else(built, name):
     cache = open_cache(built["llama"] / name)
-    made = read_conversations(built["llama"] / name / "conversations.jsonl")[: TEXTS.count]
+    made = text_of(built["llama"] / name)
     sides = {h: [t for c in made if c.held_out == h for t in [*c.prompt, *c.answer]] for h in (False, True)}
     tokens = np.load(cache.path / "ctx_token_ids.npy")[::STEPS]
     held_out = np.isin(np.arange(len(cache)), cache.rows(held_out=True)).reshape(BLOCKS, STEPS)
@@ -282,7 +287,7 @@ def test_a_cache_is_bound_to_its_target_and_its_text(built, source, name):
     meta, text = json.loads((directory / "meta.json").read_text()), directory / "conversations.jsonl"
     assert meta["snapshot_sha256"] == source.snapshot_hash
     assert meta["conversations_sha256"] == hashlib.sha256(text.read_bytes()).hexdigest()
-    assert meta["split"] == split_record(read_conversations(text)[: TEXTS.count])
+    assert meta["split"] == split_record(text_of(directory))
     assert meta["conversations"]["seed"] == TEXTS.seed
     assert meta.keys() >= OUR_KEYS
 

@@ -13,7 +13,7 @@ from dflash.training.cache.conversations import (
     ConversationConfig,
     is_held_out,
     load_openings,
-    read_conversations,
+    read_batches,
     split_record,
     write_conversations,
 )
@@ -184,7 +184,7 @@ def test_a_killed_run_goes_on_where_it_stopped(make, tmp_path):
         (tmp_path / "cut").write_bytes(data[:kept])
         assert make(name="cut") == whole
         assert (tmp_path / "cut").read_bytes() == data
-    assert read_conversations(tmp_path / "c.jsonl")[:20] == whole
+    assert [c for batch in read_batches(tmp_path / "c.jsonl") for c in batch][:20] == whole
 
 
 def test_the_split_is_by_prompt_and_recorded(make):
@@ -275,4 +275,4 @@ def test_a_damaged_line_is_one_sentence(tmp_path, line):
     path = tmp_path / "c.jsonl"
     path.write_text('{"conversations": [[[1], [2], false]]}\n' + line + "\n")
     with pytest.raises(CacheError, match=r"c\.jsonl, line 2,"):
-        read_conversations(path)
+        read_batches(path)
