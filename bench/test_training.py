@@ -13,10 +13,10 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from dflash.measuring.result import Results, Training, to_json
+from dflash.measuring.steps import matmul_rate
 from dflash.training.batches import TrainingBatches
 from dflash.training.cache.arrays import ArrayWriter
 from dflash.training.cache.sequences import SequenceCache, open_sequences, sequence_specs
-from dflash.training.machine import matmul_rate
 from dflash.training.trainer import TrainConfig, Trainer, step_flops
 from dflash.weights.load import new_draft, read_borrowed, target_directory
 

@@ -1,4 +1,4 @@
-"""The clock: steps timed in turn, and the floor set by memory bandwidth.
+"""The clock: steps timed in turn, and the machine's own rates that they are held beside.
 
 Everything that is compared is timed in one process, in turn, with the device synchronised and nothing compiling: on a
 machine that drifts, only ratios of neighbouring calls mean anything.
@@ -53,8 +53,19 @@ def read_bandwidth(megabytes: int = 512, rounds: int = 7) -> float:
     """Bytes per second at which the default device reads memory: the best of several sums over one array."""
     data = jnp.ones(megabytes * 2**20 // 4, jnp.float32)
     total = jax.jit(jnp.sum).lower(data).compile()
-    seconds = in_turn({"sum": lambda: jax.block_until_ready(total(data))}, rounds=rounds)["sum"]
+    seconds = in_turn({"sum": partial(_finished, total, data)}, rounds=rounds)["sum"]
     return data.nbytes / float(seconds.min())
+
+
+def matmul_rate(dtype: str = "float32", size: int = 2048, rounds: int = 5) -> float:
+    """Floating point operations per second of a square matrix product on the default device: the best of some rounds.
+
+    It is multiplied as the networks here multiply: float32 without TF32 and the like.
+    """
+    data = jnp.ones((size, size), dtype)
+    product = jax.jit(multiply).lower(data, data).compile()
+    seconds = in_turn({"product": partial(_finished, product, data, data)}, rounds=rounds, warmup=1)["product"]
+    return 2 * size**3 / float(seconds.min())
 
 
 def weights_of_step(target: Llama, tokens: int) -> Iterator[tuple[Any, float, float]]:

@@ -22,9 +22,9 @@ from tqdm import tqdm
 from dflash.config import Checked, ConfigError, Count, DraftConfig
 from dflash.host.ahead import ahead
 from dflash.host.disk import parse_object, read_object, whole_lines, write_atomically
+from dflash.measuring.steps import matmul_rate
 from dflash.metrics import finite
 from dflash.training.batches import Batch, TrainingBatches
-from dflash.training.machine import matmul_rate
 from dflash.training.objective import SUMS, means
 from dflash.training.trainer import TrainConfig, Trainer, learning_rate, step_flops
 from dflash.weights.runs.checkpoint import read_optimizer_state, read_run, run_config, write_run

@@ -1,5 +1,7 @@
 """The clock: functions called in turn, and what a step reads. No time is asserted."""
 
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from dflash.measuring.steps import (
     draft_step,
     experts_awake,
     in_turn,
+    matmul_rate,
     read_bandwidth,
     step_bytes,
     time_steps,
@@ -44,6 +47,12 @@ def test_in_turn(monkeypatch):
     seconds = in_turn({"a": timed("a", 1), "b": timed("b", 2), "c": timed("c", 3)}, rounds=3, warmup=2)
     assert "".join(called) == "abccbaabccbaabc"
     assert {n: s.tolist() for n, s in seconds.items()} == {"a": [1, 1, 1], "b": [2, 2, 2], "c": [3, 3, 3]}
+
+
+def test_of_a_machines_products_the_best_round_counts_and_the_first_does_not(monkeypatch):
+    ticks = iter([0.0, 0.001, 1.0, 1.5, 2.0, 2.25, 3.0, 4.0])
+    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    assert matmul_rate(size=64, rounds=3) == 2 * 64**3 / 0.25
 
 
 def test_read_bandwidth():
