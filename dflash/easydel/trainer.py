@@ -20,12 +20,12 @@ from flax import nnx
 from flax.traverse_util import unflatten_dict
 from jax import Array
 from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from dflash import easydel
 from dflash.config import ConfigError, DraftConfig
 from dflash.host.ahead import ahead
 from dflash.models.draft import Draft
+from dflash.models.mesh import ROWS
 from dflash.training.batches import Batch, TrainingBatches
 from dflash.training.objective import SUMS, means, trained_head
 from dflash.training.run import (
@@ -39,7 +39,7 @@ from dflash.training.run import (
     write_curves,
     write_line,
 )
-from dflash.training.trainer import TrainConfig, learning_rate, make_optimizer, place_target, train_step
+from dflash.training.trainer import TrainConfig, TrainProgram, learning_rate, make_optimizer, place_target
 from dflash.weights.config_json import read_draft_config
 from dflash.weights.runs.arrays import add_hashes, read_arrays, read_index
 from dflash.weights.runs.checkpoint import join_draft, read_run, run_arrays, run_config, split_draft
@@ -227,18 +227,11 @@ def _step(job: _Job, mesh: Any, metrics: Any) -> Any:
         arrays = {path: variable.get_value() for path, variable in _named(graphstate).items()}
         return join_draft(job.draft, arrays, job.config.dtype)
 
+    program = TrainProgram(build, job.draft.num_tokens, job.config, job.optimizer, mesh)
+
     def step(state: Any, batch: Batch, head: Array, mask_embedding: Array) -> tuple[Any, Any]:
-        (graphstate, opt_state), sums = train_step(
-            build,
-            job.draft.num_tokens,
-            job.config,
-            job.optimizer,
-            mesh,
-            (state.graphstate, state.opt_state),
-            batch,
-            head,
-            mask_embedding,
-        )
+        before = state.graphstate, state.opt_state
+        (graphstate, opt_state), sums = program.step(before, batch, head, mask_embedding)
         state = state.replace(step=state.step + 1, graphstate=graphstate, opt_state=opt_state)
         return state, metrics(loss=sums["weighted"] / sums["weight"], other_metrics=sums)
 
@@ -283,7 +276,7 @@ def _trainer_class(package: Any) -> Any:
 
         def _preprocess_batch_input(self, state: Any, batch: Batch, is_train: bool) -> tuple[Batch, dict]:  # noqa: ARG002
             # Its own would drop bfloat16 arrays.
-            return jax.device_put(batch, NamedSharding(self.mesh, P("dp"))), {}
+            return jax.device_put(batch, NamedSharding(self.mesh, ROWS)), {}
 
         # ---- the step
 

@@ -6,7 +6,6 @@ No target runs here.
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -17,17 +16,21 @@ import tyro
 from flax import nnx
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from dflash.config import Checked, Computed, ConfigError, Count, DraftConfig, Fraction, Positive, Seed, Size
+from dflash.metrics import round_up
 from dflash.models.draft import Draft
-from dflash.models.mesh import gather
+from dflash.models.mesh import DP, ROWS, TP, WHOLE, gather, split_by, spread
 from dflash.training.batches import Batch
 from dflash.training.loss import pad_head
 from dflash.training.objective import SUMS, Objective, block_sums, predict_blocks, trained_head
 
 # Makes the draft that computes, in the dtype of computation, from the trained state.
 Build = Callable[[Any], Draft]
+
+# How the head is split, and what a program takes: weights, batch, head and mask embedding.
+_VOCABULARY = split_by("vocab")
+_SPLIT = (WHOLE, ROWS, _VOCABULARY, WHOLE)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,94 +103,75 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(config.clip), adamw) if config.clip else adamw
 
 
-def _local_sums(
-    build: Build, vocab_size: int, config: TrainConfig, params: Any, batch: Batch, head: Array, mask_embedding: Array
-) -> dict[str, Array]:
-    """`block_sums` of this device's rows."""
-    predictions = predict_blocks(
-        build(params),
-        batch,
-        mask_embedding,
-        head,
-        vocab_size=vocab_size,
-        chunk=config.objective.chunk,
-        axis="tp" if config.tp > 1 else None,
-        remat=config.remat,
-    )
-    return block_sums(predictions, batch, config.objective)
+@dataclasses.dataclass(frozen=True)
+class TrainProgram:
+    """What is compiled to train a draft of `vocab_size` tokens, over a mesh with axes dp and tp.
 
-
-def _local_gradient(
-    build: Build, vocab_size: int, config: TrainConfig, params: Any, batch: Batch, head: Array, mask_embedding: Array
-) -> tuple[Any, dict[str, Array]]:
-    """Gradient and sums of this device's rows, summed over dp, as every device applies them."""
-
-    def loss(params: Any, part: Batch) -> tuple[Array, dict[str, Array]]:
-        sums = _local_sums(build, vocab_size, config, params, part, head, mask_embedding)
-        return sums["weighted"], sums
-
-    def add(total: Any, part: Batch) -> tuple[Any, None]:
-        (_, sums), gradient = jax.value_and_grad(loss, has_aux=True)(params, part)
-        return jax.tree.map(jnp.add, total, (gradient, sums)), None
-
-    parts = jax.tree.map(lambda x: x.reshape(config.accumulation, -1, *x.shape[1:]), batch)
-    zeros = jax.tree.map(jnp.zeros_like, params), {name: jnp.float32(0) for name in SUMS}
-    total, _ = jax.lax.scan(add, zeros, parts)
-    gradient, sums = jax.lax.psum(total, "dp")
-    # The weights are constants, so the loss's gradient is that of its numerator, divided at the end.
-    scale = 1 / jnp.where(sums["weight"] > 0, sums["weight"], 1)
-    return jax.tree.map(lambda g: g * scale, gradient), sums
-
-
-def train_step(
-    build: Build,
-    vocab_size: int,
-    config: TrainConfig,
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh,
-    state: tuple[Any, Any],
-    batch: Batch,
-    head: Array,
-    mask_embedding: Array,
-) -> tuple[tuple[Any, Any], dict[str, Array]]:
-    """One step of the optimizer, over a mesh with axes dp and tp; `state` is the trained weights and their moments.
-
-    A step that is not finite changes nothing; the caller sees it in the sums and stops.
+    Of every method `params` are the trained weights, head [V, H] and mask_embedding [H] the target's.
     """
-    params, moments = state
-    local = jax.shard_map(
-        partial(_local_gradient, build, vocab_size, config),
-        mesh=mesh,
-        in_specs=(P(), P("dp"), P("tp"), P()),
-        out_specs=(P(), P()),
-        check_vma=False,  # every sum over devices is explicit above
-    )
-    gradient, sums = local(params, batch, head, mask_embedding)
-    norm = optax.tree.norm(gradient)
-    finite = jnp.isfinite(norm) & jnp.isfinite(sums["weighted"])
-    updates, new_moments = optimizer.update(gradient, moments, params)
-    new = optax.apply_updates(params, updates), new_moments
-    kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
-    return kept, sums | {"gradient_norm": norm, "finite": finite}
 
+    build: Build
+    vocab_size: int
+    config: TrainConfig
+    optimizer: optax.GradientTransformation
+    mesh: Mesh
 
-def _score(
-    build: Build,
-    vocab_size: int,
-    config: TrainConfig,
-    mesh: Mesh,
-    params: Any,
-    batch: Batch,
-    head: Array,
-    mask_embedding: Array,
-) -> dict[str, Array]:
-    def local(*inputs: Any) -> dict[str, Array]:
-        return jax.lax.psum(_local_sums(build, vocab_size, config, *inputs), "dp")
+    def _sums(self, params: Any, batch: Batch, head: Array, mask_embedding: Array) -> dict[str, Array]:
+        """`block_sums` of this device's rows."""
+        predictions = predict_blocks(
+            self.build(params),
+            batch,
+            mask_embedding,
+            head,
+            vocab_size=self.vocab_size,
+            chunk=self.config.objective.chunk,
+            axis=TP if self.config.tp > 1 else None,
+            remat=self.config.remat,
+        )
+        return block_sums(predictions, batch, self.config.objective)
 
-    specs = (P(), P("dp"), P("tp"), P())
-    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)(
-        params, batch, head, mask_embedding
-    )
+    def _gradient(self, params: Any, batch: Batch, head: Array, mask_embedding: Array) -> tuple[Any, dict[str, Array]]:
+        """Gradient and sums of this device's rows, summed over dp, as every device applies them."""
+
+        def loss(params: Any, part: Batch) -> tuple[Array, dict[str, Array]]:
+            sums = self._sums(params, part, head, mask_embedding)
+            return sums["weighted"], sums
+
+        def add(total: Any, part: Batch) -> tuple[Any, None]:
+            (_, sums), gradient = jax.value_and_grad(loss, has_aux=True)(params, part)
+            return jax.tree.map(jnp.add, total, (gradient, sums)), None
+
+        parts = jax.tree.map(lambda x: x.reshape(self.config.accumulation, -1, *x.shape[1:]), batch)
+        zeros = jax.tree.map(jnp.zeros_like, params), {name: jnp.float32(0) for name in SUMS}
+        total, _ = jax.lax.scan(add, zeros, parts)
+        gradient, sums = jax.lax.psum(total, DP)
+        # The weights are constants, so the loss's gradient is that of its numerator, divided at the end.
+        scale = 1 / jnp.where(sums["weight"] > 0, sums["weight"], 1)
+        return jax.tree.map(lambda g: g * scale, gradient), sums
+
+    def step(
+        self, state: tuple[Any, Any], batch: Batch, head: Array, mask_embedding: Array
+    ) -> tuple[tuple[Any, Any], dict[str, Array]]:
+        """One step of the optimizer; `state` is the trained weights and their moments.
+
+        A step that is not finite changes nothing; the caller sees it in the sums and stops.
+        """
+        params, moments = state
+        gradient, sums = spread(self._gradient, self.mesh, _SPLIT, WHOLE)(params, batch, head, mask_embedding)
+        norm = optax.tree.norm(gradient)
+        finite = jnp.isfinite(norm) & jnp.isfinite(sums["weighted"])
+        updates, new_moments = self.optimizer.update(gradient, moments, params)
+        new = optax.apply_updates(params, updates), new_moments
+        kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+        return kept, sums | {"gradient_norm": norm, "finite": finite}
+
+    def score(self, params: Any, batch: Batch, head: Array, mask_embedding: Array) -> dict[str, Array]:
+        """The sums of a batch, over all devices."""
+
+        def local(*inputs: Any) -> dict[str, Array]:
+            return jax.lax.psum(self._sums(*inputs), DP)
+
+        return spread(local, self.mesh, _SPLIT, WHOLE)(params, batch, head, mask_embedding)
 
 
 def _graph(config: DraftConfig, dtype: jnp.dtype) -> Any:
@@ -195,22 +179,16 @@ def _graph(config: DraftConfig, dtype: jnp.dtype) -> Any:
     return nnx.graphdef(nnx.eval_shape(lambda: Draft(config, dtype=dtype, rngs=nnx.Rngs(0))))
 
 
-def _built(graph: Any, dtype: jnp.dtype, params: Any) -> Draft:
-    return nnx.merge(graph, jax.tree.map(lambda p: p.astype(dtype), params))
-
-
-def _builder(draft: DraftConfig, config: TrainConfig) -> Build:
-    compute = jnp.dtype(config.dtype)
-    return partial(_built, _graph(draft, compute), compute)
-
-
-def step_program(
+def _program(
     draft: DraftConfig, config: TrainConfig, optimizer: optax.GradientTransformation, mesh: Mesh
-) -> jax.stages.Wrapped:
-    """`train_step` of state, batch, head and mask embedding, to be compiled; the state's memory is given to it."""
-    return jax.jit(
-        partial(train_step, _builder(draft, config), draft.num_tokens, config, optimizer, mesh), donate_argnums=0
-    )
+) -> TrainProgram:
+    dtype = jnp.dtype(config.dtype)
+    graph = _graph(draft, dtype)
+
+    def build(params: Any) -> Draft:
+        return nnx.merge(graph, jax.tree.map(lambda p: p.astype(dtype), params))
+
+    return TrainProgram(build, draft.num_tokens, config, optimizer, mesh)
 
 
 def abstract_batch(
@@ -235,19 +213,19 @@ def abstract_batch(
 
 
 def lower_step(draft: DraftConfig, config: TrainConfig, mesh: Mesh, *, context: int) -> jax.stages.Lowered:
-    """`step_program` for rows of `context` tokens, lowered for the devices of a mesh that may only be described."""
+    """A training step for rows of `context` tokens, lowered for the devices of a mesh that may only be described."""
     optimizer = make_optimizer(config)
-    whole, rows, vocabulary = (NamedSharding(mesh, spec) for spec in (P(), P("dp"), P("tp")))
+    whole, rows, vocabulary = (NamedSharding(mesh, spec) for spec in (WHOLE, ROWS, _VOCABULARY))
 
     def at(sharding: NamedSharding, *shape: int, dtype: Any) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     params = nnx.state(nnx.eval_shape(lambda: Draft(draft, dtype=jnp.float32, rngs=nnx.Rngs(0))))
     state = jax.tree.map(lambda a: at(whole, *a.shape, dtype=a.dtype), (params, jax.eval_shape(optimizer.init, params)))
-    head = at(vocabulary, -(-draft.num_tokens // config.tp) * config.tp, draft.hidden_size, dtype=config.dtype)
-    program = step_program(draft, config, optimizer, mesh)
+    head = at(vocabulary, round_up(draft.num_tokens, config.tp), draft.hidden_size, dtype=config.dtype)
+    step = jax.jit(_program(draft, config, optimizer, mesh).step, donate_argnums=0)
     batch = abstract_batch(draft, config, context, rows)
-    return program.lower(state, batch, head, at(whole, draft.hidden_size, dtype=config.dtype))
+    return step.lower(state, batch, head, at(whole, draft.hidden_size, dtype=config.dtype))
 
 
 def place_target(
@@ -256,7 +234,7 @@ def place_target(
     """The target's head, split over tp, and its mask embedding, replicated; in the dtype of computation."""
     padded = pad_head(jnp.asarray(head, config.dtype), config.tp)
     mask = jnp.asarray(mask_embedding, config.dtype)
-    return jax.device_put((padded, mask), (NamedSharding(mesh, P("tp")), NamedSharding(mesh, P())))
+    return jax.device_put((padded, mask), (NamedSharding(mesh, _VOCABULARY), NamedSharding(mesh, WHOLE)))
 
 
 class Trainer:
@@ -273,7 +251,7 @@ class Trainer:
         self.config, self.draft_config = config, draft.config
         self.mesh = jax.make_mesh(
             (config.dp, config.tp),
-            ("dp", "tp"),
+            (DP, TP),
             devices=jax.devices()[: config.dp * config.tp],
             axis_types=(jax.sharding.AxisType.Auto,) * 2,
         )
@@ -282,14 +260,13 @@ class Trainer:
         self.state = self._own(params, self.optimizer.init(params))
         rows = trained_head(draft.config, head)
         self.head, self.mask_embedding = place_target(self.mesh, config, rows, mask_embedding)
-        self._step = step_program(draft.config, config, self.optimizer, self.mesh)
-        build = _builder(draft.config, config)
-        self._score = jax.jit(partial(_score, build, rows.shape[0], config, self.mesh))
-        self._batch_sharding = NamedSharding(self.mesh, P("dp"))
+        program = _program(draft.config, config, self.optimizer, self.mesh)
+        self._step, self._score = jax.jit(program.step, donate_argnums=0), jax.jit(program.score)
+        self._batch_sharding = NamedSharding(self.mesh, ROWS)
 
     def _own(self, params: Any, moments: Any) -> tuple[Any, Any]:
         """A state on every device, copied, because a step donates its buffers (`may_alias=False` may still alias)."""
-        return jax.device_put(jax.tree.map(jnp.array, (params, moments)), NamedSharding(self.mesh, P()))
+        return jax.device_put(jax.tree.map(jnp.array, (params, moments)), NamedSharding(self.mesh, WHOLE))
 
     def step(self, batch: Batch) -> dict[str, Array]:
         """Trains on one batch. Returns its sums, `gradient_norm` and `finite`: device scalars, maybe still pending."""
