@@ -11,12 +11,11 @@ import pytest
 
 from dflash import Tokenizer, decode, init_draft, load_draft, load_target
 from dflash.cli.pytest_options import open_tokenizer, protocol_name, take_prompts
-from dflash.config import ConfigError
-from dflash.decoding.decode import RequestError, check_request
+from dflash.config import UserError
+from dflash.decoding.decode import check_request
 from dflash.decoding.modes import BLOCK, GREEDY
 from dflash.decoding.sampling import Sampling
-from dflash.host.device import DeviceError, device_facts
-from dflash.host.hub import HubError
+from dflash.host.device import device_facts
 from dflash.measuring.cases import Case, ChosenDraft, PromptSetting, cases, chosen_drafts, prompt_settings
 from dflash.measuring.cost_model import StepTimes, sizes_to_time
 from dflash.measuring.steps import time_steps
@@ -26,11 +25,9 @@ from dflash.models.draft import Draft, proposing
 from dflash.models.llama import Llama
 from dflash.models.mesh import open_mesh
 from dflash.text.lengths import exact_length_prompts
-from dflash.text.prompts import Prompt, PromptError, ids_sha256
-from dflash.text.tokenizer import TokenizerError
+from dflash.text.prompts import Prompt, ids_sha256
 from dflash.weights.load import UNTRAINED, draft_hash, target_directory
-from dflash.weights.smollm2 import SnapshotError
-from dflash.weights.snapshot import WeightsError, snapshot_hash
+from dflash.weights.snapshot import snapshot_hash
 
 # What is said to each of some prompts.
 Answers: TypeAlias = Callable[[Tokenizer, Sequence[Prompt]], list[str]]
@@ -51,7 +48,7 @@ def _or_usage_error(load: Callable[[], Any]) -> Any:
     """A user's mistake is one sentence, not a traceback."""
     try:
         return load()
-    except (ConfigError, DeviceError, HubError, WeightsError, SnapshotError, RequestError) as error:
+    except UserError as error:
         pytest.exit(str(error), returncode=pytest.ExitCode.USAGE_ERROR)
     except OSError as error:
         pytest.exit(f"{error.filename}: {error.strerror}", returncode=pytest.ExitCode.USAGE_ERROR)
@@ -130,7 +127,7 @@ def _make_workload(target: Llama, answers: Answers, setting: PromptSetting, opti
                 prompts = exact_length_prompts(tokenizer, length, count, 0)
             else:
                 prompts = prompt_set.turn_by_turn(functools.partial(answers, tokenizer)).encode(tokenizer)
-        except (PromptError, TokenizerError) as error:
+        except UserError as error:
             pytest.exit(str(error), pytest.ExitCode.USAGE_ERROR)
     if len(prompts) % batch:
         reason = f"the turns of {source} are {len(prompts)} prompts, no multiple of --batch-size {batch}"

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from dflash.config import ConfigError
+from dflash.config import UserError
 from dflash.measuring.cases import drafts
 from dflash.measuring.result import Offline, from_json, to_json
 from dflash.models.draft import Draft
-from dflash.training.cache import CacheError, SequenceCache, open_cache
+from dflash.training.cache import SequenceCache, open_cache
 from dflash.training.evaluate import Evaluator, summarise, walk
 from dflash.weights.load import UNTRAINED, read_borrowed, target_directory
 
@@ -34,7 +34,7 @@ def test_offline_acceptance(
             pytest.fail(f"{options.teacher_cache} has no held-out prompts to evaluate on", pytrace=False)
         chosen = np.sort(np.random.default_rng(0).permutation(rows)[:SEQUENCES])
         blocks = benchmark.pedantic(evaluator.score, (draft, cache, chosen), rounds=1, warmup_rounds=0)
-    except (CacheError, ConfigError) as error:
+    except UserError as error:
         pytest.exit(str(error), pytest.ExitCode.USAGE_ERROR)
     figures = summarise(blocks, draft.config.block_size)
     reached = figures["acceptance_length"]

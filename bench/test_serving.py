@@ -12,19 +12,14 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from dflash.cli.pytest_options import open_tokenizer, protocol_name, take_prompts
-from dflash.config import ConfigError
-from dflash.host.hub import HubError
+from dflash.config import UserError
 from dflash.measuring.gate import Floors
 from dflash.measuring.result import Results, to_json
 from dflash.serving.connection import ServingError
 from dflash.serving.deployment import Deployment, deployment
 from dflash.serving.options import ServerOptions
 from dflash.serving.run import served_run
-from dflash.text.prompts import PromptError
-from dflash.text.tokenizer import TokenizerError
 from dflash.weights.load import UNTRAINED
-from dflash.weights.smollm2 import SnapshotError
-from dflash.weights.snapshot import WeightsError
 
 
 @pytest.fixture
@@ -44,7 +39,7 @@ def servers(pytestconfig: pytest.Config) -> Deployment:
     }
     try:
         return deployment(ServerOptions(**given))
-    except (ServingError, ConfigError, HubError, WeightsError, SnapshotError) as error:
+    except UserError as error:
         pytest.exit(str(error), pytest.ExitCode.USAGE_ERROR)
 
 
@@ -62,10 +57,10 @@ def test_served(
             run.keeping(run.draft or run.target),
         ):
             benchmark.pedantic(run.round, setup=run.baseline_round, rounds=options.rounds)
-    except (PromptError, TokenizerError) as error:
-        pytest.exit(str(error), pytest.ExitCode.USAGE_ERROR)
     except ServingError as error:
         pytest.fail(str(error), pytrace=False)
+    except UserError as error:
+        pytest.exit(str(error), pytest.ExitCode.USAGE_ERROR)
     names = {"prompts": options.prompts[0], "run_name": options.run_name, "protocol": protocol_name(options)}
     result = run.result(names | tokenizer.facts)
     benchmark.extra_info.update(to_json(result))  # decoding here takes minutes, and may be stopped

@@ -10,7 +10,11 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 
-class ConfigError(ValueError):
+class UserError(Exception):
+    """The base of errors that a user can mend: the message, one sentence, says what to do."""
+
+
+class ConfigError(UserError, ValueError):
     """A configuration that can't be used: the rule, what came, and what to do."""
 
 

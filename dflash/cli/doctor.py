@@ -27,12 +27,11 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from dflash.compiled.programs import abstract_draft, abstract_target, held_bytes
-from dflash.config import Checked, Computed, ConfigError, Count, DraftConfig, TargetConfig
+from dflash.config import Checked, Computed, ConfigError, Count, DraftConfig, TargetConfig, UserError
 from dflash.decoding.loop import DecodeShape
 from dflash.decoding.modes import BLOCK
 from dflash.host.device import default_dtype, looks_like_tpu_host
 from dflash.host.disk import default_cache_dir, nearest, size_text
-from dflash.host.hub import HubError
 from dflash.host.provenance import compile_cache, flags
 from dflash.models.mesh import DP, TP
 from dflash.models.native.build import BuildError, library
@@ -46,8 +45,8 @@ from dflash.weights.load import (
     target_directory,
 )
 from dflash.weights.public import public_config
-from dflash.weights.smollm2 import NAME, SnapshotError, find_snapshot
-from dflash.weights.snapshot import WeightsError, target_config
+from dflash.weights.smollm2 import NAME, find_snapshot
+from dflash.weights.snapshot import target_config
 
 PACKAGE = "dflash-bench"
 # The built-in target in float32, read, and its caches; its snapshot and compiled programs on disk.
@@ -326,14 +325,10 @@ def _target_config(name: str) -> TargetConfig:
     return known or target_config(target_directory(name))
 
 
-# What a file or a name that is read here may raise; each says in one sentence what to do.
-UNREADABLE = (ConfigError, WeightsError, SnapshotError, HubError, OSError)
-
-
 def _readable(variable: str, name: str, read: Callable[[str], Any]) -> Finding:
     try:
         read(name)
-    except UNREADABLE as error:
+    except (UserError, OSError) as error:
         return Finding(name=variable, verdict="fix", found=name, advice=str(error))
     return Finding(name=variable, verdict="ok", found=name)
 
@@ -401,7 +396,7 @@ def fit(opened: list[dict[str, Any]] | str) -> Finding:
         models = _Models.meant(platform)
         configs = models.configs()
         held = _held(configs, models.dtype, models.tp)
-    except UNREADABLE as error:
+    except (UserError, OSError) as error:
         return Finding(name=name, verdict="fix", found="not known", advice=str(error))
     needed = sum(held.values())
     parts = ", ".join(f"{what} {size_text(count)}" for what, count in held.items())

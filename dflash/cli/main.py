@@ -22,46 +22,16 @@ from dflash.cli.plan import plan
 from dflash.cli.report import export_results, report
 from dflash.cli.serve_bench import serve_bench
 from dflash.cli.train import train
-from dflash.compiled.topology import TopologyError
-from dflash.config import ConfigError
-from dflash.decoding.decode import RequestError
-from dflash.easydel import EasyDelError
-from dflash.host.device import DeviceError
+from dflash.config import UserError
 from dflash.host.disk import one_line
-from dflash.host.hub import HubError
 from dflash.host.provenance import check_words
-from dflash.measuring.result import ResultError
 from dflash.measuring.turns import is_out_of_memory, sentence_of
-from dflash.serving.connection import ServingError
-from dflash.text.prompts import PromptError
-from dflash.text.tokenizer import TokenizerError
-from dflash.training.cache.arrays import CacheError
-from dflash.training.run import TrainingError
-from dflash.weights.smollm2 import SnapshotError
-from dflash.weights.snapshot import WeightsError
 
 
-class UsageError(ValueError):
+class UsageError(UserError, ValueError):
     """A command line that names no command: what is wrong with it."""
 
 
-USER_ERRORS = (
-    CacheError,
-    ConfigError,
-    DeviceError,
-    EasyDelError,
-    HubError,
-    PromptError,
-    ResultError,
-    RequestError,
-    ServingError,
-    SnapshotError,
-    TokenizerError,
-    TopologyError,
-    TrainingError,
-    UsageError,
-    WeightsError,
-)
 # What a machine may do to any file that is written or read, and what helps.
 _MORE_ROOM = "make room, then run the same command again"
 _OTHER_PLACE = "name a place that may be written to"
@@ -125,7 +95,7 @@ def read_command(words: list[str]) -> Callable[[], None]:
         # tyro draws the error of a nested config into its box, which names no option.
         error: BaseException | None = leaving
         while error is not None:
-            if isinstance(error, USER_ERRORS):
+            if isinstance(error, UserError):
                 raise error from None
             error = error.__context__
         raise UsageError(_sentence(box.getvalue())) from None
@@ -153,7 +123,7 @@ def main() -> int:
     try:
         check_words(sys.argv[1:], UsageError)
         read_command(sys.argv[1:])()
-    except USER_ERRORS as error:
+    except UserError as error:
         return _refuse(str(error))
     except BrokenPipeError:
         # Whoever read our output wants no more; Python would say so when it ends.

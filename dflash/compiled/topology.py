@@ -11,6 +11,8 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
+from dflash.config import UserError
+
 # What libtpu reads when it is loaded: no look at a cloud's metadata, no lock against others that only compile, no
 # warnings about a host that is none.
 _ENVIRONMENT = {
@@ -21,7 +23,7 @@ _ENVIRONMENT = {
 }
 
 
-class TopologyError(ValueError):
+class TopologyError(UserError, ValueError):
     """A topology that can't be compiled for: the rule, what came, and what to do."""
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from dflash import metrics
-from dflash.config import DraftVocab, check_draft, field_faults
+from dflash.config import DraftVocab, UserError, check_draft, field_faults
 from dflash.decoding.logprobs import log_probabilities
 from dflash.decoding.loop import MAX_STOPS, Decoder, DecodeShape, State
 from dflash.decoding.modes import BLOCK, MODES, RECOMPUTE
@@ -27,7 +27,7 @@ from dflash.models.draft import Draft, proposing
 from dflash.models.llama import Llama
 
 
-class RequestError(ValueError):
+class RequestError(UserError, ValueError):
     """A decode that can't be run as asked: the rule, what came, and what to do."""
 
 

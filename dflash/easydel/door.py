@@ -23,6 +23,7 @@ from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
+from dflash.config import UserError
 from dflash.models.families import FAMILIES
 from dflash.models.layers import precision
 from dflash.models.llama import Llama
@@ -46,7 +47,7 @@ _ENVIRONMENT = {
 _MODULES = ("easydel", "easydel.layers.rotary", *(f"easydel.modules.{family}" for family in FAMILIES))
 
 
-class EasyDelError(RuntimeError):
+class EasyDelError(UserError, RuntimeError):
     """EasyDeL can't be used: what is missing or unsupported, and what to do."""
 
 

@@ -7,10 +7,12 @@ from typing import Any
 
 import jax
 
+from dflash.config import UserError
+
 KINDS = ("cpu", "gpu", "tpu")
 
 
-class DeviceError(RuntimeError):
+class DeviceError(UserError, RuntimeError):
     """A device that can't be opened: which one, why, and what to do."""
 
 

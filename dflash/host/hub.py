@@ -5,11 +5,13 @@ import os
 import re
 import threading
 
+from dflash.config import UserError
+
 # How long it may take to answer at all, before it counts as out of reach.
 REACH_S = 4.0
 
 
-class HubError(ValueError):
+class HubError(UserError, ValueError):
     """A name of the hub that leads to no snapshot: the rule, what came, and what to do."""
 
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.json_schema import GenerateJsonSchema
 
+from dflash.config import UserError
 from dflash.decoding.audit import Divergence
 from dflash.decoding.parity import AtLeastOne, Count, Fraction, NotNegative, ParityResult
 from dflash.host.disk import read_object
@@ -26,7 +27,7 @@ MillisecondsBySize: TypeAlias = dict[AtLeastOne, Positive]
 T = TypeVar("T")
 
 
-class ResultError(ValueError):
+class ResultError(UserError, ValueError):
     """A benchmark file that does not match the records: where, what it should be, and what it is."""
 
 

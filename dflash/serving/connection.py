@@ -17,6 +17,7 @@ from typing import Any
 
 import httpx
 
+from dflash.config import UserError
 from dflash.host.disk import one_line
 from dflash.host.provenance import redact
 
@@ -30,7 +31,7 @@ _SHOWN, _SENTENCE = 500, 900
 _LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
-class ServingError(ValueError):
+class ServingError(UserError, ValueError):
     """A server that can't be measured: the rule, what came, and what to do."""
 
 

@@ -9,8 +9,10 @@ import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
+from dflash.config import UserError
 
-class PromptError(ValueError):
+
+class PromptError(UserError, ValueError):
     """A prompt source that can't be used: the rule, what came, and what to do."""
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dflash.config import UserError
 from dflash.host.disk import expanded, read_object
 from dflash.text.worker import WORKER, WorkerFaultError
 from dflash.weights import named
@@ -20,7 +21,7 @@ FIXED_DAY = "2026-01-01"
 _NUMBERS = itertools.count()
 
 
-class TokenizerError(ValueError):
+class TokenizerError(UserError, ValueError):
     """Tokenizer files, or text for them, that can't be used: the rule, what came, and what to do."""
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from dflash.config import Checked, ConfigError, Count, DraftConfig
+from dflash.config import Checked, ConfigError, Count, DraftConfig, UserError
 from dflash.host.ahead import ahead
 from dflash.host.disk import parse_object, read_object, whole_lines, write_atomically
 from dflash.measuring.steps import matmul_rate
@@ -35,7 +35,7 @@ from dflash.weights.snapshot import WeightsError, holds_weights
 PANELS = (("cross_entropy", "cross-entropy, nats per label"), ("accept_len_mean", "accept length, mean"))
 
 
-class TrainingError(RuntimeError):
+class TrainingError(UserError, RuntimeError):
     """Training that can't continue: at which step, on which rows, and where the last good checkpoint is."""
 
 

@@ -28,6 +28,7 @@ import numpy as np
 import tokenizers
 import tqdm
 
+from dflash.config import UserError
 from dflash.host.disk import default_cache_dir
 
 NAME = "smollm2-135m"
@@ -79,7 +80,7 @@ https://www.apache.org/licenses/LICENSE-2.0
 """
 
 
-class SnapshotError(RuntimeError):
+class SnapshotError(UserError, RuntimeError):
     """The snapshot is missing and could not be made: what failed, and what to do."""
 
 

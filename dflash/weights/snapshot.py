@@ -14,7 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from dflash.config import TargetConfig, fault_list
+from dflash.config import TargetConfig, UserError, fault_list
 from dflash.host.disk import read_object
 from dflash.weights.config_json import read_target_config
 
@@ -22,7 +22,7 @@ from dflash.weights.config_json import read_target_config
 ARRAY_INDEX = "tensorstore_index.json"
 
 
-class WeightsError(ValueError):
+class WeightsError(UserError, ValueError):
     """Weights on disk that can't be used: what is wrong, tensor by tensor, and what to do."""
 
 

@@ -18,11 +18,11 @@ from typing import Any, Self
 import filelock
 import numpy as np
 
-from dflash.config import TargetConfig
+from dflash.config import TargetConfig, UserError
 from dflash.host.disk import open_file, read_object, size_text, write_atomically
 
 
-class CacheError(ValueError):
+class CacheError(UserError, ValueError):
     """A teacher cache that can't be read or built: the rule, what came, and what to do."""
 
 

@@ -26,13 +26,14 @@ from malformed import damage
 from malformed.specimens import SPECIMENS, Specimen, make
 
 from dflash.cli import main as cli
+from dflash.config import UserError
 from dflash.measuring.baselines import BaselineError
 from dflash.measuring.journal import JournalError
 
 SECONDS, BYTES, SENTENCE = 60.0, 6 << 30, 4000
 # Values that are drawn for a file, and the damages of all kinds that a file gets in CI.
 VALUES, SAMPLE = 12, 6
-REFUSALS = (*cli.USER_ERRORS, BaselineError, JournalError)
+REFUSALS = (UserError, BaselineError, JournalError)
 
 
 @dataclasses.dataclass(frozen=True)
