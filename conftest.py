@@ -50,6 +50,11 @@ def _tpu_selected(config: pytest.Config) -> bool:
     return "tpu" in expression and "not tpu" not in expression
 
 
+def _measures(config: pytest.Config) -> bool:
+    """Whether this process answers for what is measured: tests are run, not only listed, and it is no worker of -n."""
+    return not config.option.collectonly and not hasattr(config, "workerinput")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(_Stops())
     config.stash[RESULTS] = Results()
@@ -80,7 +85,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def _place_report(config: pytest.Config) -> None:
     """A report is made from the benchmark file, so there must be one: beside the report, unless the user says where."""
-    if not config.option.report or config.option.collectonly or hasattr(config, "workerinput"):
+    if not config.option.report or not _measures(config):
         return
     directory = Path(config.option.report)
     _check_directory("--report", directory)
@@ -99,14 +104,14 @@ def _check_directory(option: str, directory: Path) -> None:
 
 def _check_baselines(config: pytest.Config) -> None:
     """Before anything is measured, as for results."""
-    if config.option.update_baselines and not config.option.collectonly and not hasattr(config, "workerinput"):
+    if config.option.update_baselines and _measures(config):
         _check_directory("--baselines", Path(config.option.baselines))
 
 
 def _check_results_file(config: pytest.Config) -> None:
     """Before anything is measured: results that can't be written would be lost."""
     json_file = getattr(config.option, "benchmark_json", None)
-    if json_file is None or config.option.collectonly or hasattr(config, "workerinput"):
+    if json_file is None or not _measures(config):
         return
     folder = json_file.parent
     if json_file.is_dir():
@@ -203,7 +208,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     if not any(item.get_closest_marker(m) for item in session.items for m in ("tpu", "bench")):
         jax.config.update("jax_platforms", "cpu")  # nothing here needs an accelerator: leave it to others
     kind = config.option.require_device
-    if kind and not config.option.collectonly and not hasattr(config, "workerinput"):
+    if kind and _measures(config):
         try:
             open_device(kind)
         except DeviceError as error:
@@ -216,7 +221,7 @@ def _repeat(session: pytest.Session) -> None:
     tests = [
         f"{config.rootpath}/{item.nodeid}" for item in session.items if "case" in getattr(item, "fixturenames", ())
     ]
-    if option.repeat < 2 or not tests or option.collectonly or hasattr(config, "workerinput"):
+    if option.repeat < 2 or not tests or not _measures(config):
         return
     try:
         config.stash[REPEATS] = again(
@@ -377,7 +382,7 @@ def pytest_sessionfinish(session: pytest.Session) -> Generator[None, Any, Any]:
 def _hold_to_baselines(session: pytest.Session) -> None:
     """Compares the measured cases with the baselines: a regression exits 1 even if every test passed."""
     config, options = session.config, session.config.option
-    if options.collectonly or hasattr(config, "workerinput"):
+    if not _measures(config):
         return
     _with_spreads(config)
     results = config.stash[RESULTS]
