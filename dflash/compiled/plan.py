@@ -73,7 +73,7 @@ def training_case(
     draft, context = dataclasses.replace(n.draft.config, block_size=setting.block_size), setting.context
     mesh = make_mesh(n.topology.devices, dp=n.dp, tp=n.tp)
     name = f"train-n{config.batch_size}-c{context}-b{draft.block_size}"
-    compiled = compile_program(name, lower_step(draft, config, mesh, context=context))
+    compiled = compile_program(lower_step(draft, config, mesh, context=context))
     case = dataclasses.asdict(setting) | {"num_anchors": config.num_anchors}
     if isinstance(compiled, TooLarge):
         return case | {"fits": False, "refused": [compiled.message], "bytes": {}, "programs": {}}
@@ -109,7 +109,7 @@ class Plan:
             context=setting.context,
             block_size=setting.block_size,
         )
-        compiled = compile_program(name, programs.loop)
+        compiled = compile_program(programs.loop)
         if self._keep is not None and isinstance(compiled, Compiled):
             self._keep(name, compiled.text)
         return compiled

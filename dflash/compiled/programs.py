@@ -91,7 +91,6 @@ def decode_shape(mode: str, *, batch: int, context: int, block_size: int) -> Dec
 class Compiled:
     """What the compiler made of one program: its text, read, and its memory on one device in bytes."""
 
-    name: str
     text: str
     module: Module
     argument_bytes: float
@@ -127,21 +126,19 @@ class Compiled:
 class TooLarge:
     """A program that the compiler refuses, because it needs more than the device has."""
 
-    name: str
     message: str
 
 
-def compile_program(name: str, lowered: Lowered) -> Compiled | TooLarge:
+def compile_program(lowered: Lowered) -> Compiled | TooLarge:
     """Compiles for the described devices; takes seconds to minutes."""
     try:
         compiled: Any = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return TooLarge(name=name, message=" ".join(str(error).split())[:300])
+        return TooLarge(message=" ".join(str(error).split())[:300])
     memory, text = compiled.memory_analysis(), compiled.as_text()
     return Compiled(
-        name=name,
         text=text,
         module=parse(text),
         argument_bytes=float(memory.argument_size_in_bytes),

@@ -80,7 +80,6 @@ class Adapter:
 
     name = "openai"
     package = distribution = ""
-    health = "/health"
     client: type[Client] = OpenAIClient
     can_draft = True
 

@@ -108,11 +108,11 @@ class Connection:
         """An error of this server; its text is redacted before it is cut, so that no part of a secret remains."""
         return ServingError(f"{one_line(redacted(self.url + what, self.secrets)):.{_SENTENCE}}")
 
-    def is_healthy(self, path: str, seconds: float = 5.0) -> bool:
-        """Whether it answers 200 in this time."""
+    def is_healthy(self, seconds: float = 5.0) -> bool:
+        """Whether /health answers 200 in this time."""
 
         async def ask() -> bool:
-            async with self._exchange("GET", path, None, seconds):
+            async with self._exchange("GET", "/health", None, seconds):
                 return True
 
         try:

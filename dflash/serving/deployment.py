@@ -71,7 +71,6 @@ class Deployment:
         with started(
             self.command(drafting=drafting, port=port),
             f"http://127.0.0.1:{port}",
-            health=self.adapter.health,
             log=self.options.server_logs / ("draft.log" if drafting else "target.log"),
             timeout_s=self.options.ready_timeout,
             secrets=(self.key,) if self.key else (),

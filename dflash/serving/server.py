@@ -101,12 +101,11 @@ def started(
     command: Sequence[str],
     url: str,
     *,
-    health: str,
     log: Path,
     timeout_s: float,
     secrets: tuple[str, ...] = (),
 ) -> Iterator[Server]:
-    """A server that answers `url` + `health`, ended however the block is left, SIGTERM and SIGHUP included.
+    """A server that answers `url`/health, ended however the block is left, SIGTERM and SIGHUP included.
 
     Its log keeps none of the `secrets`. Raises ServingError when it can't be started, ends, or is not ready in time.
     """
@@ -123,7 +122,7 @@ def started(
                     start_new_session=True,
                 )
             server = Server(url=url, process=process, log=log, secrets=secrets)
-            _wait_until_ready(server, health, timeout_s)
+            _wait_until_ready(server, timeout_s)
             yield server
         except OSError as error:
             if process is not None:
@@ -137,17 +136,17 @@ def started(
                     write_atomically(log, redacted(log.read_text(encoding="utf-8", errors="replace"), secrets))
 
 
-def _wait_until_ready(server: Server, health: str, timeout_s: float) -> None:
+def _wait_until_ready(server: Server, timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
     connection = Connection(server.url, timeout_s=timeout_s)
     while True:
         if death := server.death():
             raise ServingError(f"a server must become ready; {death}")
-        if connection.is_healthy(health):
+        if connection.is_healthy():
             return
         if time.monotonic() >= deadline:
             raise ServingError(
-                f"a server must be ready within {timeout_s:.0f} s, and {server.url + health} does not answer: allow "
+                f"a server must be ready within {timeout_s:.0f} s, and {server.url}/health does not answer: allow "
                 f"more (--ready-timeout), or see {server.tail()}"
             )
         time.sleep(_POLL_S)

@@ -107,7 +107,7 @@ def lowered(case: Case) -> Any:
 @functools.cache
 def compiled(case: Case) -> Compiled:
     """What the compiler makes of a case; fails where that does not fit the chip."""
-    made = compile_program(case.id, lowered(case))
+    made = compile_program(lowered(case))
     assert not isinstance(made, TooLarge), made.message
     return made
 

@@ -15,7 +15,7 @@ NAMES = ("v5e:1x1", "v6e:1x1", "v5p:1x1x1", "v4:1x1x1")
 def test_a_program_that_needs_more_than_the_chip_has_is_refused_with_the_chips_size(name: str) -> None:
     there = topology(name)
     huge = jax.ShapeDtypeStruct((2**36,), jnp.bfloat16, sharding=SingleDeviceSharding(there.devices[0]))
-    refused = compile_program("huge", jax.jit(lambda x: x * 2).lower(huge))
+    refused = compile_program(jax.jit(lambda x: x * 2).lower(huge))
     assert isinstance(refused, TooLarge)
     assert f"({there.chip.hbm_bytes / 2**30:.2f}G)" in refused.message
 
@@ -27,7 +27,7 @@ def test_bytes_per_cycle_are_the_compilers(name: str) -> None:
     at = SingleDeviceSharding(there.devices[0])
     weight = jax.ShapeDtypeStruct((65536, 8192), jnp.bfloat16, sharding=at)
     columns = jax.ShapeDtypeStruct((8192, 8), jnp.bfloat16, sharding=at)
-    product = compile_program("product", jax.jit(lambda w, x: w @ x).lower(weight, columns))
+    product = compile_program(jax.jit(lambda w, x: w @ x).lower(weight, columns))
     assert isinstance(product, Compiled)
     cycles = product.step.matrix_cycles
     assert 65536 * 8192 * 2 / cycles == pytest.approx(there.chip.bytes_per_cycle, rel=0.02)

@@ -23,7 +23,7 @@ BLOCK = Case(target="qwen3-8b", topology="v6e:2x4", tp=8, program="block", layer
 
 def _compile(case: Case) -> Compiled:
     """Anew: a planted fault must not meet what was compiled without it."""
-    made = compile_program(case.id, lowered(case))
+    made = compile_program(lowered(case))
     assert isinstance(made, Compiled)
     return made
 
@@ -63,7 +63,7 @@ def test_experts_split_without_a_rule() -> None:
     def experts(weights: Any, tokens: Array) -> Array:
         return nnx.merge(graph, weights).hidden(tokens)[0]
 
-    program = compile_program("experts", jax.jit(experts).lower(jax.tree.map(spread, weights), tokens))
+    program = compile_program(jax.jit(experts).lower(jax.tree.map(spread, weights), tokens))
     assert isinstance(program, Compiled)
     gathered = [m for m in program.moves if m.kind.startswith("all-") and "gate_up" in m.origin]
     assert gathered or program.step.collectives["all-gather"][1] > 1e8

@@ -91,11 +91,11 @@ def test_a_long_answer_that_was_asked_for_is_taken():
 def test_health_is_asked_within_bounds():
     with hostile(ENDLESS["trickled headers"]) as server:
         begun = time.monotonic()
-        assert not Connection(server.url, timeout_s=60).is_healthy("/health", 0.5)
+        assert not Connection(server.url, timeout_s=60).is_healthy(0.5)
         assert time.monotonic() - begun < SLACK_S
     for code, healthy in ((200, True), (503, False), (302, False)):
         with hostile(head(code, "text/html")) as server:
-            assert Connection(server.url, timeout_s=5).is_healthy("/health") is healthy
+            assert Connection(server.url, timeout_s=5).is_healthy() is healthy
 
 
 # ---- secrets

@@ -174,7 +174,7 @@ def start(reference, lab, tmp_path_factory):
         words = [sys.executable, "-P", str(SERVER), str(lab.target), str(lab.draft), "--host", "127.0.0.1"]
         log = tmp_path_factory.mktemp("logs") / "server.log"
         url = f"http://127.0.0.1:{port}"
-        return started([*words, "--port", str(port)], url, health="/health", log=log, timeout_s=120)
+        return started([*words, "--port", str(port)], url, log=log, timeout_s=120)
 
     return start
 

@@ -41,7 +41,7 @@ def start(tmp_path):
         given = json.dumps({"child": str(tmp_path / "child.txt")} | settings)
         command = command or [sys.executable, str(STUB), given, "--host", "127.0.0.1", "--port", str(port)]
         url = f"http://127.0.0.1:{port}"
-        return started(command, url, health="/health", log=tmp_path / "logs" / "target.log", timeout_s=timeout_s)
+        return started(command, url, log=tmp_path / "logs" / "target.log", timeout_s=timeout_s)
 
     return start
 
@@ -82,7 +82,7 @@ def test_a_server_that_ignores_the_request_to_end_is_killed(tmp_path, monkeypatc
     )
     port = free_port()
     log, url = tmp_path / "log", f"http://127.0.0.1:{port}"
-    with started([*python(deaf), str(port)], url, health="/", log=log, timeout_s=120) as server:
+    with started([*python(deaf), str(port)], url, log=log, timeout_s=120) as server:
         pass
     assert server.process.returncode == -signal.SIGKILL
 
@@ -117,7 +117,7 @@ def test_a_log_that_can_not_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with (
         pytest.raises(ServingError, match=r"/file/log \(--server-logs\)"),
-        started(python("pass"), "http://127.0.0.1:1", health="/", log=tmp_path / "file" / "log", timeout_s=1),
+        started(python("pass"), "http://127.0.0.1:1", log=tmp_path / "file" / "log", timeout_s=1),
     ):
         pass
 
@@ -177,7 +177,7 @@ def test_a_signal_to_us_ends_the_server(tmp_path, number):
         # A shell's jobs in the background are born deaf to it.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
-        f"with started({words!r}, 'http://127.0.0.1:{port}', health='/health', "
+        f"with started({words!r}, 'http://127.0.0.1:{port}', "
         f"log=pathlib.Path({str(tmp_path / 'log')!r}), timeout_s=120) as server:\n"
         "    print(server.process.pid, flush=True)\n"
         "    time.sleep(600)\n"
