@@ -23,6 +23,7 @@ from dflash.compiled.programs import (
     lower_decode,
 )
 from dflash.compiled.topology import Chip
+from dflash.decoding.modes import BLOCK, GREEDY, Mode
 from dflash.host.disk import write_atomically
 from dflash.metrics import predicted_speedup
 from dflash.models.mesh import make_mesh
@@ -99,9 +100,9 @@ class Plan:
         self.networks, self._keep = networks, keep
         self._greedy: dict[tuple[int, int], Compiled | TooLarge] = {}
 
-    def _compiled(self, mode: str, setting: Setting) -> Compiled | TooLarge:
-        name = f"{mode}-n{setting.batch}-c{setting.context}"
-        name += "" if mode == "greedy" else f"-b{setting.block_size}"
+    def _compiled(self, mode: Mode, setting: Setting) -> Compiled | TooLarge:
+        name = f"{mode.name}-n{setting.batch}-c{setting.context}"
+        name += f"-b{setting.block_size}" if mode.drafts else ""
         programs = lower_decode(
             self.networks,
             mode,
@@ -118,8 +119,8 @@ class Plan:
         """One case in the form of the plan's JSON file."""
         key = (setting.batch, setting.context)
         if key not in self._greedy:
-            self._greedy[key] = self._compiled("greedy", setting)
-        greedy, block = self._greedy[key], self._compiled("cached_block_verify", setting)
+            self._greedy[key] = self._compiled(GREEDY, setting)
+        greedy, block = self._greedy[key], self._compiled(BLOCK, setting)
         programs = {} if isinstance(greedy, TooLarge) else self._of_greedy(greedy, setting)
         programs |= {} if isinstance(block, TooLarge) else self._of_block(block, setting)
         refused = [p.message for p in (greedy, block) if isinstance(p, TooLarge)]
@@ -136,7 +137,7 @@ class Plan:
     def _bytes(self, setting: Setting) -> dict[str, float]:
         n = self.networks
         assert n.draft is not None
-        return held_bytes(n.target, n.draft, decode_shape("cached_block_verify", **dataclasses.asdict(setting)))
+        return held_bytes(n.target, n.draft, decode_shape(BLOCK, **dataclasses.asdict(setting)))
 
     def _of_greedy(self, greedy: Compiled, setting: Setting) -> dict[str, Any]:
         n, chip = self.networks, self.networks.topology.chip

@@ -17,6 +17,7 @@ from dflash.compiled.movement import Move, moves
 from dflash.compiled.topology import CHIPS, Topology
 from dflash.config import ConfigError, DraftConfig, TargetConfig, check_draft
 from dflash.decoding.loop import DecodeShape, Programs, draft_head
+from dflash.decoding.modes import Mode
 from dflash.models.draft import Draft
 from dflash.models.families import build
 from dflash.models.llama import Llama
@@ -74,16 +75,16 @@ def abstract_draft(config: DraftConfig, mesh: Any, *, dtype: str) -> Draft:
     return place(nnx.eval_shape(lambda: Draft(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))), mesh)
 
 
-def decode_shape(mode: str, *, batch: int, context: int, block_size: int) -> DecodeShape:
+def decode_shape(mode: Mode, *, batch: int, context: int, block_size: int) -> DecodeShape:
     """A decode whose caches have room for `context` tokens, the last block included. Raises ConfigError."""
     new = min(NEW_TOKENS, context // 4)
-    block = 1 if mode == "greedy" else block_size
+    block = block_size if mode.drafts else 1
     if context - new - block < 1:
         raise ConfigError(
             f"a context has room for a prompt, a block of {block} and {new} new tokens; got {context}: make it larger"
         )
     return DecodeShape(
-        mode=mode, block_size=block, batch=batch, max_prompt_len=context - new - block, max_new_tokens=new
+        mode=mode.name, block_size=block, batch=batch, max_prompt_len=context - new - block, max_new_tokens=new
     )
 
 
@@ -148,10 +149,10 @@ def compile_program(lowered: Lowered) -> Compiled | TooLarge:
     )
 
 
-def lower_decode(networks: Networks, mode: str, *, batch: int, context: int, block_size: int) -> Programs:
+def lower_decode(networks: Networks, mode: Mode, *, batch: int, context: int, block_size: int) -> Programs:
     """Prefill and loop of a decode, lowered: `.prefill`, `.loop`. Raises ConfigError."""
     shape = decode_shape(mode, batch=batch, context=context, block_size=block_size)
-    return Programs(networks.target, None if mode == "greedy" else networks.draft, shape)
+    return Programs(networks.target, networks.draft if mode.drafts else None, shape)
 
 
 def device_size(array: Any) -> float:

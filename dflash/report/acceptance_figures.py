@@ -2,7 +2,7 @@
 
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from dflash.decoding.modes import BLOCK
+from dflash.decoding.modes import BLOCK, VERIFYING
 from dflash.measuring.result import Acceptance, Decode, Offline, ResultFile
 from dflash.report.plot import INK, SERIES, Plot, colour, finished, from_zero, new_figure
 
@@ -17,7 +17,9 @@ def _by_slot(run: ResultFile) -> list[tuple[str, list[float]]]:
     """Names and accept_rate_per_pos of drafts, each curve once: both modes accept the same."""
     series: dict[str, list[float]] = {}
     for info in _accepting(run):
-        name = str(info.case).removeprefix("block-").removeprefix("seq-")
+        name = info.case
+        for mode in VERIFYING:
+            name = name.removeprefix(f"{mode.short}-")
         if info.accept_rate_per_pos and info.accept_rate_per_pos not in series.values():
             series[name] = info.accept_rate_per_pos
     return list(series.items())[: len(SERIES)]

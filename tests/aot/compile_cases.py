@@ -11,6 +11,7 @@ from dflash.compiled.programs import Compiled, Networks, TooLarge, abstract_netw
 from dflash.compiled.topology import Topology, describe
 from dflash.compiled.traffic import collective_kind
 from dflash.config import DraftConfig, TargetConfig
+from dflash.decoding.modes import BLOCK, GREEDY, SEQUENTIAL
 from dflash.models.mesh import make_mesh
 from dflash.training.cache.source import FeatureReader
 from dflash.training.trainer import TrainConfig, lower_step
@@ -87,13 +88,13 @@ def lowered(case: Case) -> Any:
     sizes = {"batch": case.batch, "context": case.context, "block_size": case.block_size}
     match case.program:
         case "greedy":
-            return lower_decode(networks(case), "greedy", **sizes).loop
+            return lower_decode(networks(case), GREEDY, **sizes).loop
         case "block":
-            return lower_decode(networks(case), "cached_block_verify", **sizes).loop
+            return lower_decode(networks(case), BLOCK, **sizes).loop
         case "sequential":
-            return lower_decode(networks(case), "cached_sequential_verify", **sizes).loop
+            return lower_decode(networks(case), SEQUENTIAL, **sizes).loop
         case "prefill":
-            return lower_decode(networks(case), "cached_block_verify", **sizes).prefill
+            return lower_decode(networks(case), BLOCK, **sizes).prefill
         case "features":
             layer_ids = case.draft_config.target_layer_ids
             return FeatureReader(networks(case).target, layer_ids).lower(case.batch, case.context)
