@@ -18,6 +18,7 @@ from dflash.decoding.sampling import Sampling
 from dflash.host.device import device_facts
 from dflash.measuring.cases import Case, ChosenDraft, PromptSetting, cases, chosen_drafts, prompt_settings
 from dflash.measuring.cost_model import StepTimes, sizes_to_time
+from dflash.measuring.protocol import OURS
 from dflash.measuring.steps import time_steps
 from dflash.measuring.sweep import PromptGroups
 from dflash.models import native
@@ -109,7 +110,7 @@ def answers(target: Llama, pytestconfig: pytest.Config) -> Answers:
 
 def _make_workload(target: Llama, answers: Answers, setting: PromptSetting, options: Any) -> PromptGroups:
     count, source, length, batch = options.num_prompts, setting.prompts, setting.prompt_len, setting.batch_size
-    if count % batch and options.protocol != "zlab":
+    if count % batch and options.protocol == OURS.name:
         pytest.exit(f"--num-prompts {count} must be a multiple of --batch-size {batch}", pytest.ExitCode.USAGE_ERROR)
     stops: tuple[int, ...] = ()
     facts: dict[str, Any] = {"prompts": source, "protocol": protocol_name(options)}

@@ -19,18 +19,12 @@ from dflash.config import Count, Fraction, Index, Mass, Positive, Range, Seed, S
 from dflash.host.device import KINDS
 from dflash.host.provenance import redact
 from dflash.measuring import baselines
+from dflash.measuring.protocol import OURS, PROTOCOLS, ZLAB
 from dflash.serving.options import SERVERS
 from dflash.text.prompts import PromptSet, load_prompts
 from dflash.text.tokenizer import FIXED_DAY, Tokenizer
 
 Type = Callable[[str], Any]
-# Options that are as the protocol has them, unless they are given.
-PROTOCOLS: dict[str, dict[str, Any]] = {
-    "dflash": {"num_prompts": 8, "max_new_tokens": [64]},
-    "zlab": {"num_prompts": 128, "max_new_tokens": [2048]},
-}
-# Of a larger set z-lab takes the first of a shuffle.
-ZLAB_SEED = 42
 
 
 def _refuse(expected: str, text: str) -> argparse.ArgumentTypeError:
@@ -168,7 +162,7 @@ def all_options(root: Path) -> list[Option]:
             "day that a chat template takes for today",
         ),
         Option(
-            "--protocol", "DFLASH_PROTOCOL", "dflash", one_of(*PROTOCOLS), "|".join(PROTOCOLS),
+            "--protocol", "DFLASH_PROTOCOL", OURS.name, one_of(*PROTOCOLS), "|".join(PROTOCOLS),
             "zlab measures as z-lab's tables do: 128 prompts, up to 2048 new tokens, mean by prompt; others, if given, "
             "are measured, and named in the results",
         ),
@@ -271,8 +265,9 @@ def open_prompts(options: Any, source: str) -> PromptSet:
 
 def apply_protocol(options: Any) -> None:
     """What is not asked for is as the protocol has it."""
-    for name, value in PROTOCOLS[options.protocol].items():
-        setattr(options, name, getattr(options, name) or value)
+    protocol = PROTOCOLS[options.protocol]
+    options.num_prompts = options.num_prompts or protocol.num_prompts
+    options.max_new_tokens = options.max_new_tokens or [protocol.max_new_tokens]
 
 
 def check_lengths(options: Any) -> None:
@@ -289,18 +284,16 @@ def check_lengths(options: Any) -> None:
 
 def protocol_name(options: Any) -> str:
     """The protocol, with what was asked for instead of z-lab's own: no such figure passes for one of z-lab's."""
-    theirs = PROTOCOLS["zlab"] if options.protocol == "zlab" else {}
+    if options.protocol == OURS.name:
+        return OURS.name
+    theirs = {"num_prompts": ZLAB.num_prompts, "max_new_tokens": [ZLAB.max_new_tokens]}
     others = [f"{name} {getattr(options, name)}" for name, value in theirs.items() if getattr(options, name) != value]
-    return f"{options.protocol} with {', '.join(others)}" if others else str(options.protocol)
+    return f"{ZLAB.name} with {', '.join(others)}" if others else ZLAB.name
 
 
 def take_prompts(options: Any, source: str) -> PromptSet:
     """The prompts of a source that are measured. Raises PromptError."""
-    prompt_set = open_prompts(options, source)
-    if options.protocol != "zlab":
-        return prompt_set.take(options.num_prompts)
-    smaller = len(prompt_set.prompts) <= options.num_prompts
-    return prompt_set if smaller else prompt_set.take(options.num_prompts, seed=ZLAB_SEED)
+    return PROTOCOLS[options.protocol].take(open_prompts(options, source), options.num_prompts)
 
 
 FLAGS = {

@@ -8,6 +8,7 @@ from dflash.decoding.audit import NEAR_TIE
 from dflash.decoding.modes import BLOCK, SEQUENTIAL
 from dflash.measuring.cost_model import advice_line
 from dflash.measuring.gate import UNBELIEVED, alarm_line, own_line, remark
+from dflash.measuring.protocol import ZLAB
 from dflash.measuring.result import (
     Acceptance,
     Accepted,
@@ -272,7 +273,7 @@ def sets_section(run: Results) -> Section:
     # Token by token fewer prompts are decoded, which show equality: their mean is another.
     every = [c for c in run.decodes if c.is_own and c.proposer and c.acceptance_length_by_prompt is not None]
     own = [c for c in every if c.mode != SEQUENTIAL.name]
-    theirs = sorted({c.protocol for c in own if c.protocol and c.protocol.startswith("zlab")})
+    theirs = sorted({c.protocol for c in own if c.protocol and c.protocol.startswith(ZLAB.name)})
     if len({(c.prompts, c.draft, c.draft_vocab_size) for c in own}) < 2 and not theirs:
         return section
     header = ["prompts", "number", "draft", "case"]
@@ -295,7 +296,7 @@ def sets_section(run: Results) -> Section:
     section.tables = [Table(header=header, rows=rows)]
     section.sentences = [
         "z-lab's protocol: its published acceptance lengths are those by prompt."
-        if protocol == "zlab"
+        if protocol == ZLAB.name
         else f"The protocol is {protocol}: beside z-lab's published figures this is another measurement."
         for protocol in theirs
     ]
