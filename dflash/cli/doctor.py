@@ -26,6 +26,7 @@ from jax.sharding import AbstractMesh
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from dflash.cli.pytest_options import all_options
 from dflash.compiled.programs import abstract_draft, abstract_target, held_bytes
 from dflash.config import Checked, Computed, ConfigError, Count, DraftConfig, TargetConfig, UserError
 from dflash.decoding.loop import DecodeShape
@@ -33,6 +34,7 @@ from dflash.decoding.modes import BLOCK
 from dflash.host.device import default_dtype, looks_like_tpu_host
 from dflash.host.disk import default_cache_dir, nearest, size_text
 from dflash.host.provenance import compile_cache, flags
+from dflash.measuring.protocol import ZLAB
 from dflash.models.mesh import DP, TP
 from dflash.models.native.build import BuildError, library
 from dflash.weights.load import (
@@ -54,9 +56,10 @@ LEAST_MEMORY = 2e9
 LEAST_SPACE = 2e9
 OPEN_SECONDS = 120
 # The longest that a benchmark decodes without being asked for more, by z-lab's protocol.
-LONGEST_PROMPT, MOST_NEW_TOKENS = 512, 2048
+LONGEST_PROMPT, MOST_NEW_TOKENS = 512, ZLAB.max_new_tokens
 MOST_DEVICES = 256
 SHARED_MEMORY = Path("/dev/shm")
+OPTIONS = {option.name: option for option in all_options(Path())}
 
 _OPEN = """
 import json, jax
@@ -311,13 +314,18 @@ def target() -> Finding:
 
 
 def named_models() -> list[Finding]:
-    """The target and drafts named by the variables that the README sets for a TPU host."""
-    directory, drafts = os.environ.get("TEACHER_SNAPSHOT_DIR"), os.environ.get("DRAFT_RUN_DIR")
-    findings = [_readable("TEACHER_SNAPSHOT_DIR", directory, _target_config)] if directory else []
-    for name in (drafts or "").split(","):
+    """The target and drafts that the environment names for a benchmark."""
+    target, draft = OPTIONS["--target"].env, OPTIONS["--draft"].env
+    findings = [_readable(target, directory, _target_config)] if (directory := os.environ.get(target)) else []
+    for name in os.environ.get(draft, "").split(","):
         if name and name != UNTRAINED:
-            findings.append(_readable("DRAFT_RUN_DIR", name, find_draft))
+            findings.append(_readable(draft, name, find_draft))
     return findings
+
+
+def _meant(option: str) -> str:
+    """What a benchmark takes for an option that its command line does not name; empty where it takes none."""
+    return OPTIONS[option].unless_given or ""
 
 
 def _target_config(name: str) -> TargetConfig:
@@ -345,11 +353,10 @@ class _Models(Checked):
     @classmethod
     def meant(cls, platform: str) -> "_Models":
         """Raises ConfigError."""
-        target = os.environ.get("TEACHER_SNAPSHOT_DIR") or NAME
-        drafts = os.environ.get("DRAFT_RUN_DIR") or default_draft(target) or UNTRAINED
-        tp = os.environ.get("DFLASH_TP") or "1"
+        target, tp = _meant("--target"), _meant("--tp")
+        drafts = _meant("--draft") or default_draft(target) or UNTRAINED
         # What the types don't allow is refused by them.
-        dtype: Any = os.environ.get("DFLASH_DTYPE") or default_dtype(platform)
+        dtype: Any = _meant("--dtype") or default_dtype(platform)
         count: Any = int(tp) if tp.isdecimal() and len(tp) < 10 else tp
         return cls(target=target, drafts=tuple(drafts.split(",")), dtype=dtype, tp=count)
 

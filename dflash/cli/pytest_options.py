@@ -4,25 +4,29 @@ The root conftest.py adds them to pytest; `--help` lists them with their environ
 """
 
 import argparse
+import ast
 import dataclasses
+import inspect
+import itertools
 import os
-import sys
 import typing
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import pytest
 
+from dflash.cli.target import TargetOptions
 from dflash.cli.template import TemplateOptions
-from dflash.config import Count, Fraction, Index, Mass, Positive, Range, Seed, Share, Size, Temperature
+from dflash.config import Computed, Count, Fraction, Positive, Range, Size
+from dflash.decoding.sampling import SamplingOptions
 from dflash.host.device import KINDS
 from dflash.host.provenance import redact
 from dflash.measuring import baselines
 from dflash.measuring.protocol import OURS, PROTOCOLS, ZLAB
-from dflash.serving.options import SERVERS
-from dflash.text.prompts import PromptSet, load_prompts
-from dflash.text.tokenizer import FIXED_DAY, Tokenizer
+from dflash.serving.options import SERVERS, ServerOptions
+from dflash.text.prompts import PromptSet, PromptSource, load_prompts
+from dflash.text.tokenizer import Tokenizer
 
 Type = Callable[[str], Any]
 
@@ -104,150 +108,165 @@ class Option:
     metavar: str
     text: str
 
+    @property
+    def unless_given(self) -> str | None:
+        """What it is where the command line does not name it."""
+        return os.environ.get(self.env) or self.default
+
+
+def reader(hint: Any) -> Type:
+    """What reads a field of this type: a number in its range, one of some words, or a name."""
+    if typing.get_origin(hint) is Literal:
+        return one_of(*typing.get_args(hint))
+    return within(hint) if typing.get_origin(hint) is Annotated else name
+
+
+def texts_of(kind: type) -> dict[str, str]:
+    """What stands under each field of a dataclass of options: the help of a command."""
+    (made,) = ast.parse(inspect.getsource(kind)).body
+    assert isinstance(made, ast.ClassDef)
+    return {
+        ast.unparse(field.target): " ".join(ast.literal_eval(text.value).split())
+        for field, text in itertools.pairwise(made.body)
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
+    }
+
+
+def shared(kind: Any, field: str, metavar: str, **changed: Any) -> Option:
+    """The option that commands take as a field of this dataclass; `changed` is what is otherwise in a benchmark run."""
+    default = kind.__dataclass_fields__[field].default
+    hint = typing.get_type_hints(kind, include_extras=True)[field]
+    option = Option(
+        name=f"--{field.replace('_', '-')}",
+        env=f"DFLASH_{field.upper()}",
+        default=None if default is None else str(default),
+        type=words if default == "" else reader(hint),
+        metavar=metavar,
+        text=texts_of(kind)[field],
+    )
+    return dataclasses.replace(option, **changed)
+
 
 def all_options(root: Path) -> list[Option]:
     """Every option with a value; `root` is the folder of the project, where baselines are looked for."""
-    devices, servers = "|".join(KINDS), "|".join(SERVERS)
+    devices = "|".join(KINDS)
     return [
-        Option("--run-on", "DFLASH_RUN_ON", "tpu", one_of(*KINDS), devices, "device that tests/tpu and bench run on"),
+        Option("--run-on", "DFLASH_RUN_ON", "tpu", one_of(*KINDS), devices, "Device that tests/tpu and bench run on."),
         Option(
             "--require-device", "DFLASH_REQUIRE_DEVICE", None, one_of(*KINDS), devices,
-            "fail, instead of skipping, without this device",
+            "Fail, instead of skipping, without this device.",
         ),
-        Option(
-            "--target", "TEACHER_SNAPSHOT_DIR", "smollm2-135m", name, "DIR",
-            "target: a snapshot directory (write --target=DIR), a model of the hub, or smollm2-135m",
+        shared(
+            TargetOptions, "target", "DIR", env="TEACHER_SNAPSHOT_DIR",
+            text=f"{texts_of(TargetOptions)['target']} Write --target=DIR.",
         ),
         Option(
             "--draft", "DRAFT_RUN_DIR", None, listed(name), "DIR,DIR",
-            "drafts: a DFlashDraftModel or run directory (write --draft=DIR), smollm2-135m (a trained one in the "
+            "Drafts: a DFlashDraftModel or run directory (write --draft=DIR), smollm2-135m (a trained one in the "
             "package, and the default for the target of that name; -plain is the other), or untrained (the default for "
-            "every other)",
+            "every other).",
         ),
         Option(
             "--teacher-cache", "CACHE_DIR", None, name, "DIR",
-            "teacher cache whose held-out prompts a draft is evaluated on, offline",
+            "Teacher cache whose held-out prompts a draft is evaluated on, offline.",
         ),
-        Option("--draft-layers", "DFLASH_DRAFT_LAYERS", "2", integer(1), "N", "layers of the untrained draft"),
+        Option("--draft-layers", "DFLASH_DRAFT_LAYERS", "2", integer(1), "N", "Layers of the untrained draft."),
         Option(
             "--draft-vocab-size", "DFLASH_DRAFT_VOCAB_SIZE", None, listed(draft_vocab), "N,all",
-            "tokens that a draft proposes, or all; by default those that it was trained with",
+            "Tokens that a draft proposes, or all; by default those that it was trained with.",
         ),
-        Option(
-            "--dtype", "DFLASH_DTYPE", None, one_of("float32", "bfloat16"), "float32|bfloat16",
-            "dtype of computation; by default bfloat16 on an accelerator and float32 on a CPU",
+        shared(TargetOptions, "dtype", "|".join(typing.get_args(Computed)), type=reader(Computed)),
+        shared(TargetOptions, "tp", "N", type=integer(1)),
+        shared(TargetOptions, "dp", "N", type=integer(1)),
+        shared(
+            PromptSource, "source", "SOURCE,SOURCE", name="--prompts", env="DFLASH_PROMPTS", type=listed(name),
+            text=f"Prompt sets, or random tokens (random): {texts_of(PromptSource)['source']}",
         ),
-        Option("--tp", "DFLASH_TP", "1", integer(1), "N", "devices that the networks are split over"),
-        Option(
-            "--dp", "DFLASH_DP", "1", integer(1), "N", "devices, times --tp, that the rows of a batch are split over"
-        ),
-        Option(
-            "--prompts", "DFLASH_PROMPTS", "builtin", listed(name), "SOURCE,SOURCE",
-            "prompt sets: builtin[:category], one by name (gsm8k, mt-bench ...), FILE.jsonl, hf:NAME, or random",
-        ),
-        Option(
-            "--data-dir", "DFLASH_DATA_DIR", None, name, "DIR",
-            "directory of named sets: gsm8k.jsonl, .json or .parquet, as they are published",
-        ),
-        Option(
-            "--prompt-template", "DFLASH_PROMPT_TEMPLATE", "", words, "TEXT",
-            "what to ask about a row of hf:NAME: '{question} Explain.'",
-        ),
-        Option(
-            "--chat-template-arg", "DFLASH_CHAT_TEMPLATE_ARG", "", words, "WORDS",
-            "variables of the chat template: 'enable_thinking=false reasoning_effort=low'",
-        ),
-        Option(
-            "--template-date", "DFLASH_TEMPLATE_DATE", FIXED_DAY, name, "YYYY-MM-DD",
-            "day that a chat template takes for today",
-        ),
+        shared(PromptSource, "data_dir", "DIR", default=None, type=name),
+        shared(PromptSource, "prompt_template", "TEXT"),
+        shared(TemplateOptions, "chat_template_arg", "WORDS", default="", type=words),
+        shared(TemplateOptions, "template_date", "YYYY-MM-DD"),
         Option(
             "--protocol", "DFLASH_PROTOCOL", OURS.name, one_of(*PROTOCOLS), "|".join(PROTOCOLS),
-            "zlab measures as z-lab's tables do: 128 prompts, up to 2048 new tokens, mean by prompt; others, if given, "
-            "are measured, and named in the results",
+            f"zlab measures as z-lab's tables do: {ZLAB.num_prompts} prompts, up to {ZLAB.max_new_tokens} new tokens, "
+            "mean by prompt; others, if given, are measured, and named in the results.",
         ),
-        Option("--num-prompts", "DFLASH_NUM_PROMPTS", None, integer(1), "N", "prompts of a round; by default 8"),
+        Option(
+            "--num-prompts", "DFLASH_NUM_PROMPTS", None, integer(1), "N",
+            f"Prompts of a round; by default {OURS.num_prompts}.",
+        ),
         Option(
             "--category-prompts", "DFLASH_CATEGORY_PROMPTS", "2", integer(1), "N",
-            "prompts of each category whose acceptance is measured, if it has that many",
+            "Prompts of each category whose acceptance is measured, if it has that many.",
         ),
         Option(
             "--prompt-len", "DFLASH_PROMPT_LEN", "0", listed(integer(0)), "N,N",
-            "exact lengths in tokens, of prompts made of builtin text or random tokens; 0 leaves prompts as they are",
+            "Exact lengths in tokens, of prompts made of builtin text or random tokens; 0 leaves prompts as they are.",
         ),
-        Option("--batch-size", "DFLASH_BATCH_SIZE", "1", listed(integer(1)), "N,N", "prompts decoded together"),
-        Option("--block-sizes", "BLOCK_SIZES", "8", listed(integer(2)), "N,N", "block sizes, the anchor included"),
+        Option("--batch-size", "DFLASH_BATCH_SIZE", "1", listed(integer(1)), "N,N", "Prompts decoded together."),
+        Option("--block-sizes", "BLOCK_SIZES", "8", listed(integer(2)), "N,N", "Block sizes, the anchor included."),
         Option(
-            "--max-new-tokens", "MAX_NEW_TOKENS_LIST", None, listed(integer(1)), "N,N", "token budgets; by default 64"
+            "--max-new-tokens", "MAX_NEW_TOKENS_LIST", None, listed(integer(1)), "N,N",
+            f"Token budgets; by default {OURS.max_new_tokens}.",
         ),
-        Option(
-            "--temperature", "DFLASH_TEMPERATURE", "0", within(Temperature), "T",
-            "above 0, tokens are drawn, the same by both decoders; 0 is greedy",
-        ),
-        Option("--top-k", "DFLASH_TOP_K", "0", within(Index), "N", "draw from the likeliest N tokens; 0 from all"),
-        Option(
-            "--top-p", "DFLASH_TOP_P", "1", within(Mass), "P",
-            "draw from the likeliest tokens that reach this probability together",
-        ),
-        Option(
-            "--min-p", "DFLASH_MIN_P", "0", within(Share), "P",
-            "draw from tokens at least this fraction as likely as the likeliest",
-        ),
-        Option("--seed", "DFLASH_SEED", "0", within(Seed), "N", "seed of the draws"),
+        shared(SamplingOptions, "temperature", "T"),
+        shared(SamplingOptions, "top_k", "N"),
+        shared(SamplingOptions, "top_p", "P"),
+        shared(SamplingOptions, "min_p", "P"),
+        shared(SamplingOptions, "seed", "N"),
         Option(
             "--rounds", "DFLASH_ROUNDS", "5", integer(1), "N",
-            "minimum timed rounds of each case; fewer than 3 give no interval",
+            "Minimum timed rounds of each case; fewer than 3 give no interval.",
         ),
         Option(
             "--precision", "DFLASH_PRECISION", "0.05", FRACTION, "X",
-            "add rounds until the interval is narrower than this fraction of the speed-up",
+            "Add rounds until the interval is narrower than this fraction of the speed-up.",
         ),
         Option(
             "--time-limit", "DFLASH_TIME_LIMIT", "10", SECONDS, "S",
-            "seconds that added rounds of a case may take; 0 adds none",
+            "Seconds that added rounds of a case may take; 0 adds none.",
         ),
         Option(
             "--repeat", "DFLASH_REPEAT", "1", integer(1), "N",
-            "measure decoding cases in N processes, one after the other: what changes between runs is kept with them",
+            "Measure decoding cases in N processes, one after the other: what changes between runs is kept with them.",
         ),
         Option(
             "--also-run-baseline", "ALSO_RUN_BASELINE", "1", one_of("0", "1", "false", "true"), "0|1",
-            "0 leaves greedy out: no speed-up, no proof",
+            "0 leaves greedy out: no speed-up, no proof.",
         ),
         Option(
             "--report", "DFLASH_REPORT", None, name, "DIR",
-            "write report.html and report.md into this directory; the runs kept there are its history",
+            "Write report.html and report.md into this directory; the runs kept there are its history.",
         ),
-        Option("--server", "DFLASH_SERVER", None, one_of(*SERVERS), servers,
-            "measure this kind of server too; openai is one of unknown kind at --base-url"),
-        Option(
-            "--server-python", "DFLASH_SERVER_PYTHON", sys.executable, name, "FILE",
-            "Python interpreter that has the server",
+        shared(
+            ServerOptions, "server", "|".join(SERVERS), default=None,
+            text=f"Measure a server too. {texts_of(ServerOptions)['server']}",
         ),
-        Option("--server-args", "DFLASH_SERVER_ARGS", "", words, "WORDS", "words added to the server's command line"),
-        Option("--draft-server-args", "DFLASH_DRAFT_SERVER_ARGS", "", words, "WORDS", "more of them, with the draft"),
-        Option("--base-url", "DFLASH_BASE_URL", "", words, "URL", "a server that runs already"),
-        Option("--draft-base-url", "DFLASH_DRAFT_BASE_URL", "", words, "URL", "the same, with the draft"),
-        Option("--served-model", "DFLASH_SERVED_MODEL", "", words, "NAME", "model name in requests, if it differs"),
-        Option("--ready-timeout", "DFLASH_READY_TIMEOUT", "900", SECONDS, "S", "seconds until a server must be ready"),
-        Option("--server-logs", "DFLASH_SERVER_LOGS", "server-logs", name, "DIR", "directory of the servers' logs"),
-        Option("--run-name", "RUN_NAME", None, name, "NAME", "name kept in the results"),
-        Option("--min-speedup", "DFLASH_MIN_SPEEDUP", None, FLOOR, "X", "fail a draft's block cases under this"),
+        shared(ServerOptions, "server_python", "FILE"),
+        shared(ServerOptions, "server_args", "WORDS"),
+        shared(ServerOptions, "draft_server_args", "WORDS"),
+        shared(ServerOptions, "base_url", "URL"),
+        shared(ServerOptions, "draft_base_url", "URL"),
+        shared(ServerOptions, "served_model", "NAME"),
+        shared(ServerOptions, "ready_timeout", "S", type=SECONDS),
+        shared(ServerOptions, "server_logs", "DIR"),
+        Option("--run-name", "RUN_NAME", None, name, "NAME", "Name kept in the results."),
+        Option("--min-speedup", "DFLASH_MIN_SPEEDUP", None, FLOOR, "X", "Fail a draft's block cases under this."),
         Option(
             "--min-acceptance-length", "DFLASH_MIN_ACCEPTANCE_LENGTH", None, FLOOR, "X",
-            "fail a draft's cases under this",
+            "Fail a draft's cases under this.",
         ),
         Option(
             "--min-predicted-share", "DFLASH_MIN_PREDICTED_SHARE", None, FRACTION, "X",
-            "fail scripted block cases under this fraction of the speed-up that their steps predict",
+            "Fail scripted block cases under this fraction of the speed-up that their steps predict.",
         ),
         Option(
             "--baselines", "DFLASH_BASELINES", str(root / "bench" / "baselines"), name, "DIR",
-            "directory of baselines, a file per device kind, that cases are held to",
+            "Directory of baselines, a file per device kind, that cases are held to.",
         ),
         Option(
             "--tolerance", "DFLASH_TOLERANCE", str(baselines.TOLERANCE), FRACTION, "X",
-            "minimum fraction that --update-baselines puts between a figure and its floor",
+            "Minimum fraction that --update-baselines puts between a figure and its floor.",
         ),
     ]  # fmt: skip
 
@@ -297,12 +316,12 @@ def take_prompts(options: Any, source: str) -> PromptSet:
 
 
 FLAGS = {
-    "--raw": "prompts are plain text to be continued, without a chat template, as for a base model",
-    "--aot-grid": "tests/aot: compile every program for every topology, not only those that say most",
-    "--offline": "decode a server's prompts here too, and fail where it accepts more or less than that",
-    "--resume": "take over the cases that an earlier run with the same --benchmark-json or --report measured already",
-    "--update-baselines": "write this run's cases as baselines instead",
-    "--require-baseline": "fail unless every case has a baseline and passes it",
+    "--raw": texts_of(PromptSource)["raw"],
+    "--aot-grid": "tests/aot: compile every program for every topology, not only those that say most.",
+    "--offline": texts_of(ServerOptions)["offline"],
+    "--resume": "Take over the cases that an earlier run with the same --benchmark-json or --report measured already.",
+    "--update-baselines": "Write this run's cases as baselines instead.",
+    "--require-baseline": "Fail unless every case has a baseline and passes it.",
 }
 
 
@@ -310,7 +329,7 @@ def add_options(parser: pytest.Parser, root: Path) -> None:
     """Adds every option of ours to pytest; `root` as for `all_options`."""
     group = parser.getgroup("dflash", "DFlash decoding and its measurement")
     for option in all_options(root):
-        value = os.environ.get(option.env) or option.default
+        value = option.unless_given
         shown = " ".join(redact((value or "").split(" ")))
         group.addoption(
             option.name,

@@ -1,5 +1,6 @@
 """Options of pytest: their defaults, what the environment and the command line make of them, what is refused."""
 
+import dataclasses
 import random
 from pathlib import Path
 
@@ -12,7 +13,9 @@ from dflash.cli.pytest_options import (
     check_lengths,
     protocol_name,
     take_prompts,
+    texts_of,
 )
+from dflash.decoding.sampling import SamplingOptions
 from dflash.measuring.cases import cases, drafts
 
 
@@ -116,6 +119,15 @@ def test_what_is_asked_for_beside_the_protocol_is_measured_and_recorded(parse, a
     assert (options.num_prompts, options.max_new_tokens) == measured
     assert protocol_name(options) == recorded
     assert protocol_name(parse(*arguments, "--protocol=dflash", **env)) == "dflash"
+
+
+def test_an_option_of_the_commands_too_has_their_default_and_their_words():
+    options = {option.name: option for option in all_options(Path("root"))}
+    told = texts_of(SamplingOptions)
+    assert told["seed"] == "Seed of the draws."
+    for field in dataclasses.fields(SamplingOptions):
+        option = options[f"--{field.name.replace('_', '-')}"]
+        assert (option.type(option.default), option.text) == (field.default, told[field.name])
 
 
 NUMBERS = [option.name for option in all_options(Path("root")) if option.metavar in ("N", "N,N", "X", "S")]
