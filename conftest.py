@@ -129,7 +129,7 @@ def _check_results_file(config: pytest.Config) -> None:
 
 
 def _claim_results_file(config: pytest.Config, json_file: Path) -> None:
-    """Keeps other runs from the file, its journal and its report until this one ends: the last would be all there is.
+    """Keeps other runs from the file, its journal and its report while it runs: the last would overwrite the others.
 
     Raises UsageError where another run has it.
     """
@@ -147,7 +147,7 @@ def _claim_results_file(config: pytest.Config, json_file: Path) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
-    """What the file says of where it comes from; and null for NaN, which is no JSON."""
+    """Adds where the file comes from, and writes null for NaN, which is not JSON."""
     results, command = config.stash[RESULTS], ["pytest", *config.invocation_params.args]
     benchmarks = [*output_json["benchmarks"], *({"extra_info": to_json(case)} for case in results.failed)]
     origin = provenance(benchmarks, list(map(str, command)), config.stash[COMPILE_CACHE])
@@ -236,7 +236,7 @@ def _with_spreads(config: pytest.Config) -> None:
     results = config.stash[RESULTS]
     held = None
     if results.decodes:
-        with contextlib.suppress(baselines.BaselineError):  # told where they are held to them
+        with contextlib.suppress(baselines.BaselineError):  # reported when the cases are compared
             held = baselines.read_baselines(Path(config.option.baselines), str(results.decodes[0].device_kind))
     runs = config.stash.get(REPEATS, [])
     results.measured = [

@@ -31,7 +31,7 @@ def fault_list(faults: Sequence[str]) -> str:
         kinds: dict[str, list[list[str]]] = {}
         for same in alike.values():
             kinds.setdefault(same[0].split()[0], []).append(same)
-        # In turns: of each kind (missing, unexpected) something is listed.
+        # Round-robin, so that every kind (missing, unexpected) is listed.
         groups = [same for turn in itertools.zip_longest(*kinds.values()) for same in turn if same]
         faults = [same[0] if len(same) == 1 else f"{same[0]} and {len(same) - 1} like it" for same in groups]
         rest = sum(map(len, groups[_MOST_FAULTS:]))
@@ -39,7 +39,7 @@ def fault_list(faults: Sequence[str]) -> str:
     return "; ".join(faults)
 
 
-# More steps, tokens or rows than this are a slip of the pen.
+# More steps, tokens or rows than this can only be a typo.
 MOST = 10**9
 
 

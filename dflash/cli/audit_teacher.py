@@ -36,7 +36,7 @@ class AuditTeacher(TargetOptions):
 
 def audit_teacher_command(args: Annotated[AuditTeacher, tyro.conf.arg(name="")]) -> None:
     """Audit EasyDeL's forward as a teacher against ours; exit code 1 where the corrected one is still another model."""
-    load()  # before a large target is read in vain
+    load()  # fail before reading a large target
     device, target = args.open()
     longest = max((w for w in target.config.windows if w), default=0)
     length = args.num_tokens or min(max(64, 3 * longest), _LONGEST)

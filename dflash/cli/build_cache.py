@@ -47,7 +47,7 @@ class BuildCache(TargetOptions):
 def build_cache(args: Annotated[BuildCache, tyro.conf.arg(name="")]) -> None:
     """Let the target write and answer prompts, and store its hidden states of every token."""
     if args.teacher == "easydel":
-        load()  # before a large target is read for nothing
+        load()  # fail before reading a large target
     _, target = args.open()
     directory = target_directory(args.target)
     source = CacheSource(

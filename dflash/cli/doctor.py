@@ -324,7 +324,7 @@ def named_models() -> list[Finding]:
 
 
 def _meant(option: str) -> str:
-    """What a benchmark takes for an option that its command line does not name; empty where it takes none."""
+    """What a benchmark takes for an option that its command line does not give; empty for none."""
     return OPTIONS[option].unless_given or ""
 
 

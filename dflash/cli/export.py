@@ -61,7 +61,7 @@ def _without_directories(value: Any) -> Any:
 def _record_of(draft: Any, sha256: Any) -> dict[str, Any] | None:
     """The record of the draft that a run started from: a run, or a directory with a record.
 
-    None if it is not there any more, or another one is there now. Nothing is fetched.
+    None if that is gone or has been replaced. Nothing is fetched.
     """
     if not isinstance(draft, str) or not (draft in SHIPPED_DRAFTS or Path(draft).is_dir()):
         return None
@@ -74,7 +74,7 @@ def _record_of(draft: Any, sha256: Any) -> dict[str, Any] | None:
     if run is not None:
         return training_record(run)
     kept = draft_directory(draft) / "training.json"
-    return read_object(kept, WeightsError, "export that draft anew") if kept.is_file() else None
+    return read_object(kept, WeightsError, "export that draft again") if kept.is_file() else None
 
 
 def training_record(run: Path) -> dict[str, Any]:

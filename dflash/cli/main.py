@@ -29,10 +29,10 @@ from dflash.measuring.turns import is_out_of_memory, sentence_of
 
 
 class UsageError(UserError, ValueError):
-    """A command line that names no command: what is wrong with it."""
+    """A command line that can't be read: what is wrong with it."""
 
 
-# What a machine may do to any file that is written or read, and what helps.
+# What may go wrong with any file that is written or read, and what helps.
 _MORE_ROOM = "make room, then run the same command again"
 _OTHER_PLACE = "name a place that may be written to"
 _REMEDIES = {
@@ -105,11 +105,11 @@ def _sentence(box: str) -> str:
     """What tyro's box says, without its frame and the help under it."""
     parts: list[list[str]] = [[]]
     for row in (line.strip("│ ") for line in box.splitlines()[1:-1]):
-        if row.startswith(("──", "---")):  # the second where a terminal knows ASCII alone
+        if row.startswith(("──", "---")):  # the second on an ASCII terminal
             parts.append([])
         else:
             parts[-1].append(row.strip())
-    # Of several types each would say why the value is not its own.
+    # For a union tyro adds the error of every member.
     texts = [" ".join(part).partition("Got errors:")[0].strip() for part in parts]
     return "; ".join(text for text in texts if text and not text.startswith(("Argument help", "For full help")))
 
@@ -117,7 +117,7 @@ def _sentence(box: str) -> str:
 def main() -> int:
     """Exit code 0; 1 for an audit's defect or a host that needs fixing; 2, with one sentence, for a user's mistake."""
     for stream in (sys.stdout, sys.stderr):
-        # A terminal that can't show a character, as one that is said to be ASCII, must not end a command.
+        # A character that the terminal can't show must not end a command.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
@@ -126,7 +126,7 @@ def main() -> int:
     except UserError as error:
         return _refuse(str(error))
     except BrokenPipeError:
-        # Whoever read our output wants no more; Python would say so when it ends.
+        # The reader of our output has closed it; Python would complain about that at its exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (MemoryError, RuntimeError) as error:

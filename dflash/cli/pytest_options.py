@@ -36,7 +36,7 @@ def _refuse(expected: str, text: str) -> argparse.ArgumentTypeError:
 
 
 def within(kind: Any, expected: str = "") -> Type:
-    """A number of a type of `dflash.config`, such as Share; `expected` says what it is in other words than its rule."""
+    """A number of a type of `dflash.config`, such as Share; `expected` replaces its rule in the error message."""
     read_number, allowed = typing.get_args(kind)
     words = "an integer" if read_number is int else "a number"
 
@@ -110,7 +110,7 @@ class Option:
 
     @property
     def unless_given(self) -> str | None:
-        """What it is where the command line does not name it."""
+        """Its value where the command line gives none: the environment's, else the default."""
         return os.environ.get(self.env) or self.default
 
 
@@ -122,7 +122,7 @@ def reader(hint: Any) -> Type:
 
 
 def texts_of(kind: type) -> dict[str, str]:
-    """What stands under each field of a dataclass of options: the help of a command."""
+    """The text under each field of a dataclass of options, which is the help of a command."""
     (made,) = ast.parse(inspect.getsource(kind)).body
     assert isinstance(made, ast.ClassDef)
     return {
@@ -133,7 +133,7 @@ def texts_of(kind: type) -> dict[str, str]:
 
 
 def shared(kind: Any, field: str, metavar: str, **changed: Any) -> Option:
-    """The option that commands take as a field of this dataclass; `changed` is what is otherwise in a benchmark run."""
+    """The option that commands take as a field of this dataclass; `changed` is what differs in a benchmark run."""
     default = kind.__dataclass_fields__[field].default
     hint = typing.get_type_hints(kind, include_extras=True)[field]
     option = Option(
@@ -283,14 +283,14 @@ def open_prompts(options: Any, source: str) -> PromptSet:
 
 
 def apply_protocol(options: Any) -> None:
-    """What is not asked for is as the protocol has it."""
+    """Fills in from the protocol what was not asked for."""
     protocol = PROTOCOLS[options.protocol]
     options.num_prompts = options.num_prompts or protocol.num_prompts
     options.max_new_tokens = options.max_new_tokens or [protocol.max_new_tokens]
 
 
 def check_lengths(options: Any) -> None:
-    """Raises UsageError for exact lengths of prompts that are not cut to any: figures would bear another's name."""
+    """Raises UsageError for --prompt-len with prompts that can't be cut: they would not have the length they claim."""
     if not any(options.prompt_len):
         return
     others = [source for source in options.prompts if source not in ("builtin", "random")]
@@ -302,7 +302,7 @@ def check_lengths(options: Any) -> None:
 
 
 def protocol_name(options: Any) -> str:
-    """The protocol, with what was asked for instead of z-lab's own: no such figure passes for one of z-lab's."""
+    """The protocol, with every deviation from z-lab's own, so that no other figure passes for one of theirs."""
     if options.protocol == OURS.name:
         return OURS.name
     theirs = {"num_prompts": ZLAB.num_prompts, "max_new_tokens": [ZLAB.max_new_tokens]}

@@ -170,7 +170,7 @@ def _start(args: Train, borrowed: Borrowed, cache: SequenceCache | WindowCache) 
 def train(args: Annotated[Train, tyro.conf.arg(name="")]) -> None:
     """Train a draft on a teacher cache, without running the target. Start it again to resume."""
     if args.trainer == "easydel":
-        load("easydel.trainers")  # before a large target is hashed in vain
+        load("easydel.trainers")  # fail before hashing a large target
     device, compiled, config = open_default_device(), compile_cache(), args.training
     args = dataclasses.replace(args, target=args.target or recorded_target(args.cache_dir))
     cache, borrowed, target_hash = open_with_target(args.cache_dir, args.target)

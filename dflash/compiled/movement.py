@@ -1,4 +1,4 @@
-"""Which of a program's inputs are moved about: copied, converted, laid out anew, or gathered from other devices.
+"""Which of a program's inputs are copied, converted, re-laid out or gathered from other devices.
 
 A value that data movement alone made of an entry parameter (a weight, a cache) has that parameter as its origin.
 """

@@ -54,7 +54,7 @@ class DecodeResult:
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """Figures by the names in `dflash.metrics`. Recompute has no times: what it spends is no decoder's."""
+        """Figures by the names in `dflash.metrics`. Recompute has no times: it is for checking, not for speed."""
         timed = MODES[self.mode].cached
         return metrics.acceptance(self.accept_lens, self.block_size) | {
             "num_output_tokens": metrics.output_tokens(self.produced),
@@ -106,7 +106,7 @@ def _integer(value: Any) -> int | None:
 
 
 def _items(values: Any) -> list[Any] | None:
-    """What an array, a list or a generator holds; None for text, bytes, an object by keys, and what holds nothing."""
+    """What an array, a list or a generator holds; None for text, bytes, mappings and non-iterables."""
     if isinstance(values, str | bytes | bytearray | Mapping):
         return None
     try:
@@ -198,7 +198,7 @@ def _token_ids(prompts: Iterable[Prompt], tokenizer: Codec | None) -> list[Any]:
 
 
 def _check_loaded(target: Any, draft: Any, tokenizer: Any) -> None:
-    """Refuses what is not loaded, such as a name, an easy slip."""
+    """Refuses what is not loaded, such as a name: an easy mistake."""
     proposer = draft.draft if isinstance(draft, ScriptedDraft) else draft
     for what, given, good, call in (
         ("target", target, isinstance(target, Llama), "load_target({})"),
@@ -347,7 +347,7 @@ def build_decoder(target: Llama, request: Request) -> Decoder:
         mode=request.mode,
         block_size=request.block_size,
         batch=len(request.prompts),
-        # In steps, so that a few tokens more need no other program.
+        # Rounded up, so that a few more tokens need no other program.
         max_prompt_len=round_up(max(map(len, request.prompts)), 32),
         max_new_tokens=round_up(max(request.budgets), 64),
         sampling=request.sampling,

@@ -45,7 +45,7 @@ def _refusal(kind: str, error: RuntimeError) -> DeviceError:
 
 
 def check_width() -> None:
-    """Raises DeviceError where jax computes in 64 bits: no program here is written for it, and no figure is of it."""
+    """Raises DeviceError where jax computes in 64 bits: no program supports it, and no figure was measured with it."""
     config: Any = jax.config  # type checkers do not know jax's flags
     if config.jax_enable_x64:
         raise DeviceError("every program here computes in 32 bits or fewer, and jax is set to 64: unset JAX_ENABLE_X64")

@@ -53,7 +53,7 @@ def _beside(path: Path) -> Path:
 
 
 def is_device(path: Path) -> bool:
-    """Whether a path is there, and no file or directory: /dev/stdout, a pipe. It is written, never replaced."""
+    """Whether a path exists and is neither file nor directory (/dev/stdout, a pipe): written to, never replaced."""
     return path.exists() and not path.is_file() and not path.is_dir()
 
 

@@ -25,7 +25,7 @@ def reachable() -> bool:
         import httpx
         from huggingface_hub import constants
 
-        # Also what the environment says of proxies and certificates may be unusable, in many ways.
+        # Proxy and certificate settings in the environment may be broken too, in many ways.
         with contextlib.suppress(Exception):
             answered.append(httpx.head(constants.ENDPOINT, timeout=REACH_S))
 

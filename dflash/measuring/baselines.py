@@ -241,7 +241,7 @@ def _between_margin(deviation: float, runs: int) -> float:
 
 
 def with_held_spread(case: Decode, baselines: Mapping[str, Any] | None) -> Decode:
-    """The case with what its baseline knows of the change between runs, unless it has its own."""
+    """The case with the between-run spread stored in its baseline, unless it has its own."""
     held = (baselines or {}).get(case.case, {})
     known = held.get("speedup_x", {})
     if case.between_runs is not None or "between_runs" not in known or held.get("workload") != workload(case):
@@ -329,7 +329,7 @@ def close_run(
     tolerance: float = TOLERANCE,
 ) -> Gate:
     """Holds a run's cases to the baselines of its device, or writes them."""
-    # What a server of unknown device reached says nothing of another.
+    # The device of a server is unknown, so its figures are no baseline for another run.
     cases = [case for case in cases if not isinstance(case, Served)]
     if not cases:
         flag = "--update-baselines" if update else "--require-baseline"

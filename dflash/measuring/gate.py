@@ -8,7 +8,7 @@ from dflash.measuring.cost_model import EXPLAINED_WITHIN, is_explained
 from dflash.measuring.interval import LEAST_ROUNDS
 from dflash.measuring.result import Decode, Served, Status
 
-# Nothing of a speed-up of such a case is to be believed.
+# The speed-up of such a case must not be believed.
 UNBELIEVED = ("invalid", "too-noisy", "slow-baseline")
 # A share of proposed tokens; of a draft that is served wrongly hardly more is accepted.
 HARDLY_ACCEPTED = 0.05
@@ -113,7 +113,7 @@ def remark(case: Decode) -> str | None:
 
 
 def _should_gain(case: Decode) -> bool:
-    """Whether a speed-up is what the case is there for: not one that verifies token by token, nor a script."""
+    """Whether the case exists to show a speed-up: it is not scripted, and does not verify token by token."""
     mode = MODES.get(case.mode)
     return case.is_own and (mode is None or mode.whole)
 

@@ -15,7 +15,7 @@ from statistics import stdev
 
 from dflash.measuring.result import Decode, ResultError, read_file
 
-# Words of a run that would change what is kept of it, or make no sense for a part of it.
+# Options that must not be passed on to a repeated run.
 _WITHOUT = ("--update-baselines", "--require-baseline", "--resume")
 # The last of an option counts.
 _INSTEAD = ("--repeat=1", "-q")
@@ -47,7 +47,7 @@ def again(words: Sequence[str], paths: Sequence[str], tests: Sequence[str], time
 
 
 def with_spread(case: Decode, runs: Sequence[dict[str, float]]) -> Decode:
-    """The case with what changed between its runs, itself among them; as it is where it is alone."""
+    """The case with the spread between its runs, itself included; unchanged if there is only one."""
     figures = [case.speedup_x, *(run.get(case.case) for run in runs)]
     speedups = [x for x in figures if x is not None]
     if len(speedups) < 2:

@@ -2,7 +2,7 @@
 
 Producers build these, and `to_json` makes the `extra_info` of pytest-benchmark's file of them; readers get them back
 from `read_file`, which refuses what is not as the records say. The JSON schema of the file is made of them too
-(`python -m dflash.measuring.result`). Names and formulas are in dflash/metrics.py. None: there is no such figure.
+(`python -m dflash.measuring.result`). Names and formulas are in dflash/metrics.py. None means not measured.
 """
 
 import dataclasses

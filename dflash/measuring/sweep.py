@@ -82,7 +82,7 @@ class Sweep:
             group = [c for c in self.cases if c.workload == case.workload]
             for one in group:
                 if record := self.journal.find(self._identify(one)[1]):
-                    assert isinstance(record.info, Decode)  # a case that failed is not found, but tried again
+                    assert isinstance(record.info, Decode)  # a failed case is not found, so it is tried again
                     self._known[one.id] = Outcome(dataclasses.replace(record.info, resumed=True), record.seconds)
             self._measure([c for c in group if c.id not in self._known])
         return self._known[case.id]

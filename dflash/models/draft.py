@@ -202,8 +202,8 @@ class Draft(nnx.Module):
     def block(self, x: Array, cache: KVCache) -> tuple[Array, KVCache]:
         """Embedded block [H, B*T] (anchor and masks) over the committed context -> hidden after the norm [H, B*T].
 
-        The block's own keys are written beyond the committed ones and never committed. The cache with them comes back:
-        who goes on with it, and not with the one before, needs no copy.
+        The block's own keys are written beyond the committed ones and never committed. Returns the cache that
+        holds them; continuing with it avoids a copy.
         """
         T = x.shape[1] // cache.lengths.shape[0]
         rope = self._rope(cache.positions(T))

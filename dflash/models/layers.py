@@ -169,7 +169,7 @@ def rope_tables(rope: RopeConfig, head_dim: int, positions: Array) -> tuple[Arra
     cos, sin = jnp.cos(angles) * factor, jnp.sin(angles) * factor
     if not native.takes(positions.size, cos):
         return cos, sin
-    # Without a word, a CPU computes them anew for every head of every layer: 4% of a step of 16 tokens.
+    # Otherwise XLA on a CPU recomputes them for every head of every layer: 4% of a step of 16 tokens.
     kept = native.on_cpu(native.kept, lambda x: x)
     return kept(cos), kept(sin)
 

@@ -91,7 +91,7 @@ def _legend(figure: Figure, axes: Axes) -> None:
 
 
 def _to_svg(figure: Figure, name: str, label: str) -> str:
-    """The figure's SVG element. `name` keeps its ids apart from other figures', `label` is read out by a reader."""
+    """The figure's SVG element. `name` keeps its ids apart from other figures', `label` is for screen readers."""
     text = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": name}):
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})

@@ -270,7 +270,7 @@ def speedup_section(run: Results) -> Section:
 def sets_section(run: Results) -> Section:
     """Prompt sets by drafts, as papers have them: both means of the acceptance length, and the speed-up."""
     section = Section(key="sets", title="By prompt set")
-    # Token by token fewer prompts are decoded, which show equality: their mean is another.
+    # Token-by-token cases decode fewer prompts, to show equality, so their mean differs.
     every = [c for c in run.decodes if c.is_own and c.proposer and c.acceptance_length_by_prompt is not None]
     own = [c for c in every if c.mode != SEQUENTIAL.name]
     theirs = sorted({c.protocol for c in own if c.protocol and c.protocol.startswith(ZLAB.name)})

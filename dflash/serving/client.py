@@ -100,7 +100,7 @@ class Client(abc.ABC):
 
     def __init__(self, connection: Connection, *, model: str, tokenizer: Tokenizer, sampling: Sampling = GREEDILY):
         self.connection, self.model, self.tokenizer = connection, model, tokenizer
-        # A filter that leaves all is not asked for: not every server knows every one.
+        # A filter that excludes nothing is left out: not every server knows every filter.
         facts, neutral = sampling.facts or {"temperature": 0}, GREEDILY
         self._sampling = {n: v for n, v in facts.items() if n in ("temperature", "seed") or v != getattr(neutral, n)}
 
@@ -223,7 +223,7 @@ class SglangClient(Client):
     """SGLang's own API, which has no name of a model."""
 
     def request(self, prompt: Sequence[int], max_new_tokens: int) -> tuple[str, dict[str, Any]]:
-        # Its name for a seed is another.
+        # It has another name for the seed.
         sampling = {"sampling_seed" if n == "seed" else n: v for n, v in self._sampling.items()}
         sampling |= {"max_new_tokens": max_new_tokens}
         return "/generate", {"input_ids": list(prompt), "sampling_params": sampling, "stream": True}

@@ -130,7 +130,7 @@ def _other_layers(step: int, draft: Draft) -> Draft | None:
 
 
 def _all_layers(name: str, value: Any, draft: Draft) -> Draft | None:
-    """A setting of every layer; None where it is that already."""
+    """Changes a setting in every layer; None where it has that value already."""
     values = (value,) * draft.config.num_layers
     return None if getattr(draft.config, name) == values else _as(Draft, draft, {name: values})
 

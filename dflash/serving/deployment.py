@@ -24,8 +24,8 @@ from dflash.weights.snapshot import holds_weights, read_json, snapshot_hash
 class Deployment:
     """What is measured; `no_draft` says why nothing is drafted.
 
-    `launch` is None where nothing is started here, `draft` where none is known, `target_sha256` where the weights of
-    what is served are elsewhere.
+    `launch` is None where nothing is started here, `draft` where none is known, `target_sha256` when the served
+    weights are not on this machine.
     """
 
     options: ServerOptions

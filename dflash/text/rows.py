@@ -93,7 +93,7 @@ def prompt_of(row: Any, own_id: str, category: str) -> Prompt:
     if len(shapes) != 1:
         raise PromptError(f"an object with one of {', '.join(_SHAPES)} or text is wanted; got {row!r:.60}")
     (shape,) = shapes
-    # In a table what a row has not is null.
+    # A table has null for what a row lacks.
     given, kind = (
         row[key] if row.get(key) is not None else own for key, own in (("id", own_id), ("category", category))
     )

@@ -32,7 +32,7 @@ _PROGRAM = (
 
 
 def _text(row: dict[str, Any], field: str) -> str:
-    """The words of a field, which a wording around them would hide if there were none."""
+    """The text of a field. Raises PromptError if it is blank, which the wording around it would hide."""
     return text_of(row[field], field)
 
 

@@ -93,7 +93,7 @@ def anchor_candidates(cache: SequenceCache, row: int) -> np.ndarray:
 
 
 class TrainingBatches:
-    """Batches of these rows of a cache, in an order drawn anew for each epoch.
+    """Batches of these rows of a cache, in an order redrawn for each epoch.
 
     `num_anchors` are drawn per sequence and step; a window has its one. embedding [V, H] is the target's.
     """

@@ -252,7 +252,7 @@ def _read_windows(reader: Reader, num_layers: int, family: Family) -> tuple[int 
     reader.check(not unknown, f"layer_types may hold full_attention and sliding_attention, got {unknown}")
     reader.check(len(types) == num_layers, f"layer_types has {len(types)} entries for {num_layers} layers")
     if "sliding_attention" not in types:
-        # Where there may be windows, a window without layers is what is left of none.
+        # In these families a file may state a window that no layer uses.
         if family.optional_windows or family.alternating:
             reader.take("sliding_window")
         return (None,) * num_layers

@@ -8,7 +8,7 @@ from dflash.host.hub import HubError
 from dflash.weights.snapshot import WeightsError, weight_files
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-# What is read of a snapshot: no pickles, and none of the copies in other formats that lie in folders.
+# The files of a snapshot that are read: no pickles, and no copies in other formats in subfolders.
 _READ = ["*.json", "*.jinja", "*.model", "*.safetensors", "*.txt"]
 _LEFT = ["*/*"]
 
@@ -28,7 +28,7 @@ def directory_of(name_or_dir: str | Path) -> Path:
 def snapshot(name: str) -> Path:
     """The directory of a model of the hub: from its local cache if that is complete, else downloaded.
 
-    A cached snapshot is taken as it is, so that a measurement stays one of the same weights; `hf download NAME` fetches
+    A cached snapshot is not updated, so that a measurement stays one of the same weights; `hf download NAME` fetches
     a newer one. Raises HubError.
     """
     import huggingface_hub

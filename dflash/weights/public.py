@@ -102,5 +102,5 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def public_config(name: str) -> TargetConfig | None:
-    """The config of a public target by its name here; None for a name that is none of `CONFIGS`."""
+    """The config of a public target by its name here; None for a name that is not in `CONFIGS`."""
     return read_target_config(CONFIGS[name], name) if name in CONFIGS else None

