@@ -65,6 +65,8 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(str(error)) from None
     named = (os.environ.get(option.env, "") for option in all_options(ROOT))
     check_words([*map(str, config.invocation_params.args), *named], pytest.UsageError)
+    if config.option.help:
+        return  # pytest reads no further: defaults are still text, and nothing will run
     apply_protocol(config.option)
     check_lengths(config.option)
     _place_report(config)

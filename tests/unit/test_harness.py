@@ -304,6 +304,13 @@ def test_a_run_that_measures_nothing_saves_nothing(call, folder, tmp_path):
 # ---- mistakes of a user
 
 
+def test_help_lists_our_options(call):
+    result = call("--help")
+    assert result.status == 0
+    for words in ("DFlash decoding and its measurement:", "--run-on=", "Seed of the draws."):
+        assert words in result.text
+
+
 def test_a_bad_option_is_one_sentence(call):
     """Which there are: test_pytest_options.py."""
     result = call("--co", "-q", "bench", BLOCK_SIZES="8;16")
