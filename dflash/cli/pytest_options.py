@@ -122,14 +122,17 @@ def reader(hint: Any) -> Type:
 
 
 def texts_of(kind: type) -> dict[str, str]:
-    """The text under each field of a dataclass of options, which is the help of a command."""
-    (made,) = ast.parse(inspect.getsource(kind)).body
-    assert isinstance(made, ast.ClassDef)
-    return {
-        ast.unparse(field.target): " ".join(ast.literal_eval(text.value).split())
-        for field, text in itertools.pairwise(made.body)
-        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
-    }
+    """The text under each field of a dataclass of options, its bases' too, which is the help of a command."""
+    texts: dict[str, str] = {}
+    for part in filter(dataclasses.is_dataclass, reversed(kind.__mro__)):
+        (made,) = ast.parse(inspect.getsource(part)).body
+        assert isinstance(made, ast.ClassDef)
+        texts |= {
+            ast.unparse(field.target): " ".join(ast.literal_eval(text.value).split())
+            for field, text in itertools.pairwise(made.body)
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
+        }
+    return texts
 
 
 def shared(kind: Any, field: str, metavar: str, **changed: Any) -> Option:

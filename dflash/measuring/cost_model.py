@@ -6,6 +6,7 @@ Its terms are timed alone, in dflash.measuring.steps; here is only arithmetic.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -15,6 +16,7 @@ from dflash.metrics import predicted_speedup
 
 # A speed-up further from the prediction than this, as a fraction, is unexplained.
 EXPLAINED_WITHIN = 0.10
+_UNKNOWN = (0.0, math.inf)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,6 +36,10 @@ class StepTimes:
     def verify_ratio(self, block_size: int) -> float:
         """T_verify(B) / T_1; interpolated if B was not timed."""
         return _between(self.verify_s, block_size) / self.step_s
+
+    def cheapest_verify(self) -> int:
+        """The timed size whose verify step surely costs least: by the upper end of its interval."""
+        return min(self.verify_s, key=lambda size: (self.verify_ratio_ci95.get(size, _UNKNOWN)[1], self.verify_s[size]))
 
     def draft_ratio(self, block_size: int) -> float:
         """T_draft(B) / T_1; interpolated if B was not timed."""

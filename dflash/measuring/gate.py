@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dflash.decoding.modes import MODES
 from dflash.measuring.cost_model import EXPLAINED_WITHIN, is_explained
 from dflash.measuring.interval import LEAST_ROUNDS
-from dflash.measuring.result import Decode, Served, Status
+from dflash.measuring.result import Decode, Served, Status, VerifyRatio
 
 # The speed-up of such a case must not be believed.
 UNBELIEVED = ("invalid", "too-noisy", "slow-baseline")
@@ -31,7 +31,7 @@ def status(case: Decode) -> Status:
     invalid       tokens differ, or nothing was measured
     too-noisy     the rounds say too little (`too_noisy` says how)
     quick         too few rounds to know their noise
-    slow-baseline a verify step is cheaper than a one-token step: greedy decoding is not as fast as it can be
+    slow-baseline a verify step, of any timed size, is cheaper than a one-token step: greedy decoding could be faster
     unexplained   measured, and surely further from what its steps predict than the cost model is good for (`residual`)
     """
     if case.no_draft:
@@ -47,7 +47,7 @@ def status(case: Decode) -> Status:
     interval = _timing_interval(case)
     if interval is None:
         return "quick"
-    if _verify_below_one(case):
+    if _cheaper_verify(case):
         return "slow-baseline"
     predicted = case.predicted_speedup_x
     if predicted and not is_explained(interval, predicted):
@@ -60,11 +60,13 @@ def _timing_interval(case: Decode) -> tuple[float, float] | None:
     return case.speedup_x_timing_ci95 or case.speedup_x_ci95
 
 
-def _verify_below_one(case: Decode) -> bool:
-    """Whether a verify step surely takes less than a one-token step: greedy decoding could then run such steps."""
-    if case.verify_ratio is None:
-        return False
-    return (case.verify_ratio_ci95 or (0.0, case.verify_ratio))[1] < 1
+def _cheaper_verify(case: Decode) -> VerifyRatio | None:
+    """A verify step that surely takes less than a one-token step: greedy decoding could run such steps instead."""
+    timed = [] if case.cheapest_verify is None else [case.cheapest_verify]
+    if case.block_size is not None and case.verify_ratio is not None:
+        own = VerifyRatio(tokens=case.block_size, ratio=case.verify_ratio, ratio_ci95=case.verify_ratio_ci95)
+        timed.insert(0, own)
+    return next((v for v in timed if (v.ratio_ci95 or (0.0, v.ratio))[1] < 1), None)
 
 
 def doubt(case: Decode) -> str | None:
@@ -90,9 +92,9 @@ def doubt(case: Decode) -> str | None:
         return f"too noisy: {case.too_noisy}; take more rounds, or a quieter machine"
     if case.status == "quick":
         return f"without an interval: it needs at least {LEAST_ROUNDS} rounds"
-    if case.status == "slow-baseline":
+    if case.status == "slow-baseline" and (cheaper := _cheaper_verify(case)):
         return (
-            f"slow-baseline: a verify step of {case.block_size} tokens takes {case.verify_ratio:.2f} of a one-token "
+            f"slow-baseline: a verify step of {cheaper.tokens} tokens takes {cheaper.ratio:.2f} of a one-token "
             "step, so greedy decoding is not as fast as it can be here, and no speed-up over it counts"
         )
     return None

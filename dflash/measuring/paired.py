@@ -31,7 +31,7 @@ from dflash.measuring.interval import (
     rounds_to_add,
     speedup_figures,
 )
-from dflash.measuring.result import Decode, TokenPlace
+from dflash.measuring.result import Decode, TokenPlace, VerifyRatio
 from dflash.measuring.steps import experts_awake
 from dflash.models.draft import Draft
 from dflash.models.gpt_oss import GptOss
@@ -247,11 +247,18 @@ class PairedRun:
 
     def _explanation(self, steps: StepTimes, info: dict[str, Any]) -> dict[str, Any]:
         """The terms of the cost model beside the measurement: where time goes, and which block size to use."""
-        size = self.block_size
+        size, cheapest = self.block_size, steps.cheapest_verify()
         verify, draft, predicted = steps.verify_ratio(size), steps.draft_ratio(size), info["predicted_speedup_x"]
+
+        def interval(tokens: int) -> tuple[float, float] | None:
+            return known(*steps.verify_ratio_ci95.get(tokens, (0.0, math.inf)))
+
         terms: dict[str, Any] = {
             "verify_ratio": verify,
-            "verify_ratio_ci95": known(*steps.verify_ratio_ci95.get(size, (0.0, math.inf))),
+            "verify_ratio_ci95": interval(size),
+            "cheapest_verify": VerifyRatio(
+                tokens=cheapest, ratio=steps.verify_ratio(cheapest), ratio_ci95=interval(cheapest)
+            ),
             "draft_ratio": draft,
             "break_even_acceptance_length": info["predicted_block_ratio"],
         }

@@ -108,6 +108,15 @@ class BlockSizeAdvice:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class VerifyRatio:
+    """T_verify(`tokens`) / T_1, the steps timed alone; without an interval where too few rounds were taken."""
+
+    tokens: AtLeastOne
+    ratio: Positive
+    ratio_ci95: Interval | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Advice:
     """The block size that the cost model advises; 1 is plain greedy decoding."""
 
@@ -186,6 +195,7 @@ class Decode(Workload, Accepted):
     residual: float | None = None
     verify_ratio: Positive | None = None
     verify_ratio_ci95: Interval | None = None
+    cheapest_verify: VerifyRatio | None = None
     draft_ratio: Positive | None = None
     break_even_acceptance_length: Positive | None = None
     time_shares: dict[str, float] | None = None

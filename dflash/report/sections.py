@@ -161,6 +161,12 @@ def cost_section(run: Results) -> Section:
             rows.append([f"T_draft({n})", number(ms, 1), number(ms / one), "", "", needed])
         header = ["step", "ms", "/ T_1", "floor ms", "/ floor", "break-even acceptance_length"]
         section.tables.append(Table(header=header, rows=rows))
+        section.sentences += [
+            f"a verify step of {n} tokens took {ms / one:.2f} of a one-token step: unless that is noise, greedy decoding "
+            "is not as fast as it can be here, and no speed-up over it counts"
+            for n, ms in s.verify_ms.items()
+            if ms < one
+        ]
         section.sentences.append(
             f"{s.device_kind}, {s.dtype}, batch {s.batch_size}, context {s.context}; memory read at "
             f"{s.bandwidth_gb_s:.1f} GB/s; computed by {s.kernels}"

@@ -7,7 +7,7 @@ import pytest
 import sample_runs
 
 from dflash.measuring.gate import Floors, closing_line, doubt, failures, own_line, remark, status
-from dflash.measuring.result import BrokenConvention, OwnAcceptance, Served, TokenPlace
+from dflash.measuring.result import BrokenConvention, OwnAcceptance, Served, TokenPlace, VerifyRatio
 from dflash.metrics import acceptance
 
 OK = sample_runs.case(
@@ -41,6 +41,8 @@ QUICK = replace(OK, status="quick", speedup_x_ci95=None)
         ({"verify_ratio": 0.9}, "slow-baseline"),
         ({"verify_ratio": 0.9, "verify_ratio_ci95": [0.88, 0.92], "predicted_speedup_x": 9.0}, "slow-baseline"),
         ({"verify_ratio": 0.99, "verify_ratio_ci95": [0.9, 1.05]}, "ok"),
+        ({"cheapest_verify": VerifyRatio(tokens=2, ratio=0.8, ratio_ci95=(0.78, 0.82))}, "slow-baseline"),
+        ({"cheapest_verify": VerifyRatio(tokens=2, ratio=0.98, ratio_ci95=(0.9, 1.01))}, "ok"),
         ({"predicted_speedup_x": None}, "ok"),
         ({"predicted_speedup_x": 9.0, "too_noisy": "its rounds differ"}, "too-noisy"),
         ({"lossless": False, "too_noisy": "its rounds differ"}, "invalid"),
@@ -93,6 +95,8 @@ def test_no_speed_up_counts_over_a_baseline_that_is_slower_than_a_verify_step():
     assert re.match(r"slow-baseline: .*8 tokens .*0\.90 ", doubt(slow))
     (broken,) = failures(slow, Floors(speedup_x=0.1))
     assert "slow-baseline" in broken
+    smaller = replace(OK, cheapest_verify=VerifyRatio(tokens=2, ratio=0.6), status="slow-baseline")
+    assert re.match(r"slow-baseline: .* 2 tokens .*0\.60 ", doubt(smaller))
 
 
 def test_slower_than_greedy_decoding_is_said_where_a_gain_was_asked_for():

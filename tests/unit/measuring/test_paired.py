@@ -1,5 +1,6 @@
 """Paired rounds: what a case says of itself, with tokens compared in every round."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -229,6 +230,14 @@ def test_a_speed_up_is_held_against_its_terms(target, draft):
     assert info.advice.best_block_size == BLOCK
     assert [row.block_size for row in info.advice.by_block_size] == [2, 3, 4]
     assert info.verify_ratio_ci95 == (1.19, 1.21)
+    assert info.cheapest_verify.tokens == 4  # nothing is sure of the other
+    assert info.status != "slow-baseline"
+    below = dataclasses.replace(
+        every, verify_s={2: 0.006, 4: 0.012}, verify_ratio_ci95={2: (0.59, 0.61), 4: (1.19, 1.21)}
+    )
+    info = run.result(3, ORIGIN, below)
+    assert (info.cheapest_verify.tokens, info.cheapest_verify.ratio_ci95) == (2, (0.59, 0.61))
+    assert info.status == "slow-baseline"
 
 
 def test_a_routed_target_says_how_many_experts_were_awake(tmp_path):
