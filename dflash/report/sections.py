@@ -162,8 +162,8 @@ def cost_section(run: Results) -> Section:
         header = ["step", "ms", "/ T_1", "floor ms", "/ floor", "break-even acceptance_length"]
         section.tables.append(Table(header=header, rows=rows))
         section.sentences += [
-            f"a verify step of {n} tokens took {ms / one:.2f} of a one-token step: unless that is noise, greedy decoding "
-            "is not as fast as it can be here, and no speed-up over it counts"
+            f"a verify step of {n} tokens took {ms / one:.2f} of a one-token step: unless that is noise, greedy "
+            "decoding is not as fast as it can be here, and no speed-up over it counts"
             for n, ms in s.verify_ms.items()
             if ms < one
         ]
