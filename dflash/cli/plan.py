@@ -27,8 +27,9 @@ from dflash.compiled.topology import Topology, describe
 from dflash.config import BlockSize, Checked, Computed, ConfigError, Count, DraftConfig, TargetConfig
 from dflash.host.disk import check_writable, nearest, write_atomically
 from dflash.metrics import finite
+from dflash.models.mesh import make_mesh
 from dflash.training.trainer import TrainConfig
-from dflash.weights.load import draft_config, new_draft
+from dflash.weights.load import draft_config, held_experts, new_draft
 from dflash.weights.public import CONFIGS, public_config
 from dflash.weights.snapshot import target_config
 
@@ -36,6 +37,8 @@ from dflash.weights.snapshot import target_config
 def _numbers(words: list[str]) -> tuple[int, ...]:
     return tuple(int(word) for word in words[0].split(","))
 
+
+Held = Literal["float32", "bfloat16", "float8_e5m2"]
 
 COMMAS = tyro.constructors.PrimitiveConstructorSpec(
     nargs=1,
@@ -60,7 +63,7 @@ class PlanArguments(Checked):
     topology: str = "v6e:2x4"
     """The TPU: v5e:2x4, v6e:2x4, v6e:1x1 (one chip), v5p:2x2x1, v4:2x2x1."""
     tp: Count | Literal["auto"] = 1
-    """Devices that share the networks; `auto` tries 1, 2, 4, ... and names the fewest that fit, and the fastest."""
+    """Devices that share the networks; `auto` tries every number and names the fewest that fit, and the fastest."""
     dp: Count = 1
     """Groups of devices that share the rows of a batch."""
     batch: Annotated[tuple[Count, ...], COMMAS] = (1,)
@@ -71,8 +74,9 @@ class PlanArguments(Checked):
     """Block sizes, commas between several."""
     dtype: Computed = "bfloat16"
     """Dtype of computation, and of the weights but the experts."""
-    experts: str = ""
-    """Dtype in which routed experts are held, such as float8_e5m2; by default that of the other weights."""
+    experts: Held | Literal[""] = ""
+    """Dtype in which routed experts are held; by default as they are when loaded: those of an MXFP4 snapshot in
+    float8_e5m2 where the other weights are bfloat16."""
     training: bool = False
     """Instead of a decode plan a step of `train`: the draft learns from --batch rows of --context tokens, whole on each
     device; --dp splits the rows, --tp the vocabulary."""
@@ -101,6 +105,15 @@ def _draft(args: PlanArguments, target: TargetConfig, block_size: int) -> DraftC
     return made.config
 
 
+def _experts(args: PlanArguments, target: TargetConfig) -> Held:
+    """The dtype in which routed experts are held."""
+    if target.experts is not None:
+        return args.experts or held_experts(args.target, args.dtype) or args.dtype
+    if args.experts:
+        raise ConfigError(f"--experts is for targets with routed experts, and {args.target} has none: leave it out")
+    return args.dtype
+
+
 def plan(args: Annotated[PlanArguments, tyro.conf.arg(name="")]) -> None:
     """Compile the programs of a decode for a described TPU; estimate memory, cycles, collectives and gains."""
     if args.training and args.tp == "auto":
@@ -113,12 +126,11 @@ def plan(args: Annotated[PlanArguments, tyro.conf.arg(name="")]) -> None:
     cases = list(settings(args.batch, args.context, args.block_size))
     target = _target(args.target)
     draft = _draft(args, target, max(c.block_size for c in cases))
+    args = dataclasses.replace(args, experts=_experts(args, target))
     topology = describe(args.topology)
 
     def networks(tp: int) -> Networks:
-        return abstract_networks(
-            topology, target, draft, dp=args.dp, tp=tp, dtype=args.dtype, experts=args.experts or None
-        )
+        return abstract_networks(topology, target, draft, dp=args.dp, tp=tp, dtype=args.dtype, experts=args.experts)
 
     record = _auto(args, topology, networks, cases) if args.tp == "auto" else _planned(args, networks(args.tp), cases)
     for line in _lines(record, topology):
@@ -142,7 +154,7 @@ def _planned(args: PlanArguments, networks: Networks, cases: list[Any]) -> dict[
         "tp": networks.tp,
         "dp": networks.dp,
         "dtype": args.dtype,
-        "experts": args.experts or args.dtype,
+        "experts": args.experts,
         "hbm_bytes": chip.hbm_bytes,
         "chip": dataclasses.asdict(chip),
         "cases": made,
@@ -164,6 +176,7 @@ def _training(args: PlanArguments, networks: Networks, setting: Setting, keep: K
 def _auto(args: PlanArguments, topology: Topology, networks: Any, cases: list[Any]) -> dict[str, Any]:
     """Plans for every tp that can be; the largest case decides which is the smallest and the fastest."""
     largest = [max(cases, key=lambda c: (c.batch * c.context, c.block_size))]
+    make_mesh(topology.devices, dp=args.dp)  # refuses a dp for which there are too few
     tried: dict[int, Any] = {}
     for tp in meshes(len(topology.devices), args.dp):
         try:
@@ -187,6 +200,8 @@ def _lines(made: dict[str, Any], topology: Topology) -> list[str]:
         f"{made['target']} on {made['topology']}, tp {made['tp']}, dp {made['dp']}: estimates by the TPU's compiler, "
         f"nothing was run; per device, {made['hbm_bytes'] / gib:.2f} GiB"
     ]
+    if made["experts"] != made["dtype"]:
+        lines.append(f"routed experts are held in {made['experts']}")
     if "auto" in made:
         auto = made["auto"]
         times = ", ".join(f"tp {tp} {ms:.2f} ms" for tp, ms in auto["step_ms"].items())

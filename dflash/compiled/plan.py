@@ -205,5 +205,5 @@ def hlo_writer(directory: Path) -> Keep:
 
 
 def meshes(devices: int, dp: int) -> list[int]:
-    """The tp that `auto` tries: powers of two that fit beside dp."""
-    return [2**i for i in range(int(math.log2(devices)) + 1) if 2**i * dp <= devices]
+    """The tp that `auto` tries: all for which there are devices. Those that heads rule out fail before a compile."""
+    return list(range(1, devices // dp + 1))

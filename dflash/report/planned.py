@@ -25,33 +25,35 @@ def _section(plan: dict[str, Any]) -> Section:
     section.sentences.append(
         f"{plan['target']} on {plan['topology']}, tp {plan['tp']}, dp {plan['dp']}: {plan['estimate']}."
     )
-    rows, points = [], []
+    rows: list[list[str]] = []
+    points: dict[str, list[dict[str, Any]]] = {}
     for case in plan["cases"]:
         where = f"batch {case['batch']}, context {case['context']}, block {case['block_size']}"
         for name, program in case["programs"].items():
             cycles, floor = program["cycles"] / 1e6, program["floor_cycles"] / 1e6
             rows.append([where, name, number(cycles), number(floor), number(cycles / floor)])
-            points.append((f"{name}, batch {case['batch']}", program))
+            points.setdefault(name, []).append(program)
         if not case["fits"]:
             section.sentences.append(f"{where}: does not fit {plan['hbm_bytes'] / 2**30:.2f} GiB.")
     header = ["case", "program", "M cycles", "floor", "/ floor"]
     section.tables.append(Table(header=header, rows=rows))
     if points:
         with style():
-            section.plots = [_roofline(plan["chip"], dict(points))]
+            section.plots = [_roofline(plan["chip"], points)]
     return section
 
 
-def _roofline(chip: dict[str, float], programs: dict[str, Any]) -> Plot:
-    """Each program by the products that it must make for each byte that it must read, under what the chip can do."""
+def _roofline(chip: dict[str, float], programs: dict[str, list[dict[str, Any]]]) -> Plot:
+    """Each program of every case by the products that it must make for each byte that it must read, and the peak."""
     peak, bandwidth = chip["flops_per_cycle"] * chip["clock_hz"], chip["bytes_per_cycle"] * chip["clock_hz"]
     figure, axes = new_figure("operations for each byte read", "TFLOP/s of one device")
     ridge, seen = peak / bandwidth, []
-    for i, (name, program) in enumerate(programs.items()):
-        flops, nbytes = program["floor"]["flops"], program["floor"]["hbm_bytes"]
-        seen.append(flops / nbytes)
-        reached = flops * chip["clock_hz"] / program["cycles"]
-        axes.plot([flops / nbytes], [reached / 1e12], linestyle="", **colour(i), label=name)
+    for i, (name, cases) in enumerate(programs.items()):
+        flops = [program["floor"]["flops"] for program in cases]
+        ratios = [program["floor"]["flops"] / program["floor"]["hbm_bytes"] for program in cases]
+        reached = [n * chip["clock_hz"] / program["cycles"] / 1e12 for n, program in zip(flops, cases, strict=True)]
+        axes.plot(ratios, reached, linestyle="", **colour(i), label=name)
+        seen += ratios
     ends = [min(*seen, ridge) / 2, ridge, 4 * max(*seen, ridge)]
     axes.plot(ends, [min(x * bandwidth, peak) / 1e12 for x in ends], color=INK, label="what the chip can do")
     axes.set_xscale("log")

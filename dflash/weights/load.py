@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -31,6 +31,7 @@ from dflash.weights.config_json import MAX_LAYERS
 from dflash.weights.dialect import Dialect
 from dflash.weights.easydel_fork import exports, linen, runs
 from dflash.weights.names import Source
+from dflash.weights.public import CONFIGS
 from dflash.weights.runs import checkpoint
 from dflash.weights.snapshot import ARRAY_INDEX, WeightsError
 
@@ -97,15 +98,21 @@ def load_target(name_or_dir: str | Path, dtype: str = "float32", mesh: Mesh | No
     return target
 
 
-def held_experts(directory: Path, dtype: str) -> str | None:
-    """The dtype in which `load_target` holds routed experts, where that is not `dtype`, by the names of the tensors.
+def held_experts(name_or_dir: str | Path, dtype: str) -> Literal["float8_e5m2"] | None:
+    """The dtype in which `load_target` holds routed experts, where that is not `dtype`.
 
-    Where MXFP4's scales lie too far apart for 8 bits it is `dtype` after all, which only reading them shows. Raises
+    By the names of a snapshot's tensors; without weights, and for a name of `public.CONFIGS`, by its config.json. Where
+    MXFP4's scales lie too far apart for 8 bits it is `dtype` after all, which only reading them shows. Raises
     WeightsError.
     """
+    directory = Path(name_or_dir)
     if dtype != "bfloat16" or (directory / ARRAY_INDEX).is_file():
         return None
-    packed = huggingface.is_packed(snapshot.read_headers(snapshot.weight_files(directory)))
+    if snapshot.holds_weights(directory):
+        packed = huggingface.is_packed(snapshot.read_headers(snapshot.weight_files(directory)))
+    else:
+        raw = CONFIGS.get(str(name_or_dir)) or snapshot.read_json(directory, "config.json")
+        packed = (raw.get("quantization_config") or {}).get("quant_method") == "mxfp4"
     return "float8_e5m2" if packed else None
 
 

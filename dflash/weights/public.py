@@ -13,6 +13,7 @@ _GPT_OSS: dict[str, Any] = {
     "hidden_size": 2880,
     "intermediate_size": 2880,
     "max_position_embeddings": 131072,
+    "quantization_config": {"quant_method": "mxfp4"},
     "num_attention_heads": 64,
     "num_experts_per_tok": 4,
     "num_key_value_heads": 8,

@@ -26,6 +26,8 @@ def _refused(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pyte
         (["--target", "qwen3-8b", "--block-size", "1"], "block_size"),
         (["--target", "qwen3-8b", "--topology", "v6e"], "v6e:2x4"),
         (["--target", "smollm2-135m", "--draft", "smollm2-135m", "--block-size", "64"], "blocks of"),
+        (["--target", "gpt-oss-20b", "--experts", "banana"], "float8_e5m2"),
+        (["--target", "qwen3-8b", "--experts", "float8_e5m2"], "has none"),
     ],
 )
 def test_a_mistake_is_one_sentence(

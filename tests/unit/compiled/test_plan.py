@@ -50,8 +50,9 @@ def test_the_best_block_size_grows_with_what_is_accepted_and_is_greedy_where_not
 
 
 def test_auto_tries_powers_of_two_that_fit_beside_dp() -> None:
-    assert meshes(8, 1) == [1, 2, 4, 8]
-    assert meshes(8, 2) == [1, 2, 4]
+    assert meshes(8, 1) == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert meshes(8, 2) == [1, 2, 3, 4]
+    assert meshes(8, 3) == [1, 2]
     assert meshes(4, 8) == []
 
 

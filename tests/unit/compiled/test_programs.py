@@ -45,6 +45,14 @@ def test_what_is_held_is_what_loading_and_a_decode_allocate(tmp_path, family, dt
     counted = abstract_target(config, ONE, dtype=dtype, experts=experts)
     assert held_bytes(counted, abstract_draft(draft.config, ONE, dtype=dtype), shape) == allocated
     assert held_bytes(target, draft, shape) == allocated
+    (folder / "model.safetensors").unlink()  # of a plan the config.json is enough
+    assert held_experts(folder, dtype) == experts
+
+
+def test_public_targets_are_held_as_they_are_published():
+    assert held_experts("gpt-oss-20b", "bfloat16") == held_experts("gpt-oss-120b", "bfloat16") == "float8_e5m2"
+    assert held_experts("gpt-oss-20b", "float32") is None
+    assert held_experts("qwen3-8b", "bfloat16") is None
 
 
 @pytest.mark.parametrize("tp", [2, 4])

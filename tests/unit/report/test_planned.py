@@ -4,6 +4,7 @@ import json
 
 import pytest
 import sample_runs
+from matplotlib.axes import Axes
 
 from dflash.measuring.result import ResultError, read_file
 from dflash.report.page import write_report
@@ -32,7 +33,15 @@ def test_a_program_stands_beside_its_floor(tmp_path):
     assert "v6e:2x4" in section.sentences[0]
     assert "does not fit 16.00 GiB" in section.sentences[1]
     assert [plot.title for plot in section.plots] == ["Roofline"]
-    assert "step, batch 1" in section.plots[0].svg
+
+
+def test_every_case_is_a_point_of_its_programs(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Axes, "plot", lambda _, x, y, **style: drawn.append((style["label"], len(x))))
+    sizes = [{"batch": n, "context": c, "block_size": 8} for n in (1, 8) for c in (1024, 8192)]
+    programs = {"step": program(1.5e7), "verify": program(1.6e7)}
+    planned_section(written(tmp_path, cases=[s | {"fits": True, "programs": programs} for s in sizes]))
+    assert drawn == [("step", 4), ("verify", 4), ("what the chip can do", 3)]
 
 
 @pytest.mark.parametrize("changes", [{"cases": [{}]}, {"cases": 3}, {"chip": None}])
