@@ -16,7 +16,7 @@ from dflash.training.cache.build_sequences import build_sequences
 from dflash.training.cache.build_windows import WindowConfig, build_windows
 from dflash.training.cache.conversations import ConversationConfig
 from dflash.training.cache.source import CacheSource
-from dflash.weights.load import target_directory
+from dflash.weights.load import name_from_anywhere, target_directory
 from dflash.weights.snapshot import snapshot_hash
 
 
@@ -53,7 +53,7 @@ def build_cache(args: Annotated[BuildCache, tyro.conf.arg(name="")]) -> None:
     source = CacheSource(
         target=target,
         tokenizer=args.template.open(args.target),
-        snapshot_dir=args.target,
+        snapshot_dir=name_from_anywhere(args.target),
         snapshot_hash=snapshot_hash(directory),
     )
     if args.teacher == "easydel":

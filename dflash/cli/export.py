@@ -28,7 +28,7 @@ class Export:
     run_dir: Annotated[str, tyro.conf.Positional]
     """Run directory, or a directory of runs (its latest), or a DFlashDraftModel directory, or smollm2-135m[-plain]."""
     out_dir: Annotated[Path, tyro.conf.Positional]
-    """New draft directory: config.json, safetensors, and training.json with the run's record."""
+    """New draft directory: config.json, safetensors, and training.json with the record of its training."""
     format: Consumer = "z-lab"
     """The program that reads it: z-lab (also SGLang), sglang-jax, or speculators (vLLM)."""
     dtype: Dtype = "bfloat16"
@@ -73,7 +73,12 @@ def _record_of(draft: Any, sha256: Any) -> dict[str, Any] | None:
     run = own_run(draft)
     if run is not None:
         return training_record(run)
-    kept = draft_directory(draft) / "training.json"
+    return _kept_record(draft_directory(draft))
+
+
+def _kept_record(directory: Path) -> dict[str, Any] | None:
+    """The record that an exported draft's directory keeps; None without one."""
+    kept = directory / "training.json"
     return read_object(kept, WeightsError, "export that draft again") if kept.is_file() else None
 
 
@@ -109,6 +114,7 @@ def export(args: Annotated[Export, tyro.conf.arg(name="")]) -> None:
     # float32 holds values of any stored dtype.
     run = own_run(args.run_dir)
     draft = read_any_draft(args.run_dir, target=None if directory is None else target_config(directory))
+    record = _kept_record(draft_directory(args.run_dir)) if run is None else finite(training_record(run))
     export_draft(
         draft,
         args.out_dir,
@@ -117,7 +123,7 @@ def export(args: Annotated[Export, tyro.conf.arg(name="")]) -> None:
         shard_bytes=shard_bytes,
         target_dir=directory,
         verifier=args.verifier,
-        record=None if run is None else finite(training_record(run)),
+        record=record,
     )
     print(f"draft: {args.out_dir}")
     if draft.config.vocabulary is not None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import jax.numpy as jnp
+import numpy as np
 import tyro
 
 from dflash.config import (
@@ -23,7 +24,7 @@ from dflash.easydel import load
 from dflash.easydel import trainer as easydel_trainer
 from dflash.host.device import device_facts, open_default_device
 from dflash.host.provenance import compile_cache, of_command
-from dflash.models.draft import Draft, pack_tokens, plain, proposing
+from dflash.models.draft import Draft, pack_tokens, plain, proposed_tokens
 from dflash.training.batches import TrainingBatches
 from dflash.training.cache import open_with_target, recorded_target
 from dflash.training.cache.sequences import SequenceCache
@@ -68,8 +69,8 @@ class Train(Checked):
     selector_top_k: Count = 8
     """dflash2: candidates per slot."""
     draft_vocab_size: DraftVocab | None = None
-    """Number of tokens that the draft proposes, or all: of a new one the most frequent of the cache, by default all; of
-    init-from's draft by default those that it proposes. Only their rows of the head are multiplied."""
+    """Number of tokens that the draft proposes, or all: the most frequent of the cache, after those that init-from's
+    draft proposes; by default what that draft proposes, or all. Only their rows of the head are multiplied."""
     block_size: BlockSize | None = None
     """Block size, the anchor included; by default that of init-from's draft, or 8."""
     mask_token_id: Index | None = None
@@ -103,15 +104,15 @@ def _second(args: Train, target: TargetConfig) -> dict[str, Any]:
     }
 
 
-def _vocabulary(args: Train, cache: SequenceCache | WindowCache, target: TargetConfig) -> bytes | None:
-    """The tokens that a new draft proposes; None for all."""
-    count = args.draft_vocab_size
+def _vocabulary(
+    count: DraftVocab | None, cache: SequenceCache | WindowCache, size: int, lowest: int, learned: np.ndarray | None
+) -> bytes | None:
+    """The `count` tokens that a draft proposes of a vocabulary of this `size`; None for all."""
     if count is None or count == "all":
         return None
-    lowest = args.selector_top_k if args.architecture == "dflash2" else 1
-    if not lowest <= count <= target.vocab_size:
-        raise ConfigError(f"draft_vocab_size must be {lowest} to {target.vocab_size}, the target's tokens; got {count}")
-    return pack_tokens(frequent_tokens(cache, count, target.vocab_size), target.vocab_size)
+    if not lowest <= count <= size:
+        raise ConfigError(f"draft_vocab_size must be {lowest} to {size}, the target's tokens; got {count}")
+    return pack_tokens(frequent_tokens(cache, count, size, learned), size)
 
 
 # What init-from's draft has already.
@@ -144,16 +145,20 @@ def _start(args: Train, borrowed: Borrowed, cache: SequenceCache | WindowCache) 
                 f"{', '.join(given)} shape a new draft, and {args.init_from} is one already: leave them out"
             )
         draft = plain(draft) if args.architecture == "dflash" else draft
-        draft = proposing(draft, args.draft_vocab_size)
-        if args.block_size is not None:
-            draft.config = dataclasses.replace(draft.config, block_size=args.block_size)
+        config = draft.config
+        if args.draft_vocab_size is not None:
+            lowest, learned = 1 if config.selector is None else config.selector.top_k, proposed_tokens(config)
+            vocabulary = _vocabulary(args.draft_vocab_size, cache, config.vocab_size, lowest, learned)
+            config = dataclasses.replace(config, vocabulary=vocabulary)
+        draft.config = dataclasses.replace(config, block_size=args.block_size or config.block_size)
         return draft
+    lowest = args.selector_top_k if args.architecture == "dflash2" else 1
     draft = new_draft(
         borrowed.config,
         num_layers=args.draft_layers,
         block_size=args.block_size or 8,
         target_layer_ids=cache.feature_layer_ids,
-        vocabulary=_vocabulary(args, cache, borrowed.config),
+        vocabulary=_vocabulary(args.draft_vocab_size, cache, borrowed.config.vocab_size, lowest, None),
         mask_token_id=args.mask_token_id,
         scaled_rope=args.draft_rope == "target",
         seed=args.training.seed,

@@ -10,6 +10,7 @@ over a block's slots and a choice among each slot's candidates.
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import jax.numpy as jnp
@@ -60,7 +61,7 @@ def proposing(draft: "Draft", count: DraftVocab | None) -> "Draft":
     config, trained = draft.config, proposed_tokens(draft.config)
     size = config.vocab_size
     least = 1 if config.selector is None else config.selector.top_k
-    if count != "all" and not (type(count) is int and least <= count <= size):
+    if count != "all" and not (isinstance(count, Integral) and not isinstance(count, bool) and least <= count <= size):
         raise ConfigError(f"a draft proposes {least} to {size} tokens, or all; got draft_vocab {count!r}")
     vocabulary = None
     if count not in ("all", size):

@@ -15,8 +15,13 @@ from dflash.training.cache.sequences import SequenceCache
 from dflash.training.cache.windows import WindowCache
 
 
-def frequent_tokens(cache: SequenceCache | WindowCache, count: int, vocab_size: int) -> np.ndarray:
-    """The `count` most frequent tokens of the training rows' labels, ascending; the lowest ids among equals."""
+def frequent_tokens(
+    cache: SequenceCache | WindowCache, count: int, vocab_size: int, learned: np.ndarray | None = None
+) -> np.ndarray:
+    """The `count` most frequent tokens of the training rows' labels, ascending; the lowest ids among equals.
+
+    Those that a draft has `learned` come before all others.
+    """
     rows = cache.rows(False)
     if isinstance(cache, WindowCache):
         labels = cache.samples(rows).target_ids
@@ -24,7 +29,9 @@ def frequent_tokens(cache: SequenceCache | WindowCache, count: int, vocab_size: 
         tokens = np.concatenate([np.arange(cache.bounds[row], cache.bounds[row + 1]) for row in rows])
         labels = cache.token_ids[tokens[np.asarray(cache.loss_mask[tokens]) > 0]]
     occurrences = np.bincount(np.ravel(labels), minlength=vocab_size)
-    return np.sort(np.argsort(-occurrences, kind="stable")[:count])
+    unknown = np.ones(vocab_size, bool)
+    unknown[slice(None) if learned is None else learned] = False
+    return np.sort(np.lexsort((-occurrences, unknown))[:count])
 
 
 def check_init_layers(layers: Sequence[int], target: TargetConfig, num_layers: int) -> None:

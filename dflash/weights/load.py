@@ -52,6 +52,12 @@ def target_directory(name_or_dir: str | Path) -> Path:
     return named.directory_of(name_or_dir)
 
 
+def name_from_anywhere(name_or_dir: str) -> str:
+    """A target's name, or its directory's absolute path: what still means it in another working directory."""
+    by_name = name_or_dir == smollm2.NAME or named.is_name(name_or_dir)
+    return name_or_dir if by_name else str(Path(name_or_dir).absolute())
+
+
 def draft_directory(name_or_dir: str | Path) -> Path:
     """The directory of a draft, or its name on the hub.
 

@@ -154,7 +154,7 @@ def write_snapshot(
         _save_shards(temporary, _shards(tensors, shard_bytes))
         (temporary / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         if record is not None:
-            whole = {"draft_sha256": snapshot_hash(temporary), **record}
+            whole = {**record, "draft_sha256": snapshot_hash(temporary)}
             text = json.dumps(whole, indent=2, sort_keys=True, allow_nan=False)
             (temporary / "training.json").write_text(text + "\n", encoding="utf-8")
         # Only their owner may read temporary folders and safetensors' files; a server may run as another user.

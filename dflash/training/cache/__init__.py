@@ -5,7 +5,7 @@ The sequence form is for training here; the window form is what earlier loaders 
 
 from pathlib import Path
 
-from dflash.config import ConfigError, TargetConfig
+from dflash.config import ConfigError, TargetConfig, UserError
 from dflash.training.cache.arrays import CacheError, building_dir, read_meta
 from dflash.training.cache.build_sequences import build_sequences
 from dflash.training.cache.build_windows import WindowConfig, build_windows
@@ -61,9 +61,13 @@ def open_with_target(path: Path, target: str) -> tuple[SequenceCache | WindowCac
 
 
 def recorded_target(path: Path) -> str:
-    """The target that a cache was made with, as it was named then. Raises CacheError where none is recorded."""
+    """The target that a cache was made with. Raises CacheError where none is recorded, or it is not there any more."""
     open_cache(path)  # says what is wrong with what is no cache
-    named = read_meta(path).get("model_snapshot_dir") if path.is_dir() else None
-    if not named:
+    name = read_meta(path).get("model_snapshot_dir") if path.is_dir() else None
+    if not name:
         raise CacheError(f"a draft is trained for the target of its cache, and {path} names none: give --target")
-    return str(named)
+    try:
+        target_config(target_directory(str(name)))
+    except UserError as error:
+        raise CacheError(f"{path} was made with the target {name}, so give --target: {error}") from None
+    return str(name)

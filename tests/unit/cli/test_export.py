@@ -129,7 +129,19 @@ def test_an_exported_directory_is_exported_again(export, work):
     assert export("runs", "first", "--dtype", "float32")[0] == 0
     assert export("first", "second", "--dtype", "float32")[0] == 0
     assert read_any_draft(work / "second").config == read_any_draft(work / "first").config
-    assert not (work / "second" / "training.json").exists()
+    first, second = (json.loads((work / name / "training.json").read_text()) for name in ("first", "second"))
+    assert second == first
+    assert export("second", "narrower")[0] == 0
+    third = json.loads((work / "narrower" / "training.json").read_text())
+    assert third["draft_sha256"] == draft_hash(work / "narrower") != first["draft_sha256"]
+    assert third | {"draft_sha256": ""} == first | {"draft_sha256": ""}
+
+
+def test_a_draft_of_the_package_is_exported_with_its_record(export, work):
+    assert export("smollm2-135m-plain", "packaged")[0] == 0
+    record = json.loads((work / "packaged" / "training.json").read_text())
+    assert record["step"] > 0
+    assert record["draft_sha256"] == draft_hash(work / "packaged")
 
 
 @pytest.mark.parametrize(

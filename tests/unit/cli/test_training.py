@@ -193,10 +193,32 @@ def test_a_draft_of_few_tokens_is_trained_exported_and_decoded_with(run, made):
     for name, size, tokens in (
         ("more", [], 40),
         ("fewer", ["--draft-vocab-size", 20], 20),
+        ("some", ["--draft-vocab-size", 50], 50),
         ("most", proposed[:2], 260),
     ):
         assert run("train", "cache", name, *SHORT, "--init-from", "few", *size)[0] == 0
         assert read_any_draft(made / name).config.num_tokens == tokens
+    of_new = [
+        (run("train", "cache", f"fresh-{n}", *SHORT, "--draft-vocab-size", n)[0], read_any_draft(made / f"fresh-{n}"))
+        for n in (20, 50)
+    ]
+    assert [code for code, _ in of_new] == [0, 0]
+    # By the texts of the cache, as a new draft's.
+    for name, (_, new) in zip(("fewer", "some"), of_new, strict=True):
+        assert read_any_draft(made / name).config.vocabulary == new.config.vocabulary
+
+
+def test_the_target_of_a_cache_is_found_from_any_directory_or_asked_for(run, made, folder, tmp_path, monkeypatch):
+    here = tmp_path / "here"
+    shutil.copytree(folder, here / "mine")
+    monkeypatch.setattr(sys, "argv", ["dflash", "build-cache", "kept", *map(str, (*SMALL, *FEW)), "--target", "mine"])
+    monkeypatch.chdir(here)
+    assert cli.main() == 0
+    assert run("train", here / "kept", tmp_path / "runs", *SHORT)[0] == 0
+    (here / "mine").rename(here / "moved")
+    code, _, err = run("train", here / "kept", tmp_path / "others", *SHORT)
+    assert (code, err.count("\n"), "give --target" in err, str(here / "mine") in err) == (2, 0, True, True)
+    assert run("train", here / "kept", tmp_path / "others", *SHORT, "--target", here / "moved")[0] == 0
 
 
 def test_windows_train_from_a_draft_and_evaluate(run, made):

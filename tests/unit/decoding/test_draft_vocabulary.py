@@ -129,6 +129,7 @@ def test_whoever_decodes_says_how_many_it_proposes(architecture, target, draw_dr
     expected = decode(target, whole, PROMPTS, max_new_tokens=24)
     found = decode(target, draft, PROMPTS, max_new_tokens=24, draft_vocab="all")
     assert (found.tokens, found.accept_lens) == (expected.tokens, expected.accept_lens)
+    assert decode(target, draft, PROMPTS, max_new_tokens=24, draft_vocab=np.int64(V)).tokens == expected.tokens
     streamed = list(stream(target, draft, PROMPTS, max_new_tokens=24, draft_vocab="all"))
     assert [functools.reduce(operator.iadd, rows, []) for rows in zip(*streamed, strict=True)] == expected.tokens
 

@@ -1,5 +1,7 @@
 """A draft that starts as layers of its target: the same functions; refused where a layer can't be one of a draft."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,11 +10,28 @@ import pytest
 from dflash.config import ConfigError
 from dflash.models.kv_cache import attention_mask
 from dflash.models.layers import rope_tables
-from dflash.training.start import check_init_layers, start_from_layers
+from dflash.training.start import check_init_layers, frequent_tokens, start_from_layers
 from dflash.weights.load import load_target, new_draft, read_layers
 from dflash.weights.tiny import write_tiny_target
 
 LAYERS = (2, 0)
+
+
+def test_learned_tokens_come_before_frequent_ones_and_those_before_the_rest():
+    labels = np.array([[7, 7, 7, 3, 3, 9, 1]])
+    cache = SimpleNamespace(
+        rows=lambda held_out: [0],
+        bounds=[0, labels.size],
+        token_ids=labels.ravel(),
+        loss_mask=np.array([1, 1, 1, 1, 1, 1, 0]),
+    )
+
+    def frequent(count, learned=None):
+        return frequent_tokens(cache, count, 12, learned).tolist()
+
+    assert [frequent(n) for n in (1, 2, 3, 4)] == [[7], [3, 7], [3, 7, 9], [0, 3, 7, 9]]  # of equals the lowest id
+    learned = np.array([2, 3, 5])
+    assert [frequent(n, learned) for n in (1, 2, 3, 4, 6)] == [[3], [2, 3], [2, 3, 5], [2, 3, 5, 7], [0, 2, 3, 5, 7, 9]]
 
 
 @pytest.fixture(params=["llama", "qwen3"])
