@@ -281,7 +281,9 @@ def test_a_run_of_doubts_writes_nothing(tmp_path):
 # ---- a run of pytest
 
 
-RECORDS = "from dflash.decoding.audit import Divergence\nfrom dflash.measuring.result import *"
+RECORDS = """from dflash.decoding.audit import Divergence
+from dflash.decoding.parity import Spread
+from dflash.measuring.result import *"""
 MEASURED = "def test_case(results, i):\n    CASES and results.measured.append(CASES[i])\n"
 
 
