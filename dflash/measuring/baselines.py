@@ -77,6 +77,12 @@ def workload(case: Decode) -> dict[str, Any]:
     return {name: getattr(case, name) for name in (*names, *_PROMPT_FACTS)}
 
 
+def key_of(case: Decode) -> str:
+    """Under which name a device's file has a case: its id, and its mesh if it ran on several devices."""
+    mesh = [f"{axis}{size}" for axis, size in sorted((case.mesh or {}).items()) if size > 1]
+    return f"{case.case}@{'-'.join(mesh)}" if mesh else case.case
+
+
 def baseline_path(directory: Path, device_kind: str) -> Path:
     """The file of a device kind."""
     return directory / f"{device_kind.replace(' ', '-').replace('/', '-')}.json"
@@ -196,11 +202,11 @@ def judge(case: Decode, baselines: Mapping[str, Any] | None) -> CaseVerdict:
     invalid = verdict("invalid", f"speedup_x is {why}")
     if why and not (case.lossless and case.speedup_x is not None):
         return invalid
-    if baselines is None or case.case not in baselines:
+    if baselines is None or key_of(case) not in baselines:
         where = "this case" if baselines is not None else "any case"
         reason = f"no baseline for {where} on {device}: --update-baselines writes one"
         return invalid if why else verdict("no-baseline", reason)
-    baseline = baselines[case.case]
+    baseline = baselines[key_of(case)]
     now, then = workload(case), baseline["workload"]
     if differing := _differing(now, then):
         changes = "; ".join(f"{k} was {then.get(k)}, is {now.get(k)}" for k in differing)
@@ -242,7 +248,7 @@ def _between_margin(deviation: float, runs: int) -> float:
 
 def with_held_spread(case: Decode, baselines: Mapping[str, Any] | None) -> Decode:
     """The case with the between-run spread stored in its baseline, unless it has its own."""
-    held = (baselines or {}).get(case.case, {})
+    held = (baselines or {}).get(key_of(case), {})
     known = held.get("speedup_x", {})
     if case.between_runs is not None or "between_runs" not in known or held.get("workload") != workload(case):
         return case
@@ -282,8 +288,9 @@ def updated(
             lines.append(f"{case.case}: not written, speedup_x is {why}")
             continue
         taken = baseline_of(with_held_spread(case, new), tolerance)
-        lines.append(_change(case.case, new.get(case.case), taken))
-        new[case.case] = taken
+        key = key_of(case)
+        lines.append(_change(key, new.get(key), taken))
+        new[key] = taken
     return new, lines
 
 

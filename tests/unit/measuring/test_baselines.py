@@ -168,6 +168,19 @@ def test_another_workload_is_no_baseline(name, value):
     assert f"{name} was {getattr(CASE, name)}, is {value}" in told.sentence
 
 
+def test_each_mesh_has_a_baseline_of_its_own(tmp_path):
+    cases = [figures(speed, mesh=mesh) for speed, mesh in ((3.1, {"dp": 1, "tp": 1}), (5.2, {"dp": 1, "tp": 8}))]
+    cases.append(figures(4.1, mesh={"dp": 2, "tp": 4}))
+    for case in cases:
+        close_run([case], tmp_path, update=True)
+    names = [CASE.case, f"{CASE.case}@dp2-tp4", f"{CASE.case}@tp8"]
+    assert sorted(read_baselines(tmp_path, DEVICE)) == names
+    gates = [close_run([case], tmp_path, require=True) for case in cases]
+    assert [gate.failed for gate in gates] == [False] * 3
+    assert close_run([figures(4.1, mesh={"dp": 1, "tp": 8})], tmp_path).verdicts[0].verdict == "fail"
+    assert close_run([figures(mesh={"dp": 1, "tp": 2})], tmp_path).verdicts[0].verdict == "no-baseline"
+
+
 def test_another_draft_is_the_same_workload():
     assert judge(figures(2.0, draft_sha256="other"), HELD).verdict == "fail"
 
