@@ -12,8 +12,10 @@ import pytest
 from dflash import decode, load_draft, load_target, load_tokenizer
 from dflash.config import RopeConfig
 from dflash.text.prompts import load_prompts
+from dflash.weights.build import named_weights
 from dflash.weights.export import export_draft
-from dflash.weights.load import target_directory
+from dflash.weights.load import read_any_draft, target_directory
+from dflash.weights.snapshot import target_config
 from dflash.weights.tiny import write_tiny_target
 
 pytestmark = [pytest.mark.oracle, pytest.mark.slow]
@@ -125,3 +127,26 @@ def test_speculators_reads_the_config_and_every_weight(draw_draft, tmp_path, for
         assert answer["layer_types"] == ["sliding_attention", "full_attention"]
         wanted = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 5e4, "truncate": False}
         assert answer["rope"].items() >= wanted.items()
+
+
+def test_speculators_reads_the_trained_plain_draft(tmp_path):
+    if importlib.util.find_spec("speculators") is None:
+        pytest.skip("needs speculators: pip install --no-deps speculators==0.9.0 hs-connectors==0.9.0 loguru openai")
+    draft = read_any_draft("smollm2-135m-plain")
+    directory = target_directory(TARGET)  # speculators opens its verifier
+    export_draft(draft, tmp_path / "d", consumer="speculators", target_dir=directory, verifier=str(directory))
+    answer = json.loads(ask("reference_speculators.py", tmp_path / "d").splitlines()[-1])
+    assert (answer["unused"], answer["different"]) == ([], [])
+    assert answer["aux_hidden_state_layer_ids"] == [i + 1 for i in draft.config.target_layer_ids]
+    assert answer["block_size"] == draft.config.block_size
+
+
+@pytest.mark.parametrize("consumer", ["z-lab", "sglang-jax", "speculators"])
+def test_the_trained_plain_draft_comes_back_from_every_format(tmp_path, consumer):
+    draft = read_any_draft("smollm2-135m-plain")
+    verifier, directory = TARGET if consumer == "speculators" else None, target_directory(TARGET)
+    export_draft(draft, tmp_path / "d", consumer=consumer, target_dir=directory, verifier=verifier)
+    again = read_any_draft(tmp_path / "d", target=target_config(directory))
+    back, expected = (named_weights(network) for network in (again, draft))
+    assert back.keys() == expected.keys()
+    assert all(np.array_equal(back[name], expected[name]) for name in expected)
