@@ -24,7 +24,7 @@ def frequent_tokens(
     """
     rows = cache.rows(False)
     if isinstance(cache, WindowCache):
-        labels = cache.samples(rows).target_ids
+        labels = cache.labels(rows)
     else:
         tokens = np.concatenate([np.arange(cache.bounds[row], cache.bounds[row + 1]) for row in rows])
         labels = cache.token_ids[tokens[np.asarray(cache.loss_mask[tokens]) > 0]]

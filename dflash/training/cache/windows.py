@@ -136,6 +136,10 @@ class WindowCache:
         flags = self._arrays.get("held_out_u8", np.zeros(len(self), np.uint8))
         return np.flatnonzero(np.asarray(flags) == held_out)
 
+    def labels(self, rows: np.ndarray) -> np.ndarray:
+        """The target_ids of these samples alone, int32 [n, B-1]: features are a thousand times as large."""
+        return np.asarray(self._arrays["target_ids"][rows])
+
     def samples(self, rows: Sequence[int] | np.ndarray) -> Samples:
         """These samples, in this order, read from the disk."""
         rows = np.asarray(rows)

@@ -10,6 +10,7 @@ import pytest
 from dflash.config import ConfigError
 from dflash.models.kv_cache import attention_mask
 from dflash.models.layers import rope_tables
+from dflash.training.cache.windows import WindowCache
 from dflash.training.start import check_init_layers, frequent_tokens, start_from_layers
 from dflash.weights.load import load_target, new_draft, read_layers
 from dflash.weights.tiny import write_tiny_target
@@ -26,7 +27,11 @@ def test_learned_tokens_come_before_frequent_ones_and_those_before_the_rest():
         loss_mask=np.array([1, 1, 1, 1, 1, 1, 0]),
     )
 
+    # Nothing else of a window cache is read.
+    windows = WindowCache(None, None, {"target_ids": np.delete(labels, 6, axis=1)})
+
     def frequent(count, learned=None):
+        assert (frequent_tokens(windows, count, 12, learned) == frequent_tokens(cache, count, 12, learned)).all()
         return frequent_tokens(cache, count, 12, learned).tolist()
 
     assert [frequent(n) for n in (1, 2, 3, 4)] == [[7], [3, 7], [3, 7, 9], [0, 3, 7, 9]]  # of equals the lowest id
