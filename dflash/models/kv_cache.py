@@ -15,6 +15,7 @@ from jax import Array
 from jax.experimental.layout import Format, Layout
 from jax.sharding import PartitionSpec as P
 
+from dflash.metrics import round_up
 from dflash.models import mesh
 
 
@@ -100,7 +101,7 @@ def empty_cache(network: mesh.Network, *, batch: int, capacity: int, block: int)
     """
     c, dtype = network.config, network.dtype
     heads = max(c.num_kv_heads, mesh.ways(network.mesh, mesh.TP))
-    slots = [capacity if window is None else min(capacity, window + block - 1) for window in c.windows]
+    slots = [capacity if window is None else min(capacity, round_up(window + block - 1, _ROWS)) for window in c.windows]
     return KVCache(
         keys=tuple(jnp.zeros((batch, heads, c.head_dim, s), dtype) for s in slots),
         values=tuple(jnp.zeros((batch, heads, s, c.head_dim), dtype) for s in slots),
@@ -110,6 +111,9 @@ def empty_cache(network: mesh.Network, *, batch: int, capacity: int, block: int)
     )
 
 
+# A TPU holds bfloat16 in tiles of so many tokens. A cache that ends within one is copied to another layout before each
+# loop.
+_ROWS = 16
 # A TPU's memory is read in rows of so many numbers: shorter ones are padded.
 _LANES = 128
 # How keys [B, G, D, S] and values [B, G, S, D] lie in memory: each token in one piece, or each channel.

@@ -10,6 +10,7 @@ import pytest
 from compile_cases import Case, compiled, large_collectives, moved_inputs, networks, topology
 from flax import nnx
 
+from dflash.compiled.estimate import whole
 from dflash.compiled.programs import device_bytes
 
 QWEN, OSS, SMOL = "qwen3-8b", "gpt-oss-20b", "smollm2-135m"
@@ -24,13 +25,13 @@ OSS_1 = Case(target=OSS, topology=HOST, tp=8, program="greedy")
 OSS_1_BLOCK = Case(target=OSS, topology=HOST, tp=8, program="block", draft_layers=8)
 OSS_32 = Case(target=OSS, topology=HOST, tp=8, program="greedy", batch=32)
 OSS_32_BLOCK = Case(target=OSS, topology=HOST, tp=8, program="block", batch=32)
-OSS_V5E = Case(target=OSS, topology="v5e:2x4", tp=8, program="block", batch=32, context=8192)
+OSS_V5E = Case(target=OSS, topology="v5e:2x4", tp=8, program="block", batch=32, context=8192, draft_layers=8)
 OSS_CHIP = Case(target=OSS, topology=ONE, program="greedy", experts="float8_e5m2")
 TRAIN = Case(target=SMOL, topology="v5p:2x2x1", dp=4, program="train", batch=32, context=512, draft_layers=3)
 
 # What .ci/run compiles: no more than its minutes allow. The nightly workflow compiles the others too.
-FIRST = [QWEN_1, QWEN_1_BLOCK, QWEN_32, QWEN_TP, OSS_1, OSS_CHIP]
-OTHERS = [QWEN_32_BLOCK, OSS_1_BLOCK, OSS_32, OSS_32_BLOCK, OSS_V5E, TRAIN]
+FIRST = [QWEN_1, QWEN_1_BLOCK, QWEN_32, QWEN_TP, OSS_1, OSS_1_BLOCK, OSS_32, OSS_32_BLOCK, OSS_CHIP, TRAIN]
+OTHERS = [QWEN_32_BLOCK, OSS_V5E]
 
 
 def _grid() -> list[Case]:
@@ -82,18 +83,21 @@ def test_no_weight_and_no_cache_is_moved(case: Case) -> None:
 
 
 def test_collectives_are_those_of_the_layers(case: Case) -> None:
-    """Two reductions a layer, and two more: after the embedding, and for the likeliest token."""
+    """Two a layer, and two more: after the embedding, and for the likeliest token; of target and draft each."""
+    if case.program == "train":
+        found = whole(compiled(case).module, 1).collectives
+        assert set(found) == ({"all-reduce"} if case.tp * case.dp > 1 else set())
+        return
+    assert large_collectives(compiled(case), case) == []
     found = compiled(case).step.collectives
     if case.tp * case.dp == 1:
         assert found == {}
-    elif case.program == "greedy" and case.dp == 1:
-        assert {kind: count for kind, (count, _) in found.items()} == {
-            "all-reduce": 2 * case.target_config.num_layers + 2
-        }
-    if case.program == "train":
-        assert set(found) == {"all-reduce"}
-    else:
-        assert large_collectives(compiled(case), case) == []
+    elif case.program in ("greedy", "block") and case.dp == 1:
+        layers = [case.target_config.num_layers] + [case.draft_layers] * (case.program == "block")
+        # The compiler sums the likeliest tokens of few rows and gathers those of many: pairs of numbers.
+        assert set(found) <= {"all-reduce", "all-gather"}
+        assert sum(count for count, _ in found.values()) == sum(2 * n + 2 for n in layers)
+        assert found.get("all-gather", (0, 0.0))[0] <= len(layers)
 
 
 CYCLES = {QWEN_1: 19.5, QWEN_32: 30, QWEN_32_BLOCK: 52, OSS_1: 3.5, OSS_32: 8.5, OSS_CHIP: 10}
