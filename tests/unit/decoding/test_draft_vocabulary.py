@@ -23,7 +23,6 @@ from dflash.models.draft import pack_tokens, proposed_tokens, proposing
 from dflash.models.layers import most_likely
 from dflash.models.native import takes
 from dflash.training.batches import TrainingBatches
-from dflash.training.cache.windows import WindowCache
 from dflash.training.evaluate import Evaluator
 from dflash.training.objective import Objective, block_sums, means, trained_head
 from dflash.training.start import frequent_tokens
@@ -310,17 +309,6 @@ def test_the_most_frequent_tokens_of_the_training_answers(write_sequences, tmp_p
     order = sorted(range(V), key=lambda t: (-counts[t], t))
     for count in (1, 10, 50, V):
         assert frequent_tokens(cache, count, V).tolist() == sorted(order[:count])
-
-
-def test_windows_have_frequent_tokens_too(monkeypatch):
-    class Samples:
-        target_ids = np.array([[7, 7, 3], [9, 3, 7]])
-
-    cache = object.__new__(WindowCache)
-    monkeypatch.setattr(WindowCache, "rows", lambda self, held_out: [0, 1])
-    monkeypatch.setattr(WindowCache, "samples", lambda self, rows: Samples)
-    assert frequent_tokens(cache, 2, V).tolist() == [3, 7]
-    assert frequent_tokens(cache, 4, V).tolist() == [0, 3, 7, 9]
 
 
 @ARCHITECTURES
