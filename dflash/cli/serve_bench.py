@@ -74,10 +74,11 @@ def serve_bench(args: Annotated[ServeBench, tyro.conf.arg(name="")]) -> None:
         print("; ".join(sentences), file=sys.stderr)
     elif line := own_line(case):
         print(line)
-    _write_json(args, results(case))
+    final = results(case)
+    _write_json(args, final)
     if args.json is not None:
         print(f"every figure: {args.json}")
-    _write_report(args, results(case))
+    _write_report(args, final)
     if sentences:
         sys.exit(1)
 

@@ -12,6 +12,7 @@ from dflash.config import DraftConfig
 from dflash.measuring.steps import weights_of_step
 from dflash.models.draft import Draft
 from dflash.models.llama import Llama
+from dflash.models.mesh import DP, TP, ways
 from dflash.training.trainer import TrainConfig, abstract_batch, step_flops
 
 
@@ -41,7 +42,7 @@ def training_floor(draft: DraftConfig, config: TrainConfig, *, context: int) -> 
 
 def _attention(network: Llama | Draft, rows: int, tokens: int, context: int, itemsize: int) -> Floor:
     """Keys and values of `rows` x `context` tokens, read once, and their products with `tokens` queries a row."""
-    c, split = network.config, network.mesh.shape["tp"] if network.mesh is not None else 1
+    c, split = network.config, ways(network.mesh, TP)
     kv_heads = max(c.num_kv_heads, split) / split
     seen = sum(min(context, w) if w is not None else context for w in c.windows)
     return Floor(
@@ -52,8 +53,7 @@ def _attention(network: Llama | Draft, rows: int, tokens: int, context: int, ite
 
 def target_floor(target: Llama, *, batch: int, tokens: int, context: int) -> Floor:
     """A forward of `tokens` tokens of each of `batch` rows behind `context` committed ones."""
-    dp = 1 if target.mesh is None else target.mesh.shape["dp"]
-    rows = batch // dp
+    rows = batch // ways(target.mesh, DP)
     columns = rows * tokens
     nbytes = flops = 0.0
     for array, read, multiplied in weights_of_step(target, columns):
@@ -65,8 +65,7 @@ def target_floor(target: Llama, *, batch: int, tokens: int, context: int) -> Flo
 
 def draft_floor(target: Llama, draft: Draft, *, batch: int, tokens: int, context: int) -> Floor:
     """Proposing a block of `tokens` for each of `batch` rows: the draft's weights, its context, the target's head."""
-    dp = 1 if draft.mesh is None else draft.mesh.shape["dp"]
-    rows = batch // dp
+    rows = batch // ways(draft.mesh, DP)
     columns = rows * tokens
     head = (target.embedding if target.head is None else target.head).weight.get_value()
     proposed = device_size(head) * draft.config.num_tokens / draft.config.vocab_size

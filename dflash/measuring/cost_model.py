@@ -16,7 +16,6 @@ from dflash.metrics import predicted_speedup
 
 # A speed-up further from the prediction than this, as a fraction, is unexplained.
 EXPLAINED_WITHIN = 0.10
-_UNKNOWN = (0.0, math.inf)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,9 +36,13 @@ class StepTimes:
         """T_verify(B) / T_1; interpolated if B was not timed."""
         return _between(self.verify_s, block_size) / self.step_s
 
+    def verify_interval(self, block_size: int) -> tuple[float, float]:
+        """The interval of T_verify(B) / T_1; 0 to infinity where it has none."""
+        return self.verify_ratio_ci95.get(block_size, (0.0, math.inf))
+
     def cheapest_verify(self) -> int:
         """The timed size whose verify step surely costs least: by the upper end of its interval."""
-        return min(self.verify_s, key=lambda size: (self.verify_ratio_ci95.get(size, _UNKNOWN)[1], self.verify_s[size]))
+        return min(self.verify_s, key=lambda size: (self.verify_interval(size)[1], self.verify_s[size]))
 
     def draft_ratio(self, block_size: int) -> float:
         """T_draft(B) / T_1; interpolated if B was not timed."""

@@ -5,7 +5,6 @@ every round; in bfloat16 those that differ are audited (docs/lossless.md).
 """
 
 import dataclasses
-import math
 import time
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
@@ -249,15 +248,13 @@ class PairedRun:
         """The terms of the cost model beside the measurement: where time goes, and which block size to use."""
         size, cheapest = self.block_size, steps.cheapest_verify()
         verify, draft, predicted = steps.verify_ratio(size), steps.draft_ratio(size), info["predicted_speedup_x"]
-
-        def interval(tokens: int) -> tuple[float, float] | None:
-            return known(*steps.verify_ratio_ci95.get(tokens, (0.0, math.inf)))
-
         terms: dict[str, Any] = {
             "verify_ratio": verify,
-            "verify_ratio_ci95": interval(size),
+            "verify_ratio_ci95": known(*steps.verify_interval(size)),
             "cheapest_verify": VerifyRatio(
-                tokens=cheapest, ratio=steps.verify_ratio(cheapest), ratio_ci95=interval(cheapest)
+                tokens=cheapest,
+                ratio=steps.verify_ratio(cheapest),
+                ratio_ci95=known(*steps.verify_interval(cheapest)),
             ),
             "draft_ratio": draft,
             "break_even_acceptance_length": info["predicted_block_ratio"],
