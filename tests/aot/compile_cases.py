@@ -1,4 +1,4 @@
-"""Programs that are compiled for a described TPU, each once a session, and what is asked of them."""
+"""Programs that are compiled for a described TPU, and what is asked of them."""
 
 import dataclasses
 import functools
@@ -21,6 +21,8 @@ from dflash.weights.public import public_config
 # What may be copied or converted: norms' weights and the like. Anything of this size is a weight or a cache.
 LARGE = 2**20
 
+WITH_DRAFT = ("block", "sequential", "prefill")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
@@ -42,8 +44,9 @@ class Case:
     def id(self) -> str:
         block = f"{self.block_size}" if self.program in ("block", "sequential") else ""
         mesh = f"-tp{self.tp}" * (self.tp > 1) + f"-dp{self.dp}" * (self.dp > 1)
+        draft = f"-d{self.draft_layers}" * (self.program in (*WITH_DRAFT, "train"))
         held = f"-{self.experts}" if self.experts else ""
-        return f"{self.target}-{self.topology}{mesh}-{self.program}{block}-n{self.batch}-c{self.context}{held}"
+        return f"{self.target}-{self.topology}{mesh}-{self.program}{block}-n{self.batch}-c{self.context}{draft}{held}"
 
     @property
     def target_config(self) -> TargetConfig:
@@ -72,11 +75,10 @@ def topology(name: str) -> Topology:
 
 def networks(case: Case) -> Networks:
     """Target and draft of a case, abstract, on its mesh."""
-    with_draft = case.program in ("block", "sequential", "prefill")
     return abstract_networks(
         topology(case.topology),
         case.target_config,
-        case.draft_config if with_draft else None,
+        case.draft_config if case.program in WITH_DRAFT else None,
         dp=case.dp,
         tp=case.tp,
         experts=case.experts,
@@ -105,9 +107,9 @@ def lowered(case: Case) -> Any:
     raise ValueError(f"no such program: {case.program}")
 
 
-@functools.cache
+@functools.lru_cache(maxsize=2)
 def compiled(case: Case) -> Compiled:
-    """What the compiler makes of a case; fails where that does not fit the chip."""
+    """What the compiler makes of a case; fails where that does not fit the chip. A test needs one program or two."""
     made = compile_program(lowered(case))
     assert not isinstance(made, TooLarge), made.message
     return made

@@ -4,6 +4,7 @@ Bars are in millions of cycles of a step (sum over instructions of the larger of
 collectives apart).
 """
 
+import dataclasses
 import itertools
 
 import pytest
@@ -37,20 +38,20 @@ OTHERS = [QWEN_32_BLOCK, OSS_V5E]
 def _grid() -> list[Case]:
     """All programs of all targets, where a mesh can be: what the nightly workflow compiles."""
     cases = []
-    meshes = [("v6e:1x1", 1, 1), ("v6e:2x4", 8, 1), ("v5e:2x4", 8, 1), ("v5p:2x2x1", 4, 1), ("v6e:2x4", 4, 2)]
-    for target, (name, tp, dp), program, batch in itertools.product(
-        (SMOL, QWEN, OSS), meshes, ("prefill", "greedy", "sequential", "block"), (1, 32)
-    ):
-        one_chip = name == ONE
-        if batch % dp or (target == SMOL and tp > 1):  # 9 heads
-            continue
-        experts = "float8_e5m2" if target == OSS and one_chip else None
-        cases.append(Case(target=target, topology=name, tp=tp, dp=dp, program=program, batch=batch, experts=experts))
-    cases += [Case(target=t, topology=ONE, program="features", batch=8, context=1024) for t in (SMOL, QWEN)]
-    cases += [Case(target=OSS, topology=HOST, tp=8, program="features", batch=8, context=1024)]
+    hosts = [("v6e:2x4", 8, 1), ("v5e:2x4", 8, 1), ("v5p:2x2x1", 4, 1), ("v6e:2x4", 4, 2)]
+    small = [("v6e:2x4", 3, 1), ("v5e:2x4", 1, 8), ("v5p:2x2x1", 1, 4)]  # nine heads
+    meshes = {SMOL: [(ONE, 1, 1), *small], QWEN: [(ONE, 1, 1), *hosts], OSS: [(ONE, 1, 1), *hosts]}
+    programs = [(p, b, 1280) for p in ("prefill", "greedy", "sequential", "block") for b in (1, 32)]
+    programs += [("features", 8, 1024)]
+    for target, places in meshes.items():
+        for (name, tp, dp), (program, batch, context) in itertools.product(places, programs):
+            experts = "float8_e5m2" if target == OSS and name == ONE else None
+            case = Case(target=target, topology=name, tp=tp, dp=dp, program=program, experts=experts)
+            if batch % dp == 0:
+                cases.append(dataclasses.replace(case, batch=batch, context=context))
     cases += [
         Case(target=t, topology=name, dp=dp, program="train", batch=32, context=1024)
-        for t, (name, dp) in itertools.product((SMOL, QWEN), (("v5p:2x2x1", 4), ("v6e:2x4", 8)))
+        for t, (name, dp) in itertools.product(meshes, (("v5p:2x2x1", 4), ("v6e:2x4", 8)))
     ]
     return [c for c in cases if c not in FIRST + OTHERS]
 
@@ -66,7 +67,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     }
     cases = [*FIRST, *(OTHERS + _grid() if metafunc.config.option.aot_grid else [])]
     cases = [c for c in cases if test not in barred or c in barred[test]]
-    metafunc.parametrize("case", [pytest.param(c, id=c.id) for c in cases])
+    # The scope brings all tests of a case together: few compiled programs are held at a time.
+    metafunc.parametrize("case", [pytest.param(c, id=c.id) for c in cases], scope="module")
 
 
 def test_it_fits(case: Case) -> None:
