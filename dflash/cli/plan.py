@@ -1,9 +1,9 @@
 """`python -m dflash plan`: what decoding would take on a TPU that is not here, by its own compiler. Estimates."""
 
 import dataclasses
-import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 from flax import nnx
@@ -11,22 +11,20 @@ from tqdm import tqdm
 
 from dflash.compiled.plan import (
     ACCEPT_RATES,
-    Keep,
-    Plan,
+    ESTIMATE,
+    PlanFile,
+    PlannedCase,
+    PlannedProgram,
     Setting,
+    TriedMeshes,
     best_block_sizes,
-    gains,
-    hlo_writer,
-    meshes,
-    seconds,
-    settings,
-    training_case,
+    write_plan,
 )
+from dflash.compiled.planner import Keep, Planner, hlo_writer, meshes, settings, training_case
 from dflash.compiled.programs import Networks, abstract_networks
-from dflash.compiled.topology import Topology, describe
+from dflash.compiled.topology import Chip, Topology, describe
 from dflash.config import BlockSize, Checked, Computed, ConfigError, Count, DraftConfig, TargetConfig
-from dflash.host.disk import check_writable, nearest, write_atomically
-from dflash.metrics import finite
+from dflash.host.disk import check_writable, nearest
 from dflash.models.mesh import make_mesh
 from dflash.training.trainer import TrainConfig
 from dflash.weights.load import draft_config, held_experts, new_draft
@@ -132,36 +130,35 @@ def plan(args: Annotated[PlanArguments, tyro.conf.arg(name="")]) -> None:
     def networks(tp: int) -> Networks:
         return abstract_networks(topology, target, draft, dp=args.dp, tp=tp, dtype=args.dtype, experts=args.experts)
 
-    record = _auto(args, topology, networks, cases) if args.tp == "auto" else _planned(args, networks(args.tp), cases)
-    for line in _lines(record, topology):
+    made = _auto(args, topology, networks, cases) if args.tp == "auto" else _planned(args, networks(args.tp), cases)
+    for line in _lines(made):
         print(line)
     if args.json is not None:
-        write_atomically(args.json, json.dumps(finite(record), indent=1, allow_nan=False) + "\n")
+        write_plan(args.json, made)
 
 
-def _planned(args: PlanArguments, networks: Networks, cases: list[Any]) -> dict[str, Any]:
+def _planned(args: PlanArguments, networks: Networks, cases: Sequence[Setting]) -> PlanFile:
     chip = networks.topology.chip
     keep = hlo_writer(args.hlo) if args.hlo else None
-    plan = Plan(networks, keep)
+    planner = Planner(networks, keep)
     made = []
     for setting in tqdm(cases, desc="compiling", unit="case", leave=False, disable=None):
-        case = _training(args, networks, setting, keep) if args.training else plan.case(setting)
-        made.append(case | {"gains": gains(case, chip)})
-    return {
-        "estimate": "by the TPU's compiler; nothing was run",
-        "target": args.target,
-        "topology": networks.topology.name,
-        "tp": networks.tp,
-        "dp": networks.dp,
-        "dtype": args.dtype,
-        "experts": args.experts,
-        "hbm_bytes": chip.hbm_bytes,
-        "chip": dataclasses.asdict(chip),
-        "cases": made,
-    }
+        made.append(_training(args, networks, setting, keep) if args.training else planner.case(setting))
+    return PlanFile(
+        estimate=ESTIMATE,
+        target=args.target,
+        topology=networks.topology.name,
+        tp=networks.tp,
+        dp=networks.dp,
+        dtype=args.dtype,
+        experts=args.experts,
+        hbm_bytes=chip.hbm_bytes,
+        chip=chip,
+        cases=made,
+    )
 
 
-def _training(args: PlanArguments, networks: Networks, setting: Setting, keep: Keep | None) -> dict[str, Any]:
+def _training(args: PlanArguments, networks: Networks, setting: Setting, keep: Keep | None) -> PlannedCase:
     config = TrainConfig(
         batch_size=setting.batch,
         num_anchors=args.num_anchors,
@@ -173,74 +170,77 @@ def _training(args: PlanArguments, networks: Networks, setting: Setting, keep: K
     return training_case(networks, config, setting, keep)
 
 
-def _auto(args: PlanArguments, topology: Topology, networks: Any, cases: list[Any]) -> dict[str, Any]:
+def _auto(
+    args: PlanArguments, topology: Topology, networks: Callable[[int], Networks], cases: Sequence[Setting]
+) -> PlanFile:
     """Plans for every tp that can be; the largest case decides which is the smallest and the fastest."""
     largest = [max(cases, key=lambda c: (c.batch * c.context, c.block_size))]
     make_mesh(topology.devices, dp=args.dp)  # refuses a dp for which there are too few
-    tried: dict[int, Any] = {}
+    step_ms: dict[int, float] = {}
+    unfit: dict[int, str] = {}
     for tp in meshes(len(topology.devices), args.dp):
         try:
-            tried[tp] = _planned(args, networks(tp), largest)["cases"][0]
+            case = _planned(args, networks(tp), largest).cases[0]
         except ConfigError as error:
-            tried[tp] = {"fits": False, "refused": [str(error)]}
-    fitting = [tp for tp, case in tried.items() if case["fits"]]
-    if not fitting:
-        reasons = "; ".join(f"tp {tp}: {' '.join(case['refused']) or 'does not fit'}" for tp, case in tried.items())
+            unfit[tp] = str(error)
+            continue
+        if case.fits:
+            step_ms[tp] = 1000 * case.programs["step"].seconds(topology.chip)
+        else:
+            unfit[tp] = " ".join(case.refused) or "does not fit"
+    if not step_ms:
+        reasons = "; ".join(f"tp {tp}: {reason}" for tp, reason in unfit.items())
         raise ConfigError(f"no mesh of {topology.name} with dp {args.dp} holds the largest case: {reasons}")
-    fastest = min(fitting, key=lambda tp: seconds(tried[tp]["programs"]["step"], topology.chip))
-    record = _planned(args, networks(fastest), cases)
-    step_ms = {tp: 1000 * seconds(tried[tp]["programs"]["step"], topology.chip) for tp in fitting}
-    return record | {"auto": {"fewest": min(fitting), "fastest": fastest, "step_ms": step_ms, "tried": sorted(tried)}}
+    fastest = min(step_ms, key=lambda tp: step_ms[tp])
+    chosen = TriedMeshes(fewest=min(step_ms), fastest=fastest, step_ms=step_ms, tried=sorted([*step_ms, *unfit]))
+    return dataclasses.replace(_planned(args, networks(fastest), cases), auto=chosen)
 
 
-def _lines(made: dict[str, Any], topology: Topology) -> list[str]:
+def _lines(made: PlanFile) -> list[str]:
     """The plan for a reader. Bytes per device."""
-    gib = 2**30
     lines = [
-        f"{made['target']} on {made['topology']}, tp {made['tp']}, dp {made['dp']}: estimates by the TPU's compiler, "
-        f"nothing was run; per device, {made['hbm_bytes'] / gib:.2f} GiB"
+        f"{made.target} on {made.topology}, tp {made.tp}, dp {made.dp}: estimates by the TPU's compiler, "
+        f"nothing was run; per device, {made.hbm_bytes / 2**30:.2f} GiB"
     ]
-    if made["experts"] != made["dtype"]:
-        lines.append(f"routed experts are held in {made['experts']}")
-    if "auto" in made:
-        auto = made["auto"]
-        times = ", ".join(f"tp {tp} {ms:.2f} ms" for tp, ms in auto["step_ms"].items())
-        lines.append(f"fewest chips that fit: tp {auto['fewest']}; fastest step: tp {auto['fastest']} ({times})")
-    for case in made["cases"]:
-        lines += _case_lines(case, topology)
-    gained = [c for c in made["cases"] if c["gains"]]
-    for batch, context in dict.fromkeys((c["batch"], c["context"]) for c in gained):
-        best = best_block_sizes([c for c in made["cases"] if (c["batch"], c["context"]) == (batch, context)])
-        choice = ", ".join(f"{rate}: {size if size > 1 else 'greedy'}" for rate, size in best.items())
+    if made.experts != made.dtype:
+        lines.append(f"routed experts are held in {made.experts}")
+    if made.auto is not None:
+        times = ", ".join(f"tp {tp} {ms:.2f} ms" for tp, ms in made.auto.step_ms.items())
+        lines.append(f"fewest chips that fit: tp {made.auto.fewest}; fastest step: tp {made.auto.fastest} ({times})")
+    for case in made.cases:
+        lines += _case_lines(case, made.chip)
+    gained = [c for c in made.cases if c.gains is not None]
+    for batch, context in dict.fromkeys((c.batch, c.context) for c in gained):
+        best = best_block_sizes(c for c in gained if (c.batch, c.context) == (batch, context))
+        choice = ", ".join(f"{rate:g}: {size if size > 1 else 'greedy'}" for rate, size in best.items())
         lines.append(f"batch {batch}, context {context}: best block size by share of drafted tokens accepted: {choice}")
     return lines
 
 
-def _case_lines(case: dict[str, Any], topology: Topology) -> list[str]:
-    gib, sizes = 2**30, case["bytes"]
-    held = ", ".join(f"{name} {value / gib:.2f}" for name, value in sizes.items() if value is not None)
+def _case_lines(case: PlannedCase, chip: Chip) -> list[str]:
+    held = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in case.bytes.items() if size is not None)
     lines = [
-        f"batch {case['batch']}, context {case['context']}, block {case['block_size']}: "
-        f"{'fits' if case['fits'] else 'DOES NOT FIT'}; GiB: {held}"
+        f"batch {case.batch}, context {case.context}, block {case.block_size}: "
+        f"{'fits' if case.fits else 'DOES NOT FIT'}; GiB: {held}"
     ]
-    lines += [f"  {reason}" for reason in case["refused"]]
-    for name, program in case["programs"].items():
-        moved = ", ".join(
-            f"{count} {kind} {nbytes / 1e6:.2f} MB" for kind, (count, nbytes) in program["collectives"].items()
-        )
-        blind = ", ".join(f"{n} x{c} {b / 1e6:.1f} MB" for n, (c, b) in program["unestimated"].items())
+    lines += [f"  {reason}" for reason in case.refused]
+    lines += [_program_line(name, program, chip) for name, program in case.programs.items()]
+    if case.gains is not None:
+        speed = ", ".join(f"{rate:g}: {case.gains.speedup_x[rate]:.2f} x" for rate in ACCEPT_RATES)
         lines.append(
-            f"  {name:6} {program['cycles'] / 1e6:8.2f} M cycles (floor {program['floor_cycles'] / 1e6:.2f}), "
-            f"{1000 * seconds(program, topology.chip):.2f} ms, reads and writes {program['hbm_bytes'] / 1e9:.2f} GB, "
-            f"{program['before_loop_bytes'] / 1e9:.2f} GB before the loop"
-            + (f"; {moved}" if moved else "")
-            + (f"; without an estimate: {blind}" if blind else "")
-        )
-    if case["gains"]:
-        gained = case["gains"]
-        speed = ", ".join(f"{rate:g}: {gained['speedup_x'][f'{rate:g}']:.2f} x" for rate in ACCEPT_RATES)
-        lines.append(
-            f"  DFlash pays from an acceptance length of {gained['break_even_acceptance_length']:.2f}; "
+            f"  DFlash pays from an acceptance length of {case.gains.break_even_acceptance_length:.2f}; "
             f"speed-up by share accepted: {speed}"
         )
     return lines
+
+
+def _program_line(name: str, program: PlannedProgram, chip: Chip) -> str:
+    moved = ", ".join(f"{count} {kind} {size / 1e6:.2f} MB" for kind, (count, size) in program.collectives.items())
+    blind = ", ".join(f"{n} x{count} {size / 1e6:.1f} MB" for n, (count, size) in program.unestimated.items())
+    return (
+        f"  {name:6} {program.cycles / 1e6:8.2f} M cycles (floor {program.floor_cycles / 1e6:.2f}), "
+        f"{1000 * program.seconds(chip):.2f} ms, reads and writes {program.hbm_bytes / 1e9:.2f} GB, "
+        f"{program.before_loop_bytes / 1e9:.2f} GB before the loop"
+        + (f"; {moved}" if moved else "")
+        + (f"; without an estimate: {blind}" if blind else "")
+    )

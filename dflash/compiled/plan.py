@@ -1,209 +1,154 @@
-"""What decoding on a described TPU would take: memory, cycles, collectives, and what DFlash would gain. All estimated.
+"""What decoding on a described TPU would take, as the file of `dflash plan` holds it. All of it is estimated.
 
-A case is a batch, a context and a block size. Two programs are compiled for it, the greedy loop and the loop of block
-verification; of the second `verify` is what was traced in the scope of that name, and `draft` all the rest of the
-block: proposing, committing, taking in the context.
+A case is a batch, a context and a block size. Its programs are `step`, a greedy step of one token; `verify`, the
+target's part of a block; `draft`, all the rest of the block: proposing, committing, taking in the context. The case of
+a training has `train` alone.
 """
 
 import dataclasses
-import math
-from collections.abc import Callable, Iterator, Sequence
+import json
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-from dflash.compiled.estimate import Part, whole
-from dflash.compiled.floor import Floor, draft_floor, target_floor, training_floor
-from dflash.compiled.programs import (
-    Compiled,
-    Networks,
-    TooLarge,
-    compile_program,
-    decode_shape,
-    held_bytes,
-    lower_decode,
-)
+from dflash.compiled.floor import Floor
 from dflash.compiled.topology import Chip
-from dflash.decoding.modes import BLOCK, GREEDY, Mode
-from dflash.host.disk import write_atomically
+from dflash.host.disk import read_object, write_atomically
+from dflash.measuring.result import ResultError, from_json, to_json
 from dflash.metrics import predicted_speedup
-from dflash.models.mesh import make_mesh
-from dflash.training.trainer import TrainConfig, lower_step
 
-# Is given each program's name and text.
-Keep = Callable[[str, str], None]
 # What one collective takes beside its bytes. The compiler has no figure for it; published ones are 1 to 5 microseconds.
 COLLECTIVE_S = 2e-6
 # Shares of drafted tokens accepted, all slots alike, for which a speed-up is given.
 ACCEPT_RATES = (0.5, 0.6, 0.7, 0.8, 0.9)
 
+# Whose figures these are.
+ESTIMATE = "by the TPU's compiler; nothing was run"
+_REMEDY = "`dflash plan --json FILE` writes one"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Setting:
-    """One case of a plan."""
+    """The sizes of a case."""
 
     batch: int
     context: int
     block_size: int
 
 
-def seconds(program: dict[str, Any], chip: Chip) -> float:
-    """A step's time: its cycles by the chip's clock, and its collectives by their number and bytes."""
-    collectives = program["collectives"].values()
-    exchanged = sum(count * COLLECTIVE_S + nbytes / chip.link_bytes_per_s for count, nbytes in collectives)
-    return program["cycles"] / chip.clock_hz + exchanged
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlannedProgram:
+    """A step of a program on one device. `unestimated` and `collectives`: by kind, how many, and their bytes."""
 
+    cycles: float
+    floor_cycles: float
+    floor: Floor
+    hbm_bytes: float
+    unestimated: dict[str, tuple[int, float]]
+    before_loop_bytes: float
+    collectives: dict[str, tuple[int, float]]
 
-def _program(part: Part, floor: Floor, chip: Chip, before_loop: Part | None = None) -> dict[str, Any]:
-    return {
-        "cycles": part.cycles(chip.bytes_per_cycle),
-        "floor_cycles": floor.cycles(chip),
-        "floor": dataclasses.asdict(floor),
-        "hbm_bytes": part.hbm_bytes,
-        "unestimated": {name: list(counts) for name, counts in part.unestimated.items()},
-        "before_loop_bytes": 0.0 if before_loop is None else before_loop.hbm_bytes,
-        "collectives": {kind: list(counts) for kind, counts in part.collectives.items()},
-    }
-
-
-def training_case(
-    networks: Networks, config: TrainConfig, setting: Setting, keep: Keep | None = None
-) -> dict[str, Any]:
-    """A training step of the draft in blocks and on rows of a setting's size, as a case: the target is not there."""
-    n, chip = networks, networks.topology.chip
-    assert n.draft is not None
-    draft, context = dataclasses.replace(n.draft.config, block_size=setting.block_size), setting.context
-    mesh = make_mesh(n.topology.devices, dp=n.dp, tp=n.tp)
-    name = f"train-n{config.batch_size}-c{context}-b{draft.block_size}"
-    compiled = compile_program(lower_step(draft, config, mesh, context=context))
-    case = dataclasses.asdict(setting) | {"num_anchors": config.num_anchors}
-    if isinstance(compiled, TooLarge):
-        return case | {"fits": False, "refused": [compiled.message], "bytes": {}, "programs": {}}
-    if keep is not None:
-        keep(name, compiled.text)
-    # The first chunk of the vocabulary is outside its loop.
-    chunks = math.ceil(draft.num_tokens / config.tp / config.objective.chunk) - 1
-    step = whole(compiled.module, chunks)
-    floor = training_floor(draft, config, context=context)
-    return case | {
-        "fits": compiled.hbm_bytes <= chip.hbm_bytes,
-        "refused": [],
-        "bytes": {"arguments": compiled.argument_bytes, "temporaries": compiled.temporary_bytes},
-        "programs": {"train": _program(step, floor, chip)},
-    }
-
-
-class Plan:
-    """Cases of one target and draft on one mesh. Compiles each program once; `keep` is given every program's text."""
-
-    def __init__(self, networks: Networks, keep: Keep | None = None):
-        assert networks.draft is not None
-        self.networks, self._keep = networks, keep
-        self._greedy: dict[tuple[int, int], Compiled | TooLarge] = {}
-
-    def _compiled(self, mode: Mode, setting: Setting) -> Compiled | TooLarge:
-        name = f"{mode.name}-n{setting.batch}-c{setting.context}"
-        name += f"-b{setting.block_size}" if mode.drafts else ""
-        programs = lower_decode(
-            self.networks,
-            mode,
-            batch=setting.batch,
-            context=setting.context,
-            block_size=setting.block_size,
+    def seconds(self, chip: Chip) -> float:
+        """A step's time: its cycles by the chip's clock, and its collectives by their number and bytes."""
+        exchanged = (
+            count * COLLECTIVE_S + nbytes / chip.link_bytes_per_s for count, nbytes in self.collectives.values()
         )
-        compiled = compile_program(programs.loop)
-        if self._keep is not None and isinstance(compiled, Compiled):
-            self._keep(name, compiled.text)
-        return compiled
-
-    def case(self, setting: Setting) -> dict[str, Any]:
-        """One case in the form of the plan's JSON file."""
-        key = (setting.batch, setting.context)
-        if key not in self._greedy:
-            self._greedy[key] = self._compiled(GREEDY, setting)
-        greedy, block = self._greedy[key], self._compiled(BLOCK, setting)
-        programs = {} if isinstance(greedy, TooLarge) else self._of_greedy(greedy, setting)
-        programs |= {} if isinstance(block, TooLarge) else self._of_block(block, setting)
-        refused = [p.message for p in (greedy, block) if isinstance(p, TooLarge)]
-        made = [p for p in (greedy, block) if isinstance(p, Compiled)]
-        # Both loops' networks and caches are there together; of temporaries one program's at a time.
-        return {
-            **dataclasses.asdict(setting),
-            "fits": not refused and max(p.hbm_bytes for p in made) <= self.networks.topology.chip.hbm_bytes,
-            "refused": refused,
-            "bytes": self._bytes(setting) | {"temporaries": max((p.temporary_bytes for p in made), default=None)},
-            "programs": programs,
-        }
-
-    def _bytes(self, setting: Setting) -> dict[str, float]:
-        n = self.networks
-        assert n.draft is not None
-        return held_bytes(n.target, n.draft, decode_shape(BLOCK, **dataclasses.asdict(setting)))
-
-    def _of_greedy(self, greedy: Compiled, setting: Setting) -> dict[str, Any]:
-        n, chip = self.networks, self.networks.topology.chip
-        floor = target_floor(n.target, batch=setting.batch, tokens=1, context=setting.context)
-        return {"step": _program(greedy.step, floor, chip, greedy.before_loop)}
-
-    def _of_block(self, block: Compiled, setting: Setting) -> dict[str, Any]:
-        n, chip = self.networks, self.networks.topology.chip
-        assert n.draft is not None
-        sizes = {"batch": setting.batch, "tokens": setting.block_size, "context": setting.context}
-        step = block.step
-        parts = {"verify": step.within("verify"), "draft": step.outside("verify")}
-        floors = {"verify": target_floor(n.target, **sizes), "draft": draft_floor(n.target, n.draft, **sizes)}
-        return {name: _program(part, floors[name], chip, block.before_loop) for name, part in parts.items()}
+        return self.cycles / chip.clock_hz + sum(exchanged)
 
 
-def gains(case: dict[str, Any], chip: Chip) -> dict[str, Any] | None:
-    """The cost model of a case that fits: what a block costs in one-token steps, and speed-ups by accept rate.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gains:
+    """What a block costs in one-token steps, and what it brings at each of ACCEPT_RATES."""
 
-    With a share p of drafted tokens accepted, all slots alike, the acceptance length is 1 + p + p^2 + ...
-    """
-    programs = case["programs"]
-    if not {"step", "verify", "draft"} <= programs.keys():
-        return None
-    step, verify, draft = (seconds(programs[name], chip) for name in ("step", "verify", "draft"))
-    size = case["block_size"]
-    lengths = {rate: sum(rate**i for i in range(size)) for rate in ACCEPT_RATES}
-    return {
-        "step_ms": 1000 * step,
-        "verify_ms": 1000 * verify,
-        "draft_ms": 1000 * draft,
-        "break_even_acceptance_length": (verify + draft) / step,
-        "speedup_x": {f"{rate:g}": predicted_speedup(length, step, verify, draft) for rate, length in lengths.items()},
-        "acceptance_length": {f"{rate:g}": length for rate, length in lengths.items()},
-    }
+    step_ms: float
+    verify_ms: float
+    draft_ms: float
+    break_even_acceptance_length: float
+    speedup_x: dict[float, float]
+    acceptance_length: dict[float, float]
 
 
-def best_block_sizes(cases: Sequence[dict[str, Any]]) -> dict[str, int]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlannedCase:
+    """`bytes` on one device by what they are of; `refused`: the compiler's words where it refuses a program."""
+
+    batch: int
+    context: int
+    block_size: int
+    num_anchors: int | None = None
+    fits: bool
+    refused: list[str]
+    bytes: dict[str, float | None]
+    programs: dict[str, PlannedProgram]
+    gains: Gains | None = None
+
+    def with_gains(self, chip: Chip) -> "PlannedCase":
+        """With the cost model's, where all its programs were made.
+
+        With a share p of drafted tokens accepted, all slots alike, the acceptance length is 1 + p + p^2 + ...
+        """
+        if not {"step", "verify", "draft"} <= self.programs.keys():
+            return self
+        step, verify, draft = (self.programs[name].seconds(chip) for name in ("step", "verify", "draft"))
+        lengths = {rate: sum(rate**i for i in range(self.block_size)) for rate in ACCEPT_RATES}
+        gains = Gains(
+            step_ms=1000 * step,
+            verify_ms=1000 * verify,
+            draft_ms=1000 * draft,
+            break_even_acceptance_length=(verify + draft) / step,
+            speedup_x={rate: predicted_speedup(length, step, verify, draft) for rate, length in lengths.items()},
+            acceptance_length=lengths,
+        )
+        return dataclasses.replace(self, gains=gains)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TriedMeshes:
+    """What `--tp auto` chose: the tp that fits with the fewest chips, and the fastest. `step_ms` of all that fit."""
+
+    fewest: int
+    fastest: int
+    step_ms: dict[int, float]
+    tried: list[int]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanFile:
+    """The file of a plan: one target and draft on one mesh. Bytes are of one device."""
+
+    estimate: str
+    target: str
+    topology: str
+    tp: int
+    dp: int
+    dtype: str
+    experts: str
+    hbm_bytes: float
+    chip: Chip
+    cases: list[PlannedCase]
+    auto: TriedMeshes | None = None
+
+
+def write_plan(path: Path, plan: PlanFile) -> None:
+    """Writes it as JSON; the path is as `write_atomically` takes it."""
+    write_atomically(path, json.dumps(to_json(plan), indent=1, allow_nan=False) + "\n")
+
+
+def read_plan(path: Path) -> PlanFile:
+    """Raises ResultError for a file that is no plan."""
+    raw = read_object(path, ResultError, _REMEDY)
+    try:
+        return from_json(raw, PlanFile)
+    except ResultError as error:
+        raise ResultError(f"a plan has cases with programs; {path} is none ({error}): {_REMEDY}") from None
+
+
+def best_block_sizes(cases: Iterable[PlannedCase]) -> dict[float, int]:
     """The block size that gains most at each accept rate; 1 is greedy decoding. Of cases of one batch and context."""
-    gaining = [c for c in cases if c.get("gains")]
+    gaining = [(case.gains, case.block_size) for case in cases if case.gains is not None]
     return {
-        f"{rate:g}": max(
-            [(1.0, 1), *((c["gains"]["speedup_x"][f"{rate:g}"], c["block_size"]) for c in gaining)],
+        rate: max(
+            [(1.0, 1), *((gains.speedup_x[rate], size) for gains, size in gaining)],
             key=lambda pair: (pair[0], -pair[1]),
         )[1]
         for rate in ACCEPT_RATES
     }
-
-
-def settings(batches: Sequence[int], contexts: Sequence[int], block_sizes: Sequence[int]) -> Iterator[Setting]:
-    for batch in batches:
-        for context in contexts:
-            for size in block_sizes:
-                yield Setting(batch=batch, context=context, block_size=size)
-
-
-def hlo_writer(directory: Path) -> Keep:
-    """Writes each program's text into a directory."""
-
-    def keep(name: str, text: str) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        write_atomically(directory / f"{name}.hlo", text)
-
-    return keep
-
-
-def meshes(devices: int, dp: int) -> list[int]:
-    """The tp that `auto` tries: all for which there are devices. Those that heads rule out fail before a compile."""
-    return list(range(1, devices // dp + 1))
