@@ -21,9 +21,10 @@ from dflash.compiled.plan import (
     write_plan,
 )
 from dflash.compiled.planner import Keep, Planner, hlo_writer, meshes, settings, training_case
-from dflash.compiled.programs import Networks, abstract_networks
+from dflash.compiled.programs import Networks, abstract_networks, decode_shape
 from dflash.compiled.topology import Chip, Topology, describe
-from dflash.config import BlockSize, Checked, Computed, ConfigError, Count, DraftConfig, TargetConfig
+from dflash.config import BlockSize, Checked, Computed, ConfigError, Count, DraftConfig, TargetConfig, fault_list
+from dflash.decoding.modes import BLOCK
 from dflash.host.disk import check_writable, nearest
 from dflash.models.mesh import make_mesh
 from dflash.training.trainer import TrainConfig
@@ -33,7 +34,10 @@ from dflash.weights.snapshot import target_config
 
 
 def _numbers(words: list[str]) -> tuple[int, ...]:
-    return tuple(int(word) for word in words[0].split(","))
+    try:
+        return tuple(int(word) for word in words[0].split(","))
+    except ValueError:
+        raise ValueError(f"it takes integers with commas between them, such as 1,8; got {words[0]!r}") from None
 
 
 Held = Literal["float32", "bfloat16", "float8_e5m2"]
@@ -120,8 +124,11 @@ def plan(args: Annotated[PlanArguments, tyro.conf.arg(name="")]) -> None:
     if args.json is not None:
         check_writable(args.json)
     if args.hlo is not None:
+        if not nearest(args.hlo).is_dir():
+            raise ConfigError(f"--hlo names a directory, and {nearest(args.hlo)} is a file: name another")
         check_writable(nearest(args.hlo) / "probe")
     cases = list(settings(args.batch, args.context, args.block_size))
+    _check_cases(args, cases)
     target = _target(args.target)
     draft = _draft(args, target, max(c.block_size for c in cases))
     args = dataclasses.replace(args, experts=_experts(args, target))
@@ -135,6 +142,23 @@ def plan(args: Annotated[PlanArguments, tyro.conf.arg(name="")]) -> None:
         print(line)
     if args.json is not None:
         write_plan(args.json, made)
+
+
+def _check_cases(args: PlanArguments, cases: Sequence[Setting]) -> None:
+    """Raises ConfigError with every size that no program can be made for."""
+    faults = [
+        f"a batch must be divisible by --dp {args.dp}, got {case.batch}" for case in cases if case.batch % args.dp
+    ]
+    for case in cases:
+        if not args.training:
+            try:
+                decode_shape(BLOCK, **dataclasses.asdict(case))
+            except ConfigError as error:
+                faults.append(str(error))
+        elif case.context <= case.block_size:
+            faults.append(f"a row is longer than a block of {case.block_size}, got a context of {case.context}")
+    if faults:
+        raise ConfigError(fault_list(list(dict.fromkeys(faults))))
 
 
 def _planned(args: PlanArguments, networks: Networks, cases: Sequence[Setting]) -> PlanFile:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from dflash.compiled.floor import Floor
 from dflash.compiled.topology import Chip
+from dflash.config import fault_list
 from dflash.host.disk import read_object, write_atomically
 from dflash.measuring.result import ResultError, from_json, to_json
 from dflash.metrics import predicted_speedup
@@ -134,12 +135,26 @@ def write_plan(path: Path, plan: PlanFile) -> None:
 
 
 def read_plan(path: Path) -> PlanFile:
-    """Raises ResultError for a file that is no plan."""
+    """Raises ResultError for a file that is no plan, with its faults."""
     raw = read_object(path, ResultError, _REMEDY)
     try:
-        return from_json(raw, PlanFile)
+        plan = from_json(raw, PlanFile)
+        if faults := _not_positive(plan):
+            raise ResultError(fault_list(faults))
     except ResultError as error:
         raise ResultError(f"a plan has cases with programs; {path} is none ({error}): {_REMEDY}") from None
+    return plan
+
+
+def _not_positive(plan: PlanFile) -> list[str]:
+    """Figures of 0 or less where there is something to divide by."""
+    figures = {f"chip.{name}": value for name, value in dataclasses.asdict(plan.chip).items() if name != "name"}
+    for number, case in enumerate(plan.cases):
+        for name, program in case.programs.items():
+            where = f"cases.{number}.programs.{name}"
+            figures |= {f"{where}.cycles": program.cycles, f"{where}.floor_cycles": program.floor_cycles}
+            figures |= {f"{where}.floor.{key}": value for key, value in dataclasses.asdict(program.floor).items()}
+    return [f"{name} must be above 0, got {value}" for name, value in figures.items() if value <= 0]
 
 
 def best_block_sizes(cases: Iterable[PlannedCase]) -> dict[float, int]:

@@ -69,7 +69,7 @@ def check_writable(path: Path) -> None:
     try:
         probe.touch(exist_ok=False)
     except OSError as error:
-        error.filename = str(path)
+        error.filename = str(path.parent if isinstance(error, FileNotFoundError) else path)
         raise
     probe.unlink()
 

@@ -22,6 +22,10 @@ def _refused(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pyte
     [
         (["--target", "gpt-oss-21b"], "gpt-oss-20b"),
         (["--target", "qwen3-8b", "--batch", "1,x"], "--batch"),
+        (["--target", "qwen3-8b", "--batch", "1,"], "integers with commas between them"),
+        (["--target", "qwen3-8b", "--context", "1024,4"], "a context has room for a prompt"),
+        (["--target", "qwen3-8b", "--dp", "3", "--batch", "6,2"], "divisible by --dp 3, got 2"),
+        (["--target", "qwen3-8b", "--training", "--context", "3", "--block-size", "4"], "longer than a block of 4"),
         (["--target", "qwen3-8b", "--block-size", "0"], "block_size"),
         (["--target", "qwen3-8b", "--block-size", "1"], "block_size"),
         (["--target", "qwen3-8b", "--topology", "v6e"], "v6e:2x4"),
@@ -36,13 +40,25 @@ def test_a_mistake_is_one_sentence(
     assert names in _refused(arguments, monkeypatch, capsys)
 
 
-@pytest.mark.parametrize("option", ["--json", "--hlo"])
+def test_every_case_that_can_not_be_is_named_before_anything_is_compiled(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    options = ["--batch", "2,3,5", "--dp", "2", "--context", "8,2048", "--block-size", "16,8"]
+    error = _refused(["--target", "qwen3-8b", *options, "--hlo", str(tmp_path / "hlo")], monkeypatch, capsys)
+    assert error.count("got 3;") == error.count("got 5;") == 1
+    assert "a block of 16 " in error
+    assert "a block of 8 " in error
+    assert not (tmp_path / "hlo").exists()
+
+
+@pytest.mark.parametrize(("option", "reason"), [("--json", "Not a directory"), ("--hlo", "names a directory")])
 def test_what_can_not_be_written_is_told_first(
-    option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    option: str, reason: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("")
-    said = _refused(["--target", "qwen3-8b", option, str(tmp_path / "file" / "below")], monkeypatch, capsys)
-    assert "Not a directory" in said
+    error = _refused(["--target", "qwen3-8b", option, str(tmp_path / "file" / "below")], monkeypatch, capsys)
+    assert reason in error
+    assert "probe" not in error
     assert (tmp_path / "file").read_text() == ""
 
 

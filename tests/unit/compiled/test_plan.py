@@ -124,3 +124,26 @@ def test_what_is_no_plan_is_one_sentence(changes: dict[str, object], tmp_path: P
     with pytest.raises(ResultError, match=r"plan\.json is none.*--json FILE") as raised:
         read_plan(path)
     assert next(iter(changes)) in str(raised.value)
+
+
+@pytest.mark.parametrize("value", [0, -1.5])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ("chip", "clock_hz"),
+        ("cases", 0, "programs", "step", "cycles"),
+        ("cases", 0, "programs", "draft", "floor", "flops"),
+    ],
+    ids=lambda keys: keys[-1],
+)
+def test_figures_are_above_zero(keys: tuple[str | int, ...], value: float, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    write_plan(path, _plan())
+    raw = part = json.loads(path.read_text())
+    for key in keys[:-1]:
+        part = part[key]
+    part[keys[-1]] = value
+    path.write_text(json.dumps(raw))
+    with pytest.raises(ResultError) as raised:
+        read_plan(path)
+    assert f"{'.'.join(map(str, keys))} must be above 0, got {float(value)}" in str(raised.value)

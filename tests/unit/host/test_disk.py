@@ -123,11 +123,16 @@ def test_a_place_is_asked_whether_it_may_be_written_and_left_as_it_was(tmp_path)
     check_writable(tmp_path / "x")
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
     assert (tmp_path / "x").read_text() == "kept"
-    for path, kind in ((tmp_path, IsADirectoryError), (tmp_path / "x" / "y", NotADirectoryError),
-                       (tmp_path / "none" / "y", FileNotFoundError)):  # fmt: skip
+    # Of a file that is not there yet, its directory is what is missing.
+    below, none = tmp_path / "x" / "y", tmp_path / "none"
+    for path, kind, at_fault in (
+        (tmp_path, IsADirectoryError, tmp_path),
+        (below, NotADirectoryError, below),
+        (none / "y", FileNotFoundError, none),
+    ):
         with pytest.raises(kind) as caught:
             check_writable(path)
-        assert caught.value.filename == str(path)
+        assert caught.value.filename == str(at_fault)
 
 
 @pytest.mark.parametrize(
