@@ -186,11 +186,16 @@ def _constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON")
 
 
-def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} occurs twice in one object")
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, for the `object_pairs_hook` of whoever reads some. Raises ValueError for a key twice.
+
+    json would take the last value, another reader maybe the first.
+    """
+    content: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in content:
+            raise ValueError(f"{key!r:.40} occurs twice in one object")
+        content[key] = value
     return content
 
 
@@ -214,7 +219,7 @@ def parse_object(text: str | bytes, source: str, error: type[Exception], remedy:
         # Strict, unlike json: half of a surrogate pair could not be written anywhere again.
         value = json.loads(
             text if isinstance(text, str) else text.decode("utf-8"),
-            object_pairs_hook=_pairs,
+            object_pairs_hook=unique_keys,
             parse_int=_integer,
             parse_float=_number,
             parse_constant=_constant,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dflash.config import fault_list
+from dflash.host.disk import unique_keys
 from dflash.text.prompt import Prompt, PromptError, PromptSet, text_of
 
 # What a row may hold its words under; other keys are ignored. `text` counts where there is none of the others, since
@@ -73,15 +74,18 @@ def lines(data: bytes) -> list[tuple[int, bytes]]:
 
 
 def json_of(text: bytes) -> Any:
-    """The value that JSON text holds. Raises PromptError."""
+    """The value that JSON text holds. Raises PromptError, also for a key that occurs twice in one object.
+
+    Otherwise it is read as loosely as Python does: a NaN under a key that is ignored is harmless.
+    """
     try:
-        return json.loads(text.decode("utf-8-sig"))
+        return json.loads(text.decode("utf-8-sig"), object_pairs_hook=unique_keys)
     except json.JSONDecodeError as fault:
         line = "" if fault.lineno == 1 else f"line {fault.lineno}, "
         raise PromptError(f"not JSON: {fault.msg} at {line}column {fault.colno}") from None
     except RecursionError:
         raise PromptError("not JSON that can be read: it nests too deeply") from None
-    except ValueError as fault:  # no UTF-8, or a number of thousands of digits
+    except ValueError as fault:  # no UTF-8, a number of thousands of digits, or a key twice
         raise PromptError(f"not JSON that can be read: {fault!s:.80}") from None
 
 

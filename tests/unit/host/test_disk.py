@@ -49,6 +49,7 @@ BAD = {
     "NaN": (b'{"a": NaN}', "NaN is no JSON"),
     "infinity": (b'{"a": -Infinity}', "-Infinity is no JSON"),
     "a key twice": (b'{"a": 1, "b": {"c": 2, "c": 3}}', "'c' occurs twice"),
+    "a long key twice": (b'{"' + b"k" * 999 + b'": 1, "' + b"k" * 999 + b'": 1}', "kkk occurs twice"),
     "half a surrogate pair": (b'{"a": "\\ud800"}', "is no valid JSON"),
     "half a pair in a key": (b'{"\\ud800": 1}', "is no valid JSON"),
 }

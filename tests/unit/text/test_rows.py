@@ -69,6 +69,32 @@ def test_a_row_of_another_shape_is_refused(tmp_path, row, said):
         load_prompts(write(tmp_path / "a.json", [row]))
 
 
+TWICE = {
+    "the prompt": ('{"prompt": "x", "prompt": "y"}', "prompt"),
+    "the same prompt": ('{"prompt": "x", "prompt": "x"}', "prompt"),
+    "an id": ('{"id": "a", "prompt": "x", "id": "b"}', "id"),
+    "a key that is ignored": ('{"prompt": "x", "source": 1, "source": {}}', "source"),
+    "a message's content": ('{"messages": [{"role": "user", "content": "x", "content": "y"}]}', "content"),
+    "a key spelt in two ways": ('{"prompt": "x", "pr\\u006fmpt": "y"}', "prompt"),
+}
+
+
+@pytest.mark.parametrize("end", [".jsonl", ".json"])
+@pytest.mark.parametrize("name", TWICE)
+def test_a_key_that_occurs_twice_is_refused(tmp_path, name, end):
+    row, key = TWICE[name]
+    path = tmp_path / f"own{end}"
+    path.write_text(f"[{row}]" if end == ".json" else '{"prompt": "other"}\n' + row)
+    with pytest.raises(ValueError, match=rf"{'line 2: ' if end == '.jsonl' else ''}.*'{key}' occurs twice"):
+        load_prompts(str(path))
+
+
+def test_a_key_may_occur_in_two_objects_and_what_is_ignored_be_odd(tmp_path):
+    path = tmp_path / "own.jsonl"
+    path.write_text('{"prompt": "x", "more": {"prompt": "y"}, "score": NaN}\n{"prompt": "z"}')
+    assert [prompt.words for prompt in load_prompts(str(path)).prompts] == ["x", "z"]
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
