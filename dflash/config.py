@@ -39,6 +39,11 @@ def fault_list(faults: Sequence[str]) -> str:
     return "; ".join(faults)
 
 
+def counted_faults(faults: Sequence[str]) -> str:
+    """`fault_list` behind the number of the faults: `(2 faults): a; b`."""
+    return f"({len(faults)} fault{'' if len(faults) == 1 else 's'}): {fault_list(faults)}"
+
+
 # More steps, tokens or rows than this can only be a typo.
 MOST = 10**9
 

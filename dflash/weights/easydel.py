@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dflash.config import TargetConfig, fault_list
+from dflash.config import TargetConfig, counted_faults
 from dflash.models.llama import Llama
 from dflash.models.mesh import gather
 from dflash.weights.build import Opened, build_target, check_tied, named_weights
@@ -83,7 +83,7 @@ def from_state(config: TargetConfig, arrays: dict[str, Any], dtype: str = "float
     """
     stored = {path: array for path, array in arrays.items() if not (config.tie_embeddings and path == HEAD)}
     if faults := tensor_faults(stored, {path: (shape, None) for path, shape in _wanted(config).items()}):
-        raise WeightsError(f"the state does not fit its config ({len(faults)} faults): " + fault_list(faults))
+        raise WeightsError(f"the state does not fit its config {counted_faults(faults)}")
     return build_target(Opened(config, _plan(config), arrays.pop), dtype, mesh)
 
 

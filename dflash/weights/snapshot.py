@@ -14,7 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from dflash.config import TargetConfig, UserError, fault_list
+from dflash.config import TargetConfig, UserError, counted_faults
 from dflash.host.disk import read_object
 from dflash.weights.config_json import read_target_config
 
@@ -67,7 +67,7 @@ def tensor_faults(stored: Mapping[str, Stored], wanted: Wanted) -> list[str]:
 def check_tensors(stored: Mapping[str, Stored], wanted: Wanted, where: Path) -> None:
     """Raises WeightsError with every tensor that does not fit the config.json in the directory `where`."""
     if faults := tensor_faults(stored, wanted):
-        raise WeightsError(f"{where} does not fit its config.json ({len(faults)} faults): " + fault_list(faults))
+        raise WeightsError(f"{where} does not fit its config.json {counted_faults(faults)}")
 
 
 def read_json(directory: Path, name: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dflash.config import ConfigError, build_target_layer_ids, fault_list
+from dflash.config import ConfigError, build_target_layer_ids, counted_faults, fault_list
 
 
 @pytest.mark.parametrize(
@@ -54,3 +54,9 @@ def test_many_faults_are_told_briefly():
     assert said.endswith("; and 12 more")
     assert said.count("; ") == 10
     assert len(fault_list(["x" * 10**6] * 3)) < 1000
+
+
+def test_the_number_of_faults_is_said_as_one_says_it():
+    assert counted_faults(["a is missing"]) == "(1 fault): a is missing"
+    assert counted_faults(["a is 1", "b is 2"]) == "(2 faults): a is 1; b is 2"
+    assert counted_faults([f"missing x.{i}" for i in range(30)]) == "(30 faults): missing x.0 and 29 like it"

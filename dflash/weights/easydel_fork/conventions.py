@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from dflash.config import ConfigError, DraftConfig, TargetConfig, fault_list
+from dflash.config import ConfigError, DraftConfig, TargetConfig, counted_faults
 from dflash.host.disk import DAMAGE, parse_object
 from dflash.models.draft import Draft
 from dflash.models.layers import rope_attention_factor
@@ -163,7 +163,7 @@ def check_arrays(draft: ForkDraft) -> None:
         elif value.dtype.name not in FLOATS:
             faults.append(f"{path} is {value.dtype.name}, must be one of {', '.join(FLOATS)}")
     if faults:
-        raise WeightsError(f"{draft.source} does not fit its config ({len(faults)} faults): " + fault_list(faults))
+        raise WeightsError(f"{draft.source} does not fit its config {counted_faults(faults)}")
 
 
 def _canonical(c: DraftConfig, theirs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import tensorstore
 
-from dflash.config import fault_list
+from dflash.config import counted_faults, fault_list
 from dflash.host.disk import read_object
 from dflash.weights.snapshot import ARRAY_INDEX, WeightsError
 
@@ -176,8 +176,8 @@ def check_chunks(directory: Path, entries: Iterable[Entry], may_be_zero: tuple[s
     lost = lost_chunks(directory, [e for e in entries if e.sha256 is None and not e.path.endswith(may_be_zero)])
     if lost:
         raise WeightsError(
-            f"{directory} was copied incompletely, {len(lost)} weights would be read as zeros: {fault_list(lost)}: "
-            "copy it again"
+            f"{directory} was copied incompletely, and weights would be read as zeros {counted_faults(lost)}: copy it "
+            "again"
         )
 
 
@@ -212,7 +212,6 @@ def read_arrays(directory: Path, entries: Iterable[Entry]) -> dict[str, np.ndarr
             faults.append(f"{entry.path} ({_reason(error)})")
     if faults:
         raise WeightsError(
-            f"{len(faults)} arrays of {directory} are damaged: " + fault_list(faults) + ". Copy the run again, or give "
-            "another one"
+            f"arrays of {directory} are damaged {counted_faults(faults)}. Copy the run again, or give another one"
         )
     return values

@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from dflash.config import ConfigError, DraftConfig, TargetConfig, fault_list
+from dflash.config import ConfigError, DraftConfig, TargetConfig, counted_faults, fault_list
 from dflash.models.draft import Draft
 from dflash.weights.build import DTYPES, check_dtype
 from dflash.weights.config_json import read_draft_config, write_draft_config
@@ -226,9 +226,8 @@ def read_optimizer_state(directory: Path, like: Any) -> Any:
     faults = tensor_faults(entries, {path: (shape, (dtype,)) for path, (shape, dtype) in kinds.items()})
     if faults:
         raise WeightsError(
-            f"the optimizer state of {directory} is another optimizer's or draft's ({len(faults)} faults): "
-            + fault_list(faults)
-            + ". Resume with the settings that it was written with"
+            f"the optimizer state of {directory} is another optimizer's or draft's {counted_faults(faults)}. Resume "
+            "with the settings that it was written with"
         )
     values = read_arrays(directory, entries.values())
     return jax.tree.unflatten(jax.tree.structure(like), [restore(leaf, values[path]) for path, leaf in leaves.items()])

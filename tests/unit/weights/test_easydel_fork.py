@@ -464,7 +464,7 @@ def test_a_run_that_was_copied_incompletely_is_no_zeros(target, arrays, tmp_path
     for path in ("layers/0/attn/q_proj/bias/value/0", "layers/1/mlp/up_proj/kernel/value/0.0"):
         (run / "model" / path).unlink()
     said = refusal(WeightsError, run, target)
-    assert "1 weights would be read as zeros" in said
+    assert "weights would be read as zeros (1 fault): " in said
     assert "layers/1/mlp/up_proj/kernel" in said
 
 
