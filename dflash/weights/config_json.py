@@ -33,6 +33,11 @@ def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _shown(value: Any) -> str:
+    """A value in a message. A list of what may stand there looks like what may stand there."""
+    return f"the list {value!r}" if isinstance(value, list) else repr(value)
+
+
 # Lists of this length are made before everything is checked; a wrong number must not exhaust the memory.
 MAX_LAYERS = 10_000
 
@@ -84,9 +89,10 @@ class Reader:
         if value is None:
             self.faults.append(f"{key} is missing")
         elif not _is_number(value):
-            self.faults.append(f"{key} must be a number, got {value!r}")
+            self.faults.append(f"{key} must be a number, got {_shown(value)}")
         elif value < minimum or (kind is int and value != int(value)):
-            self.faults.append(f"{key} must be {kind.__name__} >= {minimum}, got {value!r}")
+            what = "an integer" if kind is int else "a number"
+            self.faults.append(f"{key} must be {what} of at least {minimum}, got {value!r}")
         elif value > maximum:
             self.faults.append(f"{key} must be at most {maximum}, got {value!r}")
         else:
@@ -102,7 +108,7 @@ class Reader:
         """A value that must be one of these."""
         value = self.take(key, default)
         if value not in allowed:
-            self.faults.append(f"{self._prefix}{key} must be one of {list(allowed)}, got {value!r}")
+            self.faults.append(f"{self._prefix}{key} must be one of {list(allowed)}, got {_shown(value)}")
             return allowed[0]
         return value
 
@@ -172,7 +178,7 @@ def _read_rope_object(rope: Reader, max_position: int, default_theta: float) -> 
     kind = rope.take("rope_type", rope.take("type", "default"))
     rope.compare("type", kind, "rope_type")
     if not isinstance(kind, str) or kind not in _ROPE_NEEDS:
-        rope.faults.append(f"rope type must be one of {sorted(_ROPE_NEEDS)}, got {kind!r}")
+        rope.faults.append(f"rope type must be one of {sorted(_ROPE_NEEDS)}, got {_shown(kind)}")
         return RopeConfig(theta=1.0)
     theta = rope.take("rope_theta", default_theta)
     rope.check(_is_number(theta) and theta > 1, f"rope_theta must be above 1, got {theta!r}")
@@ -411,7 +417,8 @@ def read_draft_config(raw: Mapping[str, Any], source: str = "config.json") -> Dr
     architectures = raw.get("architectures")
     reader.check(
         isinstance(architectures, list) and architectures[:1] in ([name] for name in DRAFT_ARCHITECTURES),
-        f"architectures must be one of {list(DRAFT_ARCHITECTURES)}, got {architectures}",
+        f"architectures must be a list that begins with one of {list(DRAFT_ARCHITECTURES)}, got "
+        f"{_shown(architectures)}",
     )
     nested = reader.object("dflash_config")
     reader.expect("hidden_act", ("silu",), "silu")
@@ -428,16 +435,23 @@ def read_draft_config(raw: Mapping[str, Any], source: str = "config.json") -> Dr
     hidden_size = reader.number("hidden_size")
     reader.compare("target_hidden_size", hidden_size, "hidden_size")  # sglang-jax's key
     num_layers = reader.number("num_hidden_layers", maximum=MAX_LAYERS)
+    before = len(reader.faults)
     max_position = reader.number("max_position_embeddings", 32768)
+    positions_known = len(reader.faults) == before
     # The reference reads the file as a Qwen3 config, so what an absent key means is Qwen3's.
     family = FAMILIES["qwen3"]
     heads, kv_heads, head_dim = _read_heads(reader, hidden_size, family)
     num_target_layers = reader.number("num_target_layers")
     layer_ids = _take_either(reader, nested, "target_layer_ids")
-    good = isinstance(layer_ids, list) and layer_ids and all(_is_integer(i) and i >= 0 for i in layer_ids)
-    reader.check(bool(good), f"target_layer_ids must be layer numbers >= 0, got {layer_ids!r}")
+    good = isinstance(layer_ids, list) and bool(layer_ids) and all(_is_integer(i) and i >= 0 for i in layer_ids)
+    reader.check(good, f"target_layer_ids must be numbers of layers from 0, got {layer_ids!r}")
     block = _take_either(reader, nested, "block_size", 16)
-    reader.check(_is_integer(block) and block >= 2, f"block_size must be an integer >= 2, got {block!r}")
+    good = _is_integer(block) and block >= 2
+    reader.check(good, f"block_size must be an integer of at least 2, got {_shown(block)}")
+    reader.check(
+        not good or not positions_known or block <= max_position,
+        f"block_size must be at most {max_position}, since a block lies within max_position_embeddings, got {block!r}",
+    )
     mask = _take_either(reader, nested, "mask_token_id")
     reader.check(_is_integer(mask), f"mask_token_id must be a token id, got {mask!r}")
 

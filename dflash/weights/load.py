@@ -311,6 +311,10 @@ def new_draft(
         raise ConfigError(f"a draft has at most {MAX_LAYERS} layers, got {num_layers}")
     if block_size < 2 or num_layers < 1:
         raise ConfigError(f"a draft has at least 1 layer and blocks of 2; got {num_layers} and {block_size}")
+    if block_size > target.max_position:
+        raise ConfigError(
+            f"a block lies within its target's {target.max_position} positions, got one of {block_size}: take a smaller"
+        )
     if isinstance(target_layer_ids, int | str):
         raise ConfigError(f"target_layer_ids are numbers of layers in a list, got {target_layer_ids!r}")
     ids = build_target_layer_ids(target.num_layers, num_layers) if target_layer_ids is None else tuple(target_layer_ids)

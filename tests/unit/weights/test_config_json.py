@@ -373,11 +373,11 @@ def test_every_fault_of_a_target_is_told_at_once():
         "model_type": ("mamba", "model_type must be one of ['llama', 'qwen2', 'qwen3', 'gpt_oss'], got 'mamba'"),
         "vocab_size": (None, "vocab_size is missing"),
         "hidden_size": ("64", "hidden_size must be a number, got '64'"),
-        "intermediate_size": (9.5, "intermediate_size must be int >= 1, got 9.5"),
+        "intermediate_size": (9.5, "intermediate_size must be an integer of at least 1, got 9.5"),
         "num_hidden_layers": (10**12, "num_hidden_layers must be at most 10000, got 1000000000000"),
         "num_key_value_heads": (3, "num_attention_heads 4 is no multiple of num_key_value_heads 3"),
         "head_dim": (7, "head_dim must be even for rotary embedding, got 7"),
-        "max_position_embeddings": (0, "max_position_embeddings must be int >= 1, got 0"),
+        "max_position_embeddings": (0, "max_position_embeddings must be an integer of at least 1, got 0"),
         "rms_norm_eps": (float("nan"), "rms_norm_eps must be a number, got nan"),
         "rope_theta": (True, "rope_theta must be above 1, got True"),
         "hidden_act": ("gelu", "hidden_act must be one of ['silu'], got 'gelu'"),
@@ -505,20 +505,61 @@ def test_every_fault_of_a_draft_is_told_at_once():
     faults = {
         "architectures": (
             ["Qwen3ForCausalLM"],
-            "architectures must be one of ['DFlashDraftModel', 'DFlash2DraftModel'], got ['Qwen3ForCausalLM']",
+            "architectures must be a list that begins with one of ['DFlashDraftModel', 'DFlash2DraftModel'], got the "
+            "list ['Qwen3ForCausalLM']",
         ),
         "vocab_size": (None, "vocab_size is missing"),
-        "num_hidden_layers": (0, "num_hidden_layers must be int >= 1, got 0"),
+        "num_hidden_layers": (0, "num_hidden_layers must be an integer of at least 1, got 0"),
         "is_causal": ("no", "is_causal must be true or false, got 'no'"),
-        "block_size": (1, "block_size must be an integer >= 2, got 1"),
+        "block_size": (1, "block_size must be an integer of at least 2, got 1"),
         "dflash_config": (
             {"target_layer_ids": [1, -1], "mask_token_id": "<mask>", "use_mask_embedding": True},
-            "target_layer_ids must be layer numbers >= 0, got [1, -1]",
+            "target_layer_ids must be numbers of layers from 0, got [1, -1]",
         ),
     }
     said = refusal(read_draft_config, DRAFT | {k: value for k, (value, _) in faults.items()})
     nested = ["mask_token_id must be a token id, got '<mask>'", "dflash_config.use_mask_embedding is not of"]
     assert [s for s in [*(s for _, s in faults.values()), *nested] if s not in said] == []
+
+
+BEYOND = "block_size must be at most 4096, since a block lies within max_position_embeddings, got"
+
+
+@pytest.mark.parametrize("place", ["beside", "dflash_config"])
+@pytest.mark.parametrize("size", [4097, 2**31 - 1, 2**40, 10**30])
+def test_a_block_is_no_longer_than_the_positions(size, place):
+    raw = DRAFT | {"dflash_config": dict(DRAFT["dflash_config"])}
+    raw.pop("block_size")
+    (raw if place == "beside" else raw["dflash_config"])["block_size"] = size
+    assert f"{BEYOND} {size}" in refusal(read_draft_config, raw)
+
+
+def test_a_block_may_fill_the_positions_and_is_not_judged_by_ones_that_are_wrong():
+    assert read_draft_config(DRAFT | {"max_position_embeddings": 4}).block_size == 4
+    assert "must be at most 3," in refusal(read_draft_config, DRAFT | {"max_position_embeddings": 3})
+    assert "must be at most 1," in refusal(read_draft_config, DRAFT | {"max_position_embeddings": 1})
+    for wrong in (0, -5, "many", [4096], 2**31):
+        assert "block" not in refusal(read_draft_config, DRAFT | {"max_position_embeddings": wrong})
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"hidden_act": ["silu"]}, "hidden_act must be one of ['silu'], got the list ['silu']"),
+        ({"hidden_act": []}, "hidden_act must be one of ['silu'], got the list []"),
+        ({"hidden_act": "['silu']"}, "hidden_act must be one of ['silu'], got \"['silu']\""),
+        ({"vocab_size": [64]}, "vocab_size must be a number, got the list [64]"),
+        ({"vocab_size": 0.5}, "vocab_size must be an integer of at least 1, got 0.5"),
+        ({"rms_norm_eps": -1}, "rms_norm_eps must be a number of at least 0, got -1"),
+        ({"rope_scaling": {"rope_type": ["yarn"]}}, "'yarn'], got the list ['yarn']"),
+        ({"block_size": [4], "dflash_config": {}}, "block_size must be an integer of at least 2, got the list [4]"),
+        ({"architectures": "DFlashDraftModel"}, "must be a list that begins with one of ['DFlashDraftModel', "),
+        ({"architectures": "DFlashDraftModel"}, "'DFlash2DraftModel'], got 'DFlashDraftModel'"),
+        ({"architectures": []}, "'DFlash2DraftModel'], got the list []"),
+    ],
+)
+def test_what_came_is_not_shown_as_what_may_come(changes, said):
+    assert said in refusal(read_draft_config, DRAFT | changes)
 
 
 # ---- any file

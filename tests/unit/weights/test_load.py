@@ -116,6 +116,8 @@ def test_init_draft_takes_the_targets_dtype(folder):
     ("settings", "message"),
     [
         ({"block_size": 1}, "1 layer .*blocks of 2; got 2 and 1"),
+        ({"block_size": 131073}, "within its target's 131072 positions, got one of 131073"),
+        ({"block_size": 2**31}, "within its target's 131072 positions"),
         ({"num_layers": 0}, "1 layer .*blocks of 2; got 0 and 8"),
         ({"num_layers": 5}, "features .*different layers"),
         ({"target_layer_ids": (1, 6)}, r"reads layers \[6\] .*0\.\.5"),
