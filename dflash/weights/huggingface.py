@@ -26,7 +26,6 @@ from dflash.weights.snapshot import (
     read_json,
     snapshot_hash,
     target_config,
-    weight_files,
     write_snapshot,
 )
 
@@ -53,7 +52,7 @@ def _tensor_reader(headers: Mapping[str, Header]) -> Callable[..., np.ndarray]:
 
 def read_tensors(directory: Path) -> dict[str, np.ndarray]:
     """Every tensor of a snapshot by its name, in the dtype of the file. Raises WeightsError."""
-    headers = read_headers(weight_files(Path(directory)))
+    headers = read_headers(Path(directory))
     read = _tensor_reader(headers)
     return {name: read(name) for name in headers}
 
@@ -71,7 +70,7 @@ def open_target(directory: Path, wanted: tuple[str, ...] = ("",)) -> Opened:
     """
     directory, whole = Path(directory), wanted == ("",)
     config = target_config(directory)
-    headers = read_headers(weight_files(directory))
+    headers = read_headers(directory)
     packed = whole and is_packed(headers)
     plan = {path: source for path, source in target_plan(config, packed) if path.startswith(wanted)}
     names = {name for source in plan.values() for name in source.tensors}
@@ -100,7 +99,7 @@ def _draft_config(directory: Path, _: TargetConfig | None = None) -> DraftConfig
 def read_draft_weights(directory: Path, dtype: str, config: DraftConfig) -> Draft:
     """The draft of this config, from safetensors by z-lab's names. Raises WeightsError with every fault."""
     check_dtype(dtype)
-    headers = read_headers(weight_files(directory))
+    headers = read_headers(directory)
     plan = dict(draft_plan(config))
     _check(plan, headers, lambda _: False, directory)
     read = _tensor_reader(headers)
@@ -121,7 +120,7 @@ def draft_tensors(draft: Draft) -> dict[str, np.ndarray]:
 
 def check_draft_tensors(directory: Path, config: DraftConfig) -> None:
     """Raises WeightsError with every tensor that a draft directory lacks, should not have, or has in another shape."""
-    _check(dict(draft_plan(config)), read_headers(weight_files(directory)), lambda _: False, directory)
+    _check(dict(draft_plan(config)), read_headers(directory), lambda _: False, directory)
 
 
 def write_draft(draft: Draft, directory: Path) -> None:

@@ -115,7 +115,7 @@ def held_experts(name_or_dir: str | Path, dtype: str) -> Literal["float8_e5m2"] 
     if dtype != "bfloat16" or (directory / ARRAY_INDEX).is_file():
         return None
     if snapshot.holds_weights(directory):
-        packed = huggingface.is_packed(snapshot.read_headers(snapshot.weight_files(directory)))
+        packed = huggingface.is_packed(snapshot.read_headers(directory))
     else:
         raw = CONFIGS.get(str(name_or_dir)) or snapshot.read_json(directory, "config.json")
         packed = (raw.get("quantization_config") or {}).get("quant_method") == "mxfp4"

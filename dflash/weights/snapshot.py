@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import shutil
+import stat
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,8 @@ from dflash.weights.config_json import read_target_config
 
 # Beside the arrays of EasyDeL's directories, in place of safetensors files (`dflash.weights.runs.arrays`).
 ARRAY_INDEX = "tensorstore_index.json"
+# All weights, or where there are several files the one of each tensor.
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class WeightsError(UserError, ValueError):
@@ -87,48 +90,108 @@ def target_config(directory: Path) -> TargetConfig:
 
 def holds_weights(directory: Path) -> bool:
     """Whether a directory has the weights of a snapshot, in one file or several."""
-    return any((directory / n).is_file() for n in ("model.safetensors", "model.safetensors.index.json"))
+    return any((directory / n).is_file() for n in (_SINGLE, _INDEX))
+
+
+def _weight_map(directory: Path) -> dict[str, str]:
+    """The file of every tensor, as the index of a snapshot has it; empty for a snapshot in one file.
+
+    Raises WeightsError if there are neither weights nor an index, or the index is invalid.
+    """
+    if (directory / _SINGLE).is_file():
+        return {}
+    if not (directory / _INDEX).is_file():
+        raise WeightsError(
+            f"a snapshot needs {_SINGLE} or {_INDEX}; {directory} has neither (pickled .bin weights are not read)"
+        )
+    weight_map = read_json(directory, _INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise WeightsError(f"{directory / _INDEX} must hold a weight_map")
+    return {tensor: str(file) for tensor, file in weight_map.items()}
+
+
+def _file_fault(directory: Path, name: str) -> str:
+    """Why a name in an index leads to no file; empty if it does. Names never leave the directory."""
+    if Path(name).name != name or not name.endswith(".safetensors"):
+        return f"foreign {name!r:.80}: the index may name .safetensors files of its own directory only"
+    try:
+        found = stat.S_ISREG((directory / name).stat().st_mode)
+    except FileNotFoundError:
+        found = False
+    except (OSError, ValueError) as reason:  # ValueError for a null character
+        return f"unreadable {name!r:.80}, which the index names ({getattr(reason, 'strerror', None) or reason})"
+    return "" if found else f"missing {name!r:.80}, which the index names"
+
+
+def _files_and_faults(directory: Path, weight_map: Mapping[str, str]) -> tuple[list[Path], list[str]]:
+    """The files that are there, and a fault for each other name of the index."""
+    if not weight_map:
+        return [directory / _SINGLE], []
+    looked_at = {name: _file_fault(directory, name) for name in sorted(set(weight_map.values()))}
+    files = [directory / name for name, fault in looked_at.items() if not fault]
+    return files, [fault for fault in looked_at.values() if fault]
+
+
+def _check_whole(directory: Path, faults: Sequence[str]) -> None:
+    if faults:
+        raise WeightsError(f"the weights in {directory} can't be used {counted_faults(faults)}. Fetch them again")
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a snapshot, by its index or the single file; names never leave the directory.
+    """The safetensors files of a snapshot, by its index or the single file, unopened.
 
-    Raises WeightsError if the index is invalid, or names files that are missing or outside the directory.
+    Raises WeightsError if the index is invalid, and with every file that it names and the directory lacks.
     """
-    if (directory / "model.safetensors").is_file():
-        return [directory / "model.safetensors"]
-    if not (directory / "model.safetensors.index.json").is_file():
-        raise WeightsError(
-            f"a snapshot needs model.safetensors or model.safetensors.index.json; {directory} has neither "
-            "(pickled .bin weights are not read)"
-        )
-    weight_map = read_json(directory, "model.safetensors.index.json").get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise WeightsError(f"{directory}/model.safetensors.index.json must hold a weight_map")
-    names = sorted({str(n) for n in weight_map.values()})
-    bad = [n for n in names if Path(n).name != n or not n.endswith(".safetensors")]
-    if bad:
-        raise WeightsError(f"weight_map may name .safetensors files of its own directory only, got {bad}")
-    missing = [n for n in names if not (directory / n).is_file()]
-    if missing:
-        raise WeightsError(f"{directory} lacks {missing} named in its index: the download is incomplete")
-    return [directory / n for n in names]
+    files, faults = _files_and_faults(directory, _weight_map(directory))
+    _check_whole(directory, faults)
+    return files
 
 
-def read_headers(files: Sequence[Path]) -> dict[str, Header]:
-    """Every tensor of these files by name. Raises WeightsError for a damaged file, or a name in two files."""
+def _read_header(file: Path) -> dict[str, Header]:
+    """The tensors of one file by name. Raises SafetensorError or OSError."""
     headers: dict[str, Header] = {}
+    with safe_open(file, framework="numpy") as tensors:
+        for name in tensors.keys():  # noqa: SIM118 (a handle, not a dict)
+            part = tensors.get_slice(name)
+            headers[name] = Header(file, part.get_dtype(), tuple(part.get_shape()))
+    return headers
+
+
+def _map_faults(weight_map: Mapping[str, str], read: Mapping[str, Mapping[str, Header]]) -> list[str]:
+    """Every tensor that is not in the file that the index names, of those files that could be read."""
+    places: dict[str, list[str]] = {}
+    for file, headers in read.items():
+        for name in headers:
+            places.setdefault(name, []).append(file)
+    twice = {name: " and in ".join(files) for name, files in places.items() if len(files) > 1}
+    faults = [f"duplicate tensor {name!r:.80}, in {files}" for name, files in twice.items()]
+    for name, file in weight_map.items():
+        if file not in read or name in read[file]:
+            continue
+        if name in places:
+            faults.append(f"misplaced tensor {name!r:.80}: it is in {places[name][0]}, and the index says {file}")
+        else:
+            faults.append(f"missing tensor {name!r:.80}: the index says that it is in {file}")
+    return faults
+
+
+def read_headers(directory: Path) -> dict[str, Header]:
+    """Every tensor of a snapshot by name.
+
+    Raises WeightsError with every file that its index should not name, is missing or damaged, every tensor in two
+    files, and every one that is not in the file that the index names. Tensors that the index leaves out are read too:
+    what a network has no use for is told by its config (`check_tensors`).
+    """
+    weight_map = _weight_map(directory)
+    files, faults = _files_and_faults(directory, weight_map)
+    read: dict[str, dict[str, Header]] = {}
     for path in files:
         try:
-            with safe_open(path, framework="numpy") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (a handle, not a dict)
-                    if name in headers:
-                        raise WeightsError(f"{name} is in {headers[name].file} and in {path}: fetch the snapshot again")
-                    part = tensors.get_slice(name)
-                    headers[name] = Header(path, part.get_dtype(), tuple(part.get_shape()))
+            read[path.name] = _read_header(path)
         except (SafetensorError, OSError) as error:
-            raise WeightsError(f"{path} can't be read ({error}): it is damaged or cut short, fetch it again") from None
-    return headers
+            faults.append(f"damaged {path.name!r:.80}, or cut short ({error})")
+    _check_whole(directory, faults + _map_faults(weight_map, read))
+    return {name: header for headers in read.values() for name, header in headers.items()}
 
 
 def write_snapshot(
@@ -192,7 +255,7 @@ def _save(tensors: dict[str, np.ndarray], file: Path) -> None:
 
 def _save_shards(directory: Path, shards: Sequence[dict[str, np.ndarray]]) -> None:
     if len(shards) == 1:
-        _save(shards[0], directory / "model.safetensors")
+        _save(shards[0], directory / _SINGLE)
         return
     weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards, 1):
@@ -202,7 +265,7 @@ def _save_shards(directory: Path, shards: Sequence[dict[str, np.ndarray]]) -> No
     total = sum(value.nbytes for shard in shards for value in shard.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-    (directory / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+    (directory / _INDEX).write_text(text, encoding="utf-8")
 
 
 def snapshot_hash(directory: Path) -> str:

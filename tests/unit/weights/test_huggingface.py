@@ -198,8 +198,8 @@ def test_a_damaged_weight_file_is_named(snapshot, damage):
     path = snapshot / WEIGHTS
     path.write_bytes(damage(path.read_bytes()))
     said = refusal(snapshot)
-    assert said.startswith(f"{path} can't be read")
-    assert "damaged or cut short" in said
+    assert said.startswith(f"the weights in {snapshot} can't be used (1 fault): damaged '{WEIGHTS}', or cut short (")
+    assert said.endswith("). Fetch them again")
 
 
 NOT_JSON = {
@@ -224,24 +224,129 @@ def test_a_json_file_must_hold_an_object(tmp_path):
     assert read_json(tmp_path, "config.json") == {"a": 1}
 
 
-def point_index_at(directory, file):
+def edit_index(directory, change):
+    """Writes the index anew with what `change` makes of its weight_map."""
     index = json.loads((directory / INDEX).read_text())
-    index["weight_map"]["model.norm.weight"] = file
+    index["weight_map"] = change(index["weight_map"])
     (directory / INDEX).write_text(json.dumps(index))
+
+
+def point_index_at(directory, file):
+    edit_index(directory, lambda weight_map: weight_map | {"model.norm.weight": file})
+
+
+def faults_of(said, directory):
+    """The faults of a refused snapshot, whose number is told."""
+    match = re.fullmatch(rf"the weights in {directory} can't be used \((\d+) faults?\): (.*)\. Fetch them again", said)
+    assert match is not None, said
+    faults = match[2].split("; ")
+    assert len(faults) == int(match[1]), said
+    return faults
 
 
 @pytest.mark.parametrize("outside", ["../w.safetensors", "/tmp/w.safetensors", "sub/w.safetensors", "..", "w.bin", 7])
 def test_an_index_may_not_name_a_file_elsewhere(sharded, outside):
     point_index_at(sharded, outside)
-    said = refusal(sharded)
-    assert said.startswith("weight_map ")
-    assert said.endswith(f"got [{str(outside)!r}]")
+    (fault,) = faults_of(refusal(sharded), sharded)
+    assert fault == f"foreign {str(outside)!r}: the index may name .safetensors files of its own directory only"
 
 
 def test_a_file_that_the_index_names_and_the_directory_lacks(sharded):
     (sharded / SHARDS[1]).unlink()
-    said = refusal(sharded)
-    assert said.startswith(f"{sharded} lacks ['{SHARDS[1]}']")
+    for read in (load_target, snapshot_hash):
+        assert faults_of(refusal(sharded, read), sharded) == [f"missing '{SHARDS[1]}', which the index names"]
+
+
+UNREADABLE = {
+    "300 characters": ("w" * 288 + ".safetensors", "File name too long"),
+    "300 bytes": ("é" * 144 + ".safetensors", "File name too long"),
+    "a null character": ("w\0.safetensors", "null byte"),
+    "a link to itself": ("loop.safetensors", "symbolic links"),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_a_name_that_cannot_be_looked_at_is_a_fault_of_the_index(sharded, name):
+    file, reason = UNREADABLE[name]
+    (sharded / "loop.safetensors").symlink_to("loop.safetensors")
+    point_index_at(sharded, file)
+    for read in (load_target, snapshot_module.read_headers, snapshot_hash):
+        (fault,) = faults_of(refusal(sharded, read), sharded)
+        assert fault.startswith(f"unreadable {file!r:.80}, which the index names (")
+        assert reason in fault
+
+
+def test_a_folder_in_the_place_of_a_file_is_a_missing_file(sharded):
+    (sharded / SHARDS[0]).unlink()
+    (sharded / SHARDS[0]).mkdir()
+    assert faults_of(refusal(sharded), sharded) == [f"missing '{SHARDS[0]}', which the index names"]
+
+
+def test_every_damaged_file_is_named(tmp_path):
+    directory = write_tiny_target(tmp_path / "target", shards=4)
+    files = sorted(directory.glob("*.safetensors"))
+    os.truncate(files[0], files[0].stat().st_size - 1)
+    os.truncate(files[1], 0)
+    files[3].write_bytes(b"\xff" * 4000)
+    faults = faults_of(refusal(directory), directory)
+    assert len(faults) == 3
+    for file, fault in zip((files[0], files[1], files[3]), faults, strict=True):
+        assert fault.startswith(f"damaged '{file.name}', or cut short (")
+
+
+def test_faults_of_every_kind_come_together(tmp_path):
+    directory = write_tiny_target(tmp_path / "target", shards=4)
+    lost, cut, first, second = sorted(directory.glob("*.safetensors"))
+    lost.unlink()
+    os.truncate(cut, 9)
+    one, other = load_file(first), load_file(second)
+    twice, moved, gone, *_ = one
+    save_file(other | {twice: one[twice], moved: one[moved]}, second)
+    save_file({name: value for name, value in one.items() if name not in (moved, gone)}, first)
+    edit_index(directory, lambda weight_map: weight_map | {"a": "../a.safetensors", "b": "b" * 300 + ".safetensors"})
+    faults = faults_of(refusal(directory), directory)
+    starts = ("foreign '../a.", f"missing '{lost.name}'", "unreadable 'bbb", f"damaged '{cut.name}'")
+    assert [start for start in starts if not any(fault.startswith(start) for fault in faults)] == []
+    assert f"duplicate tensor '{twice}', in {first.name} and in {second.name}" in faults
+    assert f"misplaced tensor '{moved}': it is in {second.name}, and the index says {first.name}" in faults
+    assert f"missing tensor '{gone}': the index says that it is in {first.name}" in faults
+    assert len(faults) == 7  # nothing is said of the tensors of files that can't be read
+
+
+def test_a_tensor_that_no_file_holds_is_a_fault_of_the_index(sharded):
+    edit_index(sharded, lambda weight_map: weight_map | {"model.layers.7.mlp.up_proj.weight": SHARDS[0]})
+    said = f"missing tensor 'model.layers.7.mlp.up_proj.weight': the index says that it is in {SHARDS[0]}"
+    assert faults_of(refusal(sharded), sharded) == [said]
+
+
+def test_swapped_entries_are_faults_of_the_index(sharded):
+    weight_map = json.loads((sharded / INDEX).read_text())["weight_map"]
+    first = next(name for name, file in weight_map.items() if file == SHARDS[0])
+    second = next(name for name, file in weight_map.items() if file == SHARDS[1])
+    edit_index(sharded, lambda weight_map: weight_map | {first: SHARDS[1], second: SHARDS[0]})
+    assert set(faults_of(refusal(sharded), sharded)) == {
+        f"misplaced tensor '{first}': it is in {SHARDS[0]}, and the index says {SHARDS[1]}",
+        f"misplaced tensor '{second}': it is in {SHARDS[1]}, and the index says {SHARDS[0]}",
+    }
+
+
+def test_a_file_that_is_a_copy_of_another_is_told_in_few_words(tmp_path):
+    directory = write_tiny_target(tmp_path / "target", num_hidden_layers=30, layer_types=None, shards=2)
+    (directory / SHARDS[1]).write_bytes((directory / SHARDS[0]).read_bytes())
+    said = refusal(directory)
+    assert "duplicate tensor 'model.layers.0." in said
+    assert "missing tensor 'model." in said
+    assert len(said) < 3000
+
+
+def test_a_tensor_that_the_index_leaves_out_is_read(sharded):
+    expected = weights_of(load_target(sharded))
+    edit_index(sharded, lambda weight_map: {name: weight_map[name] for name in list(weight_map)[::2]})
+    assert {file.name for file in snapshot_module.weight_files(sharded)} == set(SHARDS)
+    assert_same(weights_of(load_target(sharded)), expected)
+    extra = load_file(sharded / SHARDS[0]) | {"model.layers.1.input_layernorm.weight": np.zeros(64, np.float32)}
+    save_file(extra, sharded / SHARDS[0])
+    assert "(1 fault): unexpected model.layers.1.input_layernorm.weight [64]" in refusal(sharded)
 
 
 @pytest.mark.parametrize("content", ["{}", '{"weight_map": {}}', '{"weight_map": []}'])
@@ -254,7 +359,8 @@ def test_a_tensor_in_two_files_is_refused(sharded):
     first, second = (load_file(sharded / name) for name in SHARDS)
     name = min(first)
     save_file(second | {name: np.zeros_like(first[name])}, sharded / SHARDS[1])
-    assert re.match(f"{name} .*{sharded / SHARDS[0]} .*{sharded / SHARDS[1]}", refusal(sharded))
+    said = f"duplicate tensor '{name}', in {SHARDS[0]} and in {SHARDS[1]}"
+    assert faults_of(refusal(sharded), sharded) == [said]
 
 
 def test_files_may_be_links_as_in_the_hugging_face_cache(sharded, tmp_path):
