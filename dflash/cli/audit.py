@@ -18,7 +18,7 @@ from dflash.host.provenance import compile_cache, of_command
 from dflash.measuring.result import AuditResult, from_json
 from dflash.report.sections import audit_details, render
 from dflash.text.prompts import PromptSource, ids_sha256
-from dflash.weights.load import UNTRAINED, init_draft, load_draft, model_facts
+from dflash.weights.load import UNTRAINED, load_draft, model_facts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,7 +46,7 @@ def audit(args: Annotated[AuditArguments, tyro.conf.arg(name="")]) -> None:
     """Audit decoding against greedy decoding and a reading without cache; exits 1 for a defect."""
     compiled = compile_cache()
     device, target = args.open()
-    draft = load_draft(args.draft, target) if args.draft else init_draft(target)
+    draft = load_draft(args.draft or UNTRAINED, target)
     tokenizer = args.template.open(args.target)
     prompts = args.prompts.load().take(args.num_prompts).encode(tokenizer)
     result: Audit = run_audit(target, draft, prompts, block_size=args.block_size, max_new_tokens=args.max_new_tokens)

@@ -319,7 +319,7 @@ def named_models() -> list[Finding]:
     findings = [_readable(target, directory, _target_config)] if (directory := os.environ.get(target)) else []
     for name in os.environ.get(draft, "").split(","):
         if name and name != UNTRAINED:
-            findings.append(_readable(draft, name, find_draft))
+            findings.append(_readable(draft, name, partial(find_draft, untrained=True)))
     return findings
 
 

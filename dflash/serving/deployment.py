@@ -16,7 +16,7 @@ from dflash.serving.options import ServerOptions
 from dflash.serving.server import Server, free_port, started
 from dflash.text.tokenizer import Tokenizer
 from dflash.weights.config_json import read_target_config
-from dflash.weights.load import draft_directory, target_directory
+from dflash.weights.load import target_directory
 from dflash.weights.snapshot import holds_weights, read_json, snapshot_hash
 
 
@@ -87,7 +87,7 @@ def deployment(options: ServerOptions) -> Deployment:
     elsewhere = bool(options.base_url) and not holds_weights(target)
     if options.offline:
         _check_offline(options, config, target)
-    draft = served_draft(draft_directory(options.draft), target, options.block_size) if options.draft else None
+    draft = served_draft(options.draft, target, options.block_size) if options.draft else None
     launch = None
     if options.base_url:
         no_draft = None if options.draft_base_url else "no server drafts: --draft-base-url names one that does"

@@ -11,8 +11,8 @@ from dflash.config import ConfigError, DraftConfig
 from dflash.serving.connection import ServingError
 from dflash.weights.config_json import read_target_shape
 from dflash.weights.export import check_directory
-from dflash.weights.runs.directories import is_root, is_run
-from dflash.weights.snapshot import read_json
+from dflash.weights.load import find_draft
+from dflash.weights.snapshot import holds_weights, read_json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,15 +25,17 @@ class ServedDraft:
     block_size: int
 
 
-def served_draft(directory: Path, target: Path, block_size: int | None = None) -> ServedDraft:
+def served_draft(name_or_dir: str | Path, target: Path, block_size: int | None = None) -> ServedDraft:
     """The draft for a server, with every fault of its config and its tensors in one ServingError.
 
-    Of the target's config its layers, width and vocabulary are read: a server may run families that we can't.
+    Of the target's config its layers, width and vocabulary are read: a server may run families that we can't. Raises
+    WeightsError where no draft is, HubError for a name that the hub does not have.
     """
-    if is_run(directory) or is_root(directory):
+    _, directory = find_draft(name_or_dir)
+    if not holds_weights(directory):
         raise ServingError(
-            f"a server reads a DFlashDraftModel directory, and {directory} holds training runs: write one with "
-            f"`python -m dflash export {directory} NEW_DIR`"
+            f"a server reads a DFlashDraftModel directory, and {name_or_dir} holds training runs: write one with "
+            f"`python -m dflash export {name_or_dir} NEW_DIR`"
         )
     shape = read_target_shape(read_json(target, "config.json"), str(target / "config.json"))
     try:

@@ -49,7 +49,7 @@ def target_directory(name_or_dir: str | Path) -> Path:
     """
     if str(name_or_dir) == smollm2.NAME:
         return smollm2.snapshot_dir()
-    return named.directory_of(name_or_dir)
+    return named.directory_of(name_or_dir, "target")
 
 
 def name_from_anywhere(name_or_dir: str) -> str:
@@ -58,21 +58,34 @@ def name_from_anywhere(name_or_dir: str) -> str:
     return name_or_dir if by_name else str(Path(name_or_dir).absolute())
 
 
-def draft_directory(name_or_dir: str | Path) -> Path:
+def draft_directory(name_or_dir: str | Path, *, untrained: bool = False) -> Path:
     """The directory of a draft, or its name on the hub.
 
-    `smollm2-135m` and `smollm2-135m-plain` are the trained ones that come with the project. Raises WeightsError if they
-    are missing from this installation, HubError like `target_directory`.
+    `smollm2-135m` and `smollm2-135m-plain` are the trained ones that come with the project. `untrained` says whether
+    the caller takes that word too, and an error may offer it. Raises WeightsError for that word, and if a shipped draft
+    is missing from this installation, HubError like `target_directory`.
     """
+    if str(name_or_dir) == UNTRAINED:
+        raise WeightsError(f"an {UNTRAINED} draft is not taken here: name {_ways(untrained=False)}")
     shipped = SHIPPED_DRAFTS.get(str(name_or_dir))
     if shipped is None:
-        return named.directory_of(name_or_dir)
+        return named.directory_of(name_or_dir, "draft")
     if not snapshot.holds_weights(shipped):
+        word = f" or {UNTRAINED}" if untrained else ""
         raise WeightsError(
-            f"the draft {name_or_dir} comes with the project, and this installation has no weights at "
-            f"{shipped}: install it again from a full checkout, or name another draft's directory or {UNTRAINED}"
+            f"the draft {name_or_dir} comes with the project, and this installation has no weights at {shipped}: "
+            f"install it again from a full checkout, or name another draft's directory{word}"
         )
     return shipped
+
+
+def _ways(*, untrained: bool) -> str:
+    """What a draft can be named by."""
+    *words, last = [*SHIPPED_DRAFTS, UNTRAINED] if untrained else SHIPPED_DRAFTS
+    return (
+        "a DFlashDraftModel directory (config.json and model.safetensors) or its name on the hub, a run-<step> "
+        f"directory or the folder of them, {', '.join(words)} or {last}"
+    )
 
 
 def default_draft(target: str) -> str | None:
@@ -184,18 +197,15 @@ def _walk(path: Path) -> tuple[Dialect, Path] | None:
     return None
 
 
-def find_draft(name_or_dir: str | Path) -> tuple[Dialect, Path]:
-    """The form of the draft that a name or a path means, and where it lies.
+def find_draft(name_or_dir: str | Path, *, untrained: bool = False) -> tuple[Dialect, Path]:
+    """The form of the draft that a name or a path means, and where it lies; `untrained` as in `draft_directory`.
 
     Raises WeightsError where none is, or one that is not complete.
     """
-    path = draft_directory(name_or_dir)
+    path = draft_directory(name_or_dir, untrained=untrained)
     match = _walk(path)
     if match is None:
-        raise WeightsError(
-            f"{path} holds no draft: name a DFlashDraftModel directory (config.json and model.safetensors), a "
-            f"run-<step> directory or the folder of them, {', '.join(SHIPPED_DRAFTS)}, or {UNTRAINED}"
-        )
+        raise WeightsError(f"{path} holds no draft: name {_ways(untrained=untrained)}")
     return match
 
 
@@ -206,7 +216,10 @@ def read_any_draft(name_or_dir: str | Path, dtype: str = "float32", target: Targ
     of the directory of the target that they recorded. Raises ConfigError, also when the draft does not fit the
     `target`, or WeightsError.
     """
-    dialect, place = find_draft(name_or_dir)
+    return _read_at(*find_draft(name_or_dir), dtype, target)
+
+
+def _read_at(dialect: Dialect, place: Path, dtype: str, target: TargetConfig | None) -> Draft:
     config = _config_at(dialect, place, target)
     draft = dialect.read(place, dtype, config)
     check_values(named_weights(draft), place)
@@ -254,10 +267,12 @@ def _check_loaded(target: Any) -> None:
 def load_draft(name_or_dir: str | Path, target: Llama) -> Draft:
     """A draft in the target's dtype, beside it on its mesh, from whatever `read_any_draft` reads.
 
-    Raises ConfigError (also when it does not fit the target) or WeightsError.
+    `untrained` is the draft of `init_draft`. Raises ConfigError (also when it does not fit the target) or WeightsError.
     """
     _check_loaded(target)
-    return read_any_draft(name_or_dir, str(target.dtype), target.config)
+    if str(name_or_dir) == UNTRAINED:
+        return init_draft(target)
+    return _read_at(*find_draft(name_or_dir, untrained=True), str(target.dtype), target.config)
 
 
 def init_draft(

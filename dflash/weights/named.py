@@ -18,10 +18,19 @@ def is_name(text: str | Path) -> bool:
     return isinstance(text, str) and _NAME.fullmatch(text) is not None and not Path(text).exists()
 
 
-def directory_of(name_or_dir: str | Path) -> Path:
-    """A directory as it is, or that of a model of the hub. Raises HubError, and WeightsError for what is no name."""
+def directory_of(name_or_dir: str | Path, kind: str = "model") -> Path:
+    """A directory as it is, or that of a model of the hub; `kind` is what an error calls it.
+
+    Raises HubError, and WeightsError for what is no name.
+    """
     if not isinstance(name_or_dir, str | Path):
-        raise WeightsError(f"a model is named by text or a path, got {name_or_dir!r:.60}")
+        raise WeightsError(f"a {kind} is named by text or a path, got {name_or_dir!r:.60}")
+    # Path("") is the working directory.
+    if not str(name_or_dir).strip():
+        raise WeightsError(
+            f"a {kind} is named by its directory, or by its name on the hub, got {name_or_dir!r}: name one; a variable "
+            "of the shell that is not set gives an empty name"
+        )
     return snapshot(str(name_or_dir)) if is_name(name_or_dir) else Path(name_or_dir)
 
 

@@ -113,6 +113,17 @@ def test_prompts_come_from_wherever_other_commands_take_them(run, canned, folder
     assert "a prompt template makes text of the fields of hf:NAME; the source is 'gsm8k'" in error
 
 
+def test_an_untrained_draft_is_the_default_by_its_name(run, canned):
+    canned({}, [])
+    default, named = (json.loads(run(*words, "--json")[1])["dflash"] for words in ([], ["--draft", "untrained"]))
+    assert named["read"] == default["read"]
+    assert named["read"]["draft"] == "untrained"
+    code, _, error = run("--draft", "/no/such/dir")
+    assert (code, len(error.splitlines())) == (2, 1)
+    assert "/no/such/dir holds no draft: name " in error
+    assert " or untrained" in error
+
+
 def test_flips_that_are_no_near_tie_fail(run, canned):
     canned({}, [], dataclasses.replace(PARITY, defects=1))
     code, out, _ = run()

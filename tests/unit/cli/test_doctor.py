@@ -96,6 +96,7 @@ def test_the_models_that_variables_name_are_looked_at(monkeypatch, tmp_path):
     monkeypatch.setenv("DRAFT_RUN_DIR", f"smollm2-135m,untrained,{tmp_path / 'none'}")
     verdicts = [(f.name, f.verdict) for f in doctor.named_models()]
     assert verdicts == [("TEACHER_SNAPSHOT_DIR", "ok"), ("DRAFT_RUN_DIR", "ok"), ("DRAFT_RUN_DIR", "fix")]
+    assert doctor.named_models()[-1].advice.endswith(" or untrained")  # which a benchmark takes
     (tmp_path / "target" / "config.json").write_text("[]")
     assert doctor.named_models()[0].verdict == "fix"
 

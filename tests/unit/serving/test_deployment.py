@@ -9,6 +9,7 @@ from dflash.serving.deployment import deployment
 from dflash.serving.options import ServerOptions
 from dflash.weights import load, smollm2
 from dflash.weights.load import new_draft
+from dflash.weights.snapshot import WeightsError
 from dflash.weights.tiny import write_tiny_target
 
 URL = "http://127.0.0.1:1"
@@ -94,6 +95,13 @@ def test_a_server_gets_no_draft_that_is_not_named(target, monkeypatch, tmp_path)
     assert deployment(ServerOptions(**named)).draft is None
     with pytest.raises(ServingError, match="no server knows DFlash 2 drafts"):
         deployment(ServerOptions(draft="smollm2-135m", **named))
+
+
+def test_a_draft_that_is_not_there_is_not_taken_for_a_target(target):
+    with pytest.raises(WeightsError, match=r"^/no/such/dir holds no draft: name .*DFlashDraftModel directory"):
+        deployment(ServerOptions(target=str(target), base_url=URL, draft="/no/such/dir"))
+    with pytest.raises(WeightsError, match=r"a target is named by .* got '': name one"):
+        deployment(ServerOptions(target="", base_url=URL))
 
 
 def test_why_nothing_is_drafted(target, monkeypatch, tmp_path):

@@ -15,6 +15,8 @@ from dflash.models.draft import pack_tokens
 from dflash.serving.connection import ServingError
 from dflash.serving.draft import served_draft
 from dflash.weights.load import new_draft
+from dflash.weights.runs.checkpoint import write_run
+from dflash.weights.snapshot import WeightsError
 from dflash.weights.tiny import write_tiny_target
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -134,6 +136,17 @@ def test_a_target_of_a_family_that_we_can_not_run_may_be_served(sound, target, t
 
 
 def test_a_run_directory_is_to_be_exported(tmp_path, target):
-    (tmp_path / "run_config.json").write_text("{}")
-    with pytest.raises(ServingError, match="python -m dflash export"):
-        served_draft(tmp_path, target)
+    write_run(init_draft(load_target(target)), tmp_path, 3, optimizer_state=None, provenance={}, keep=None)
+    for path in (tmp_path, tmp_path / "run-3"):
+        with pytest.raises(ServingError, match=rf"holds training runs: .*python -m dflash export {path} NEW_DIR"):
+            served_draft(path, target)
+
+
+def test_no_draft_is_told_as_every_command_tells_it(tmp_path, target):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    for name in ("empty", "file", "nowhere", "no/such/dir"):
+        with pytest.raises(WeightsError, match=rf"^{tmp_path / name} holds no draft: name .*smollm2-135m-plain$"):
+            served_draft(str(tmp_path / name), target)
+    with pytest.raises(WeightsError, match="an untrained draft is not taken here: name "):
+        served_draft("untrained", target)

