@@ -26,8 +26,8 @@ class AuditArguments(TargetOptions):
     """What `audit` takes."""
 
     draft: str = ""
-    """DFlashDraftModel or run directory, or smollm2-135m[-plain]; by default an untrained draft, whose proposals
-    the scripts replace."""
+    """DFlashDraftModel or run directory, or smollm2-135m[-plain]; by default `untrained`, a draft whose proposals the
+    scripts replace."""
     block_size: BlockSize | None = None
     """Block size, the anchor included; by default the draft's own."""
     prompts: tyro.conf.OmitArgPrefixes[PromptSource] = dataclasses.field(default_factory=PromptSource)
