@@ -221,7 +221,7 @@ def _check_block_size(draft: Draft, block_size: int | None, allow_larger_block: 
     if size > trained and not allow_larger_block:
         raise RequestError(
             f"block_size {size} is above the {trained} that the draft was trained for, beyond which its proposals are "
-            "untrained; use a smaller one, or allow_larger_block to try"
+            "untrained: use a smaller one, or in Python allow_larger_block=True"
         )
     return size
 
@@ -258,13 +258,17 @@ def check_request(
     token_ids = _token_ids(prompts, tokenizer)
     if not isinstance(mode, str) or mode not in MODES:
         raise RequestError(f"mode must be one of {list(MODES)}, got {mode!r}")
-    if faults := field_faults(sampling):
+    if faults := field_faults(sampling) or sampling.unused_filters:
         raise RequestError("; ".join(faults))
     drafts = MODES[mode].drafts
     if draft is None and drafts:
-        raise RequestError(f"mode {mode} needs a draft, got none: load_draft or init_draft makes one")
+        raise RequestError(
+            f"mode {mode} needs a draft, got none: give one (load_draft or init_draft in Python, --draft in a command)"
+        )
     if draft is not None and drafts is False:
-        raise RequestError(f"mode {mode} decodes with the target alone, got a draft: pass None")
+        raise RequestError(
+            f"mode {mode} decodes with the target alone, got a draft: leave the draft out (None in Python)"
+        )
     config = target.config
     ids = _check_prompts(token_ids, config.vocab_size)
     network = draft.draft if isinstance(draft, ScriptedDraft) else draft
@@ -273,6 +277,8 @@ def check_request(
         raise RequestError(
             f"draft_vocab says what a draft proposes, and there is none; got {draft_vocab!r}: leave it out"
         )
+    if network is None and block_size is not None:
+        raise RequestError(f"block_size is that of a draft, and there is none; got {block_size!r}: leave it out")
     if network is not None:
         check_draft(network.config, config)
         network = proposing(network, draft_vocab)
