@@ -17,7 +17,7 @@ from dflash.training.cache.source import (
     CacheSource,
     FeatureReader,
     check_layer_ids,
-    check_offsets,
+    check_lengths,
     common_meta,
     text_record,
     too_little_leaves_nothing,
@@ -40,7 +40,7 @@ def build_sequences(
     target = source.target
     check_layer_ids(target, layer_ids)
     check_sources(conversations, target.config.max_position)
-    check_offsets(target, position_offsets, conversations.max_prompt_len + conversations.max_new_tokens)
+    check_lengths(target, conversations, position_offsets)
     settings = {
         "form": FORM,
         "position_offsets": list(position_offsets),

@@ -19,6 +19,7 @@ from dflash.training.cache.source import (
     CacheSource,
     FeatureReader,
     check_layer_ids,
+    check_lengths,
     check_offsets,
     common_meta,
     text_record,
@@ -120,8 +121,9 @@ def build_windows(
     target = source.target
     check_layer_ids(target, layer_ids)
     check_sources(conversations, target.config.max_position)
-    check_offsets(target, config.position_offsets, config.context + config.continuation)
-    check_offsets(target, (0,), conversations.max_prompt_len + conversations.max_new_tokens)
+    length = config.context + config.continuation
+    check_offsets(target, config.position_offsets, length, "ctx_len - 1 + rollout_steps x block_size")
+    check_lengths(target, conversations, (0,))
     meta = _window_meta(source, conversations, config, layer_ids, batch_size)
     samples, hidden = config.num_blocks * config.rollout_steps, target.config.hidden_size
     with ArrayWriter(Path(directory), meta) as writer:

@@ -98,15 +98,26 @@ def check_layer_ids(target: Llama, layer_ids: Sequence[int]) -> None:
         raise CacheError(f"target_layer_ids name different layers, 0..{last}, got {list(layer_ids)}")
 
 
-def check_offsets(target: Llama, offsets: Sequence[int], length: int) -> None:
-    """Raises CacheError unless `length` tokens from every offset stay within the target's positions."""
+def check_offsets(target: Llama, offsets: Sequence[int], length: int, of: str) -> None:
+    """Raises CacheError unless `length` tokens from every offset stay within the target's positions.
+
+    `of` names the settings that make up the length.
+    """
     limit = target.config.max_position
+    if length > limit:
+        raise CacheError(f"a text stays within the target's {limit} positions; {of} comes to {length}: lower them")
     bad = [o for o in offsets if o < 0 or o + length > limit]
     if bad or not offsets:
         raise CacheError(
             f"position offsets are at least 0 and leave room for {length} tokens within {limit} positions; got "
             f"{bad or 'none'}: use at most {limit - length}"
         )
+
+
+def check_lengths(target: Llama, conversations: ConversationConfig, offsets: Sequence[int]) -> None:
+    """Raises CacheError unless the longest conversation fits within the target's positions, from every offset."""
+    longest = conversations.max_prompt_len + conversations.max_new_tokens
+    check_offsets(target, offsets, longest, "max_prompt_len + max_new_tokens")
 
 
 def common_meta(source: CacheSource, conversations: ConversationConfig, layer_ids: Sequence[int]) -> dict[str, Any]:

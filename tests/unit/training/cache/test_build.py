@@ -300,6 +300,7 @@ def test_a_cache_is_bound_to_its_target_and_its_text(built, source, name):
     [
         ({"position_offsets": (0, LIMIT - 35)}, r"room for 36 tokens within 131072 positions; got \[131037\]"),
         ({"position_offsets": ()}, "got none"),
+        ({"rollout_steps": LIMIT}, r"ctx_len - 1 \+ rollout_steps x block_size comes to \d+: lower them"),
         (
             {"ctx_len": 41, "position_offsets": (0,), "num_blocks": 99},
             r"12 .* give \d+ contexts of 40 tokens, and 99 are",
@@ -315,9 +316,12 @@ def test_windows_that_cannot_be_made_leave_nothing(source, tmp_path, changes, sa
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"max_user_turn": 10**9}, "max_user_turn 1000000000"),
-        ({"max_new_tokens": 10**9}, "room for 1000000032 tokens"),
-        ({"max_prompt_len": 10**9}, "room for 1000000016 tokens"),
+        ({"max_user_turn": 10**9}, "max_user_turn 1000000000: lower it"),
+        (
+            {"max_new_tokens": 10**9},
+            r"131072 positions; max_prompt_len \+ max_new_tokens comes to 1000000032: lower them",
+        ),
+        ({"max_prompt_len": 10**9}, r"max_prompt_len \+ max_new_tokens comes to 1000000016: lower them"),
     ],
 )
 def test_text_beyond_the_targets_positions_leaves_nothing(source, tmp_path, changes, said):
