@@ -46,6 +46,11 @@ class Tokenizer:
         self._number = next(_NUMBERS)
         _read_json(directory / "tokenizer_config.json")  # transformers takes what is no JSON, such as half a character
         facts = self._open()
+        if taken := [name for name in self.variables if name in facts["set_by_call"]]:
+            raise TokenizerError(
+                f"variables of a chat template are those that its call does not set itself; got {', '.join(taken)}: "
+                "leave out what is not the template's own"
+            )
         self.vocab_size = facts["vocab_size"]
         self.stop_token_ids = self._find_stop_token_ids(facts["eos"])
 

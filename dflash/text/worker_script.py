@@ -58,7 +58,12 @@ def opened(tokenizer: int, directory: str) -> dict[str, Any]:
         raise FaultError("files", str(error) or type(error).__name__) from None
     while len(_OPEN) > MOST_OPEN:
         _OPEN.popitem(last=False)
-    return {"vocab_size": highest + 1, "eos": read.eos_token_id}
+    return {"vocab_size": highest + 1, "eos": read.eos_token_id, "set_by_call": sorted(set_by_call(read))}
+
+
+def set_by_call(read: Any) -> set[str]:
+    """Names that the call of a template sets itself, for the template or for the call."""
+    return {"self", "messages", *inspect.signature(read.apply_chat_template).parameters}
 
 
 @contextlib.contextmanager
@@ -82,7 +87,7 @@ def chat(read: Any, messages: list[Any], variables: dict[str, Any], date: str, p
     """Ids of a conversation; with `prompt` up to where the answer begins."""
     if not read.chat_template:
         raise FaultError("template", "none of its files has one")
-    own = sorted(variables.keys() & inspect.signature(read.apply_chat_template).parameters.keys())
+    own = sorted(variables.keys() & set_by_call(read))
     if own:
         raise FaultError("refused", f"{', '.join(own)} can't be set from outside")
     _Clock.moment = datetime.datetime.fromisoformat(date)

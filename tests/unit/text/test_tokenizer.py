@@ -10,7 +10,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from dflash.text import worker
-from dflash.text.tokenizer import load_tokenizer, template_variables
+from dflash.text.tokenizer import TokenizerError, load_tokenizer, template_variables
 
 SPECIAL = ["<s>", "</s>", "<|user|>", "<|assistant|>"]
 CHATML = (
@@ -137,6 +137,15 @@ def test_variables_of_a_template_are_the_tokenizers_and_the_calls(tmp_path):
     assert prompt(load_tokenizer(tmp_path), USER) == " "
     with pytest.raises(ValueError, match="tokenize can't be set"):
         tokenizer.encode_chat(USER, tokenize=False)
+
+
+@pytest.mark.parametrize("name", ["messages", "add_generation_prompt", "tools", "documents", "tokenize", "self"])
+def test_what_the_call_of_a_template_sets_is_no_variable(tmp_path, name):
+    folder = write_snapshot(tmp_path, "{{ messages[0].content }}")
+    with pytest.raises(TokenizerError, match=f"does not set itself; got {name}: leave out"):
+        load_tokenizer(folder, variables=template_variables(["effort=low", f"{name}=1"]))
+    # What a template may be given, though transformers gives it too.
+    assert prompt(load_tokenizer(folder, variables={"bos_token": "x"}), USER) == USER[0]["content"]
 
 
 @pytest.mark.parametrize("word", ["", "x", "=1", "a b=1"])
