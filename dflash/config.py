@@ -273,7 +273,7 @@ def build_target_layer_ids(num_target_layers: int, num_features: int) -> tuple[i
     if num_features < 1 or len(set(ids)) != num_features or min(ids) < 0:
         raise ConfigError(
             f"context features must come from different layers; {num_features} of a target with {num_target_layers} "
-            f"layers would be {list(ids)}; name them with target_layer_ids"
+            f"layers would be {list(ids)}: ask for fewer, or name the layers where that can be done (target_layer_ids)"
         )
     return ids
 

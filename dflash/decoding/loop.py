@@ -295,7 +295,9 @@ class Programs:
         assert (draft is not None) == MODES[shape.mode].drafts, (draft, shape)
         if shape.batch % mesh.ways(target.mesh, mesh.DP):
             dp = mesh.ways(target.mesh, mesh.DP)
-            raise ConfigError(f"a batch must divide by the mesh's dp, {dp}; got {shape.batch} rows")
+            raise ConfigError(
+                f"a batch must be divisible by the mesh's dp, {dp}; got {shape.batch} rows: take a multiple"
+            )
         draft = None if draft is None else mesh.place(draft, target.mesh)
         graphs = (nnx.graphdef(target), None if draft is None else nnx.graphdef(draft))
         weights = take_weights(target, draft)

@@ -64,7 +64,9 @@ Axes = tuple[tuple[Part, ...] | None, ...]
 def make_mesh(devices: Sequence[Any], *, dp: int = 1, tp: int = 1) -> Mesh:
     """A dp x tp mesh of the first devices, which may be those of a described topology. Raises ConfigError."""
     if dp < 1 or tp < 1 or dp * tp > len(devices):
-        raise ConfigError(f"a mesh needs dp x tp devices, at least 1 x 1; got {dp} x {tp} and {len(devices)} devices")
+        raise ConfigError(
+            f"a mesh needs dp x tp devices, at least 1 x 1; got {dp} x {tp} with {len(devices)} devices: lower dp or tp"
+        )
     return Mesh(np.array(devices[: dp * tp]).reshape(dp, tp), (DP, TP))
 
 

@@ -72,7 +72,7 @@ class TrainConfig(Checked):
     objective: tyro.conf.OmitArgPrefixes[Objective] = dataclasses.field(default_factory=Objective)
 
     def __post_init__(self) -> None:
-        parts, fits = self.dp * self.accumulation, "batch_size must divide by dp x accumulation"
+        parts, fits = self.dp * self.accumulation, "batch_size must be divisible by dp x accumulation"
         uneven = parts > 0 and self.batch_size % parts
         self.check(*[f"{fits}, got {self.batch_size}, {self.dp} and {self.accumulation}"] if uneven else [])
 

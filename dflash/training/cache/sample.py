@@ -142,7 +142,7 @@ class Sampler:
     ):
         dp = mesh.ways(target.mesh, mesh.DP)
         if batch % dp:
-            raise ConfigError(f"a batch must divide by the mesh's dp, {dp}; got {batch} rows")
+            raise ConfigError(f"a batch must be divisible by the mesh's dp, {dp}; got {batch} rows: take a multiple")
         self.target, self.batch, self.max_new_tokens = target, batch, max_new_tokens
         self.chunk = min(CHUNK, round_up(max_prompt_len, 16))
         self.prompt_len = round_up(max_prompt_len, self.chunk)

@@ -248,7 +248,7 @@ def test_windows_train_from_a_draft_and_evaluate(run, made):
         (("build-cache", "new", "--prompts", "x.jsonl", *FEW), "there is none at x.jsonl"),
         (("build-cache", "new", "--openings", "x.jsonl", *FEW), "there is no file at x.jsonl"),
         (("train", "cache", "new", "--steps", 0), "steps must be at least 1, got 0"),
-        (("train", "cache", "new", "--batch-size", 3, "--accumulation", 2), "batch_size must divide"),
+        (("train", "cache", "new", "--batch-size", 3, "--accumulation", 2), "batch_size must be divisible"),
         (("evaluate", "cache", "nowhere"), "nowhere"),
         (("export", "nowhere", "new"), "nowhere"),
         (("train", "cache", "new", "--init-layers", 1, 4), "one layer of the target, 0..3"),
