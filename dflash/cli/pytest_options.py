@@ -19,7 +19,7 @@ import pytest
 from dflash.cli.target import TargetOptions
 from dflash.cli.template import TemplateOptions
 from dflash.config import Computed, Count, Fraction, Positive, Range, Size
-from dflash.decoding.sampling import SamplingOptions
+from dflash.decoding.sampling import Sampling, SamplingOptions
 from dflash.host.device import KINDS
 from dflash.host.provenance import redact
 from dflash.measuring import baselines
@@ -301,6 +301,22 @@ def check_lengths(options: Any) -> None:
         raise pytest.UsageError(
             "--prompt-len makes prompts of exactly so many tokens of builtin text in the chat template, or of random "
             f"tokens; got {'--raw' if options.raw else '--prompts ' + ','.join(others)}: leave one of them out"
+        )
+
+
+def check_sampling(options: Any) -> None:
+    """Raises UsageError for filters of what is drawn where nothing is."""
+    if faults := Sampling.of(options).unused_filters:
+        raise pytest.UsageError("; ".join(faults))
+
+
+def check_template(options: Any) -> None:
+    """Raises UsageError for options of a chat template that --raw leaves out."""
+    fields = dataclasses.fields(TemplateOptions)
+    given = [f"--{f.name.replace('_', '-')}" for f in fields if getattr(options, f.name) not in (f.default, "")]
+    if options.raw and given:
+        raise pytest.UsageError(
+            f"--raw puts no chat template around the words; got {' and '.join(given)} too: leave one of them out"
         )
 
 

@@ -11,6 +11,8 @@ from dflash.cli.pytest_options import (
     all_options,
     apply_protocol,
     check_lengths,
+    check_sampling,
+    check_template,
     protocol_name,
     take_prompts,
     texts_of,
@@ -72,6 +74,34 @@ def test_exact_lengths_are_of_builtin_text_or_random_tokens(parse, arguments, sa
         check_lengths(parse(*good))
     with pytest.raises(pytest.UsageError, match=said):
         check_lengths(parse(*arguments))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "env", "said"),
+    [
+        (["--top-k=5"], {}, "got top_k 5: leave it out"),
+        (["--top-p=0.5", "--temperature=0"], {"DFLASH_MIN_P": "0.1"}, r"got top_p 0\.5 and min_p 0\.1: leave them out"),
+    ],
+)
+def test_filters_need_tokens_that_are_drawn(parse, arguments, env, said):
+    for good in ([], ["--seed=3"], ["--temperature=0.7", "--top-k=5", "--top-p=0.5", "--min-p=0.1"]):
+        check_sampling(parse(*good))
+    with pytest.raises(pytest.UsageError, match=said):
+        check_sampling(parse(*arguments, **env))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--raw", "--chat-template-arg=a=1"], "got --chat-template-arg too"),
+        (["--raw", "--template-date=2026-03-04", "--chat-template-arg=a=1"], "--chat-template-arg and --template-date"),
+    ],
+)
+def test_what_is_for_a_chat_template_is_not_for_plain_text(parse, arguments, said):
+    for good in ([], ["--raw"], arguments[1:]):
+        check_template(parse(*good))
+    with pytest.raises(pytest.UsageError, match=said):
+        check_template(parse(*arguments))
 
 
 def test_help_shows_no_secret_of_the_environment(monkeypatch):
