@@ -9,7 +9,7 @@ import tyro
 
 from dflash import metrics
 from dflash.cli.target import TargetOptions
-from dflash.cli.template import TemplateOptions
+from dflash.cli.template import TemplateOptions, refuse_unused_template
 from dflash.config import BlockSize, Computed, Count
 from dflash.decoding.audit import Audit
 from dflash.decoding.audit import audit as run_audit
@@ -44,6 +44,7 @@ class AuditArguments(TargetOptions):
 
 def audit(args: Annotated[AuditArguments, tyro.conf.arg(name="")]) -> None:
     """Audit decoding against greedy decoding and a reading without cache; exits 1 for a defect."""
+    refuse_unused_template(args, args.prompts.raw)
     compiled = compile_cache()
     device, target = args.open()
     draft = load_draft(args.draft or UNTRAINED, target)

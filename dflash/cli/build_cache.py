@@ -7,8 +7,9 @@ from typing import Annotated, Literal
 
 import tyro
 
+from dflash.cli.option import refuse_unused
 from dflash.cli.target import TargetOptions
-from dflash.cli.template import TemplateOptions
+from dflash.cli.template import TemplateOptions, refuse_unused_template
 from dflash.config import Computed, Count, Index, build_target_layer_ids
 from dflash.easydel import load
 from dflash.easydel.teacher import TeacherReader, load_teacher
@@ -44,8 +45,43 @@ class BuildCache(TargetOptions):
     windows: tyro.conf.OmitArgPrefixes[WindowConfig]
 
 
+# Of the text: what only user turns that the target writes have, and what only prompts that are given have.
+_OF_OWN_TURNS = ("openings", "prompt_temperature", "max_user_turn")
+_OF_GIVEN_PROMPTS = ("prompt_template", "raw")
+_FILTERS = ("top_k", "top_p", "min_p")
+
+
+def _check_unused(args: BuildCache) -> None:
+    """Raises ConfigError for options that this cache would ignore."""
+    texts, windows, own = args.conversations, args.windows, args.conversations.source == "self"
+    if own:
+        refuse_unused(args, _OF_GIVEN_PROMPTS, "for given prompts (--prompts), and the target writes these itself")
+    else:
+        refuse_unused(args, _OF_OWN_TURNS, "for user turns that the target writes, and --prompts gives them")
+    if texts.answers == "given":
+        refuse_unused(args, ["temperature"], "for answers that the target writes, and these are given")
+    drawn = (texts.temperature and texts.answers == "target") or (texts.prompt_temperature and own)
+    if not drawn:
+        refuse_unused(args, _FILTERS, "for tokens that are drawn, and with temperature 0 or given texts none is")
+    refuse_unused_template(args, texts.raw)
+    if args.target_layer_ids:
+        refuse_unused(args, ["num_context_features"], "for evenly spread layers, and --target-layer-ids names them")
+    if args.form == "sequences":
+        names = [field.name for field in dataclasses.fields(windows) if field.name != "position_offsets"]
+        refuse_unused(args, names, "for --form windows, and these are sequences")
+        return
+    if windows.rollout_steps == 1:
+        refuse_unused(args, ["accept_len_mode"], "for --rollout-steps above 1, and this is 1")
+    if windows.accept_len_mode != "geometric":
+        mode = windows.accept_len_mode
+        refuse_unused(args, ["accept_len_p"], f"for --rollout-accept-len-mode geometric, and this is {mode}")
+    if len(windows.position_offsets) < 2:
+        refuse_unused(args, ["position_offset_mode"], "for several --position-offsets, and there is one")
+
+
 def build_cache(args: Annotated[BuildCache, tyro.conf.arg(name="")]) -> None:
     """Let the target write and answer prompts, and store its hidden states of every token."""
+    _check_unused(args)
     if args.teacher == "easydel":
         load()  # fail before reading a large target
     _, target = args.open()

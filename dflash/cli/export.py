@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from dflash.cli.option import refuse_unused
 from dflash.config import ConfigError
 from dflash.host.device import open_default_device
 from dflash.host.disk import read_object
@@ -108,6 +109,8 @@ def training_record(run: Path) -> dict[str, Any]:
 
 def export(args: Annotated[Export, tyro.conf.arg(name="")]) -> None:
     """Write a draft as a directory that other programs read, with the record of its training."""
+    if args.format != "speculators":
+        refuse_unused(args, ["verifier"], f"for --format speculators, and this one is {args.format}")
     open_default_device()
     shard_bytes = parse_size(args.max_shard_size)
     directory = None if args.target is None else target_directory(args.target)

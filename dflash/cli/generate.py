@@ -8,8 +8,9 @@ from typing import Annotated, Any
 import tyro
 
 from dflash import metrics
+from dflash.cli.option import refuse_unused
 from dflash.cli.target import TargetOptions
-from dflash.cli.template import TemplateOptions
+from dflash.cli.template import TemplateOptions, refuse_unused_template
 from dflash.config import BlockSize, Count, DraftVocab
 from dflash.decoding.decode import DecodeResult, RequestError, check_request, partial_results
 from dflash.decoding.modes import BLOCK, GREEDY, MODES
@@ -89,12 +90,22 @@ def _facts(args: Generate, tokenizer: Tokenizer, prompt: list[int], draft: str |
     return read | {"prompts_sha256": ids_sha256([prompt])} | tokenizer.facts
 
 
+def _check_unused(args: Generate) -> None:
+    """Raises ConfigError for options that this answer would ignore."""
+    refuse_unused_template(args, args.raw)
+    if args.raw:
+        refuse_unused(args, ["system"], "for a chat, and --raw continues plain text")
+    if _draft_name(args) is None:
+        refuse_unused(args, ["block_size", "draft_vocab_size"], "for a draft, and none is used")
+
+
 def generate(args: Annotated[Generate, tyro.conf.arg(name="")]) -> None:
     """Answer a prompt: stream the text, then one line of figures."""
     if not args.prompt.strip():
         raise RequestError(f"a prompt must have some text, got {args.prompt!r}: say what to ask")
     if args.mode in MODES and not MODES[args.mode].cached:
         raise RequestError(f"mode {args.mode} keeps no cache and can't be streamed: dflash.decode has it")
+    _check_unused(args)
     WORKER.begin()  # its imports run while the target is read
     compiled = compile_cache()
     device, target = args.open()

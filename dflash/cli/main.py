@@ -5,6 +5,7 @@ import errno
 import functools
 import io
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -111,7 +112,8 @@ def _sentence(box: str) -> str:
             parts[-1].append(row.strip())
     # For a union tyro adds the error of every member.
     texts = [" ".join(part).partition("Got errors:")[0].strip() for part in parts]
-    return "; ".join(text for text in texts if text and not text.startswith(("Argument help", "For full help")))
+    said = "; ".join(text for text in texts if text and not text.startswith(("Argument help", "For full help")))
+    return re.sub(r"'None', |, 'None'", "", said)  # its word for an option that is left out
 
 
 def main() -> int:

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from dflash.cli.template import TemplateOptions
+from dflash.cli.option import refuse_unused
+from dflash.cli.template import TemplateOptions, refuse_unused_template
 from dflash.config import Count, Positive
 from dflash.host.disk import check_writable, nearest
 from dflash.measuring.gate import Floors, own_line
@@ -46,6 +47,7 @@ class ServeBench(ServerOptions):
 
 def serve_bench(args: Annotated[ServeBench, tyro.conf.arg(name="")]) -> None:
     """Measure a server without a draft and with one; exit code 1 when texts differ or --min-speedup is missed."""
+    _check_unused(args)
     _check(args)
     servers = deployment(args)
     tokenizer = args.template.open(args.target)
@@ -81,6 +83,16 @@ def serve_bench(args: Annotated[ServeBench, tyro.conf.arg(name="")]) -> None:
     _write_report(args, final)
     if sentences:
         sys.exit(1)
+
+
+def _check_unused(args: ServeBench) -> None:
+    """Raises ConfigError for options that this run would ignore."""
+    refuse_unused_template(args, args.prompts.raw)
+    if args.base_url:
+        ours = ["server_python", "ready_timeout", "server_logs"]
+        refuse_unused(args, ours, "for servers that are started here, and --base-url names one that runs already")
+    if not args.draft:
+        refuse_unused(args, ["block_size", "draft_server_args"], "for a draft, and none is named (--draft)")
 
 
 def _check(args: ServeBench) -> None:

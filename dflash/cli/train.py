@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
+from dflash.cli.option import refuse_unused
 from dflash.config import (
     BlockSize,
     Checked,
@@ -115,23 +116,36 @@ def _vocabulary(
     return pack_tokens(frequent_tokens(cache, count, size, learned), size)
 
 
+# What only DFlash 2 drafts have.
+_OF_DFLASH_2 = ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k")
 # What init-from's draft has already.
-_OF_A_NEW_DRAFT = (
-    "draft_layers",
-    "init_layers",
-    "conv_kernel_size",
-    "conv_group_size",
-    "selector_rank",
-    "selector_top_k",
-    "mask_token_id",
-    "draft_rope",
-)
+_OF_A_NEW_DRAFT = ("draft_layers", "init_layers", *_OF_DFLASH_2, "mask_token_id", "draft_rope")
+# The weighting that each parameter is of.
+_OF_A_WEIGHTING = {"gamma": "decay", "alpha": "dpace"}
 
 
-def _given(args: Train) -> list[str]:
-    """Options of a new draft that were given."""
-    defaults = {field.name: field.default for field in dataclasses.fields(Train)}
-    return [f"--{name.replace('_', '-')}" for name in _OF_A_NEW_DRAFT if getattr(args, name) != defaults[name]]
+def _check_unused(args: Train) -> None:
+    """Raises ConfigError for options that this training would ignore."""
+    if args.init_from:
+        refuse_unused(args, _OF_A_NEW_DRAFT, f"for a new draft, and {args.init_from} is one already")
+    elif args.architecture != "dflash2":
+        refuse_unused(args, _OF_DFLASH_2, "for a DFlash 2 draft (--architecture dflash2), and this is a DFlash one")
+    weights = args.training.objective.weights
+    for name, weighting in _OF_A_WEIGHTING.items():
+        if weights != weighting:
+            refuse_unused(args, [name], f"for --position-weights {weighting}, and these are {weights}")
+    if args.trainer == "easydel":
+        refuse_unused(args, ["evaluate_every"], "for held-out rows, and EasyDeL's trainer scores none")
+
+
+def _check_places(cache: Path, root: Path) -> None:
+    """Raises ConfigError for a run that would be written into its cache."""
+    inner, outer = root.resolve(), cache.resolve()
+    if inner == outer or outer in inner.parents:
+        raise ConfigError(
+            f"a run is kept outside of the teacher cache that it reads; got {root}, in the cache {cache}: name another "
+            "directory"
+        )
 
 
 def _start(args: Train, borrowed: Borrowed, cache: SequenceCache | WindowCache) -> Draft:
@@ -140,10 +154,6 @@ def _start(args: Train, borrowed: Borrowed, cache: SequenceCache | WindowCache) 
         draft = read_any_draft(args.init_from, target=borrowed.config)
         if args.architecture == "dflash2" and draft.config.conv is None:
             raise ConfigError(f"architecture dflash2 is for new drafts, and {args.init_from} is a DFlash draft")
-        if given := _given(args):
-            raise ConfigError(
-                f"{', '.join(given)} shape a new draft, and {args.init_from} is one already: leave them out"
-            )
         draft = plain(draft) if args.architecture == "dflash" else draft
         config = draft.config
         if args.draft_vocab_size is not None:
@@ -174,6 +184,8 @@ def _start(args: Train, borrowed: Borrowed, cache: SequenceCache | WindowCache) 
 
 def train(args: Annotated[Train, tyro.conf.arg(name="")]) -> None:
     """Train a draft on a teacher cache, without running the target. Start it again to resume."""
+    _check_unused(args)
+    _check_places(args.cache_dir, args.run.root)
     if args.trainer == "easydel":
         load("easydel.trainers")  # fail before hashing a large target
     device, compiled, config = open_default_device(), compile_cache(), args.training

@@ -3,6 +3,7 @@
 import importlib
 import re
 import shlex
+import sys
 import tomllib
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -75,7 +76,10 @@ def importable(name):
 def test_commands_are_read_as_a_page_writes_them(page, pytestconfig):
     for program, words in commands(page.read_text(encoding="utf-8")):
         if program == "dflash":
-            assert callable(cli.read_command(words)), words
+            command = cli.read_command(words)
+            # What a page shows ignores none of its own options.
+            if check := getattr(sys.modules[command.func.__module__], "_check_unused", None):
+                check(*command.args, *command.keywords.values())
         for option in options(words) if program == "pytest" else []:
             pytestconfig.getoption(option)
 

@@ -102,12 +102,12 @@ def test_defects_fail(run, canned, folder, check_provenance):
 def test_prompts_come_from_wherever_other_commands_take_them(run, canned, folder, tmp_path):
     canned({}, [])
     (tmp_path / "gsm8k.jsonl").write_text('{"question": "How many?", "answer": "#### 2"}')
-    words = ("--prompts", "gsm8k", "--data-dir", str(tmp_path), "--num-prompts", "1", "--template-date", "2026-02-03")
-    for more in ([], ["--raw"]):
+    words = ("--prompts", "gsm8k", "--data-dir", str(tmp_path), "--num-prompts", "1")
+    for more in (["--template-date", "2026-02-03"], ["--raw"]):
         found = json.loads(run(*words, *more, "--json")[1])["dflash"]["read"]
-        rows = load_prompts("gsm8k", data_dir=tmp_path, raw=bool(more)).encode(load_tokenizer(folder))
+        rows = load_prompts("gsm8k", data_dir=tmp_path, raw="--raw" in more).encode(load_tokenizer(folder))
         assert (found["prompts"], found["prompts_sha256"]) == ("gsm8k", ids_sha256(rows))
-        assert found["template_date"] == "2026-02-03"
+        assert found["template_date"] == ("2026-01-01" if "--raw" in more else "2026-02-03")
     code, _, error = run("--prompts", "gsm8k", "--data-dir", str(tmp_path), "--prompt-template", "{question}")
     assert (code, len(error.splitlines())) == (2, 1)
     assert "a prompt template makes text of the fields of hf:NAME; the source is 'gsm8k'" in error
