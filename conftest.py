@@ -14,14 +14,7 @@ stopping.leave_at_once()  # the imports take seconds
 import jax
 import pytest
 
-from dflash.cli.pytest_options import (
-    add_options,
-    all_options,
-    apply_protocol,
-    check_lengths,
-    check_sampling,
-    check_template,
-)
+from dflash.cli.pytest_options import add_options, all_options, apply_protocol, check_lengths, check_template
 from dflash.host.device import DeviceError, check_width, default_dtype, looks_like_tpu_host, open_device
 from dflash.host.disk import check_writable, claim, is_device
 from dflash.host.provenance import check_words, compile_cache, provenance
@@ -76,7 +69,6 @@ def pytest_configure(config: pytest.Config) -> None:
         return  # pytest reads no further: defaults are still text, and nothing will run
     apply_protocol(config.option)
     check_lengths(config.option)
-    check_sampling(config.option)
     check_template(config.option)
     _place_report(config)
     _check_results_file(config)

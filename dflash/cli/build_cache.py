@@ -45,27 +45,15 @@ class BuildCache(TargetOptions):
     windows: tyro.conf.OmitArgPrefixes[WindowConfig]
 
 
-# Of the text: what only user turns that the target writes have, and what only prompts that are given have.
-_OF_OWN_TURNS = ("openings", "prompt_temperature", "max_user_turn")
-_OF_GIVEN_PROMPTS = ("prompt_template", "raw")
-_FILTERS = ("top_k", "top_p", "min_p")
-
-
 def _check_unused(args: BuildCache) -> None:
     """Raises ConfigError for options that this cache would ignore."""
-    texts, windows, own = args.conversations, args.windows, args.conversations.source == "self"
-    if own:
-        refuse_unused(args, _OF_GIVEN_PROMPTS, "for given prompts (--prompts), and the target writes these itself")
-    else:
-        refuse_unused(args, _OF_OWN_TURNS, "for user turns that the target writes, and --prompts gives them")
+    texts, windows = args.conversations, args.windows
+    if texts.source == "self":
+        unused = ["prompt_template", "raw"]
+        refuse_unused(args, unused, "for given prompts (--prompts), and the target writes these itself")
     if texts.answers == "given":
         refuse_unused(args, ["temperature"], "for answers that the target writes, and these are given")
-    drawn = (texts.temperature and texts.answers == "target") or (texts.prompt_temperature and own)
-    if not drawn:
-        refuse_unused(args, _FILTERS, "for tokens that are drawn, and with temperature 0 or given texts none is")
     refuse_unused_template(args, texts.raw)
-    if args.target_layer_ids:
-        refuse_unused(args, ["num_context_features"], "for evenly spread layers, and --target-layer-ids names them")
     if args.form == "sequences":
         names = [field.name for field in dataclasses.fields(windows) if field.name != "position_offsets"]
         refuse_unused(args, names, "for --form windows, and these are sequences")

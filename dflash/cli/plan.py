@@ -9,6 +9,7 @@ import tyro
 from flax import nnx
 from tqdm import tqdm
 
+from dflash.cli.option import refuse_unused
 from dflash.compiled.plan import (
     ACCEPT_RATES,
     ESTIMATE,
@@ -92,7 +93,7 @@ class PlanArguments(Checked):
 
 def _target(name: str) -> TargetConfig:
     known = public_config(name)
-    if known is None and not Path(name).is_dir():
+    if known is None and (not name.strip() or not Path(name).is_dir()):
         raise ConfigError(f"--target is a snapshot directory or one of {', '.join(sorted(CONFIGS))}; got {name!r}")
     return target_config(Path(name)) if known is None else known
 
@@ -116,8 +117,17 @@ def _experts(args: PlanArguments, target: TargetConfig) -> Held:
     return args.dtype
 
 
+def _check_unused(args: PlanArguments) -> None:
+    """Raises ConfigError for options that this plan would ignore."""
+    if args.draft:
+        refuse_unused(args, ["draft_layers"], f"for an untrained draft, and --draft names {args.draft}")
+    if not args.training:
+        refuse_unused(args, ["num_anchors"], "for --training")
+
+
 def plan(args: Annotated[PlanArguments, tyro.conf.arg(name="")]) -> None:
     """Compile the programs of a decode for a described TPU; estimate memory, cycles, collectives and gains."""
+    _check_unused(args)
     if args.training and args.tp == "auto":
         raise ConfigError("--training takes a number for --tp, the devices that split the vocabulary; got auto")
     # Before minutes of compiling.

@@ -19,7 +19,7 @@ import pytest
 from dflash.cli.target import TargetOptions
 from dflash.cli.template import TemplateOptions
 from dflash.config import Computed, Count, Fraction, Positive, Range, Size
-from dflash.decoding.sampling import Sampling, SamplingOptions
+from dflash.decoding.sampling import SamplingOptions
 from dflash.host.device import KINDS
 from dflash.host.provenance import redact
 from dflash.measuring import baselines
@@ -302,12 +302,6 @@ def check_lengths(options: Any) -> None:
             "--prompt-len makes prompts of exactly so many tokens of builtin text in the chat template, or of random "
             f"tokens; got {'--raw' if options.raw else '--prompts ' + ','.join(others)}: leave one of them out"
         )
-
-
-def check_sampling(options: Any) -> None:
-    """Raises UsageError for filters of what is drawn where nothing is."""
-    if faults := Sampling.of(options).unused_filters:
-        raise pytest.UsageError("; ".join(faults))
 
 
 def check_template(options: Any) -> None:

@@ -299,7 +299,7 @@ def audit(
             network,
             prompts,
             mode=mode,
-            block_size=None if network is None else block_size,
+            block_size=block_size,
             max_new_tokens=budget,
             sampling=sampling,
         )

@@ -258,7 +258,7 @@ def check_request(
     token_ids = _token_ids(prompts, tokenizer)
     if not isinstance(mode, str) or mode not in MODES:
         raise RequestError(f"mode must be one of {list(MODES)}, got {mode!r}")
-    if faults := field_faults(sampling) or sampling.unused_filters:
+    if faults := field_faults(sampling):
         raise RequestError("; ".join(faults))
     drafts = MODES[mode].drafts
     if draft is None and drafts:
@@ -277,8 +277,6 @@ def check_request(
         raise RequestError(
             f"draft_vocab says what a draft proposes, and there is none; got {draft_vocab!r}: leave it out"
         )
-    if network is None and block_size is not None:
-        raise RequestError(f"block_size is that of a draft, and there is none; got {block_size!r}: leave it out")
     if network is not None:
         check_draft(network.config, config)
         network = proposing(network, draft_vocab)

@@ -40,27 +40,10 @@ class SamplingSettings:
     seed: Seed = 0
     """Seed of the draws."""
 
-    @property
-    def unused_filters(self) -> list[str]:
-        """One clause for the filters of a greedy choice, which would change nothing; empty where all is well."""
-        if self.temperature:
-            return []
-        fields = SamplingSettings.__dataclass_fields__
-        given = [name for name in ("top_k", "top_p", "min_p") if getattr(self, name) != fields[name].default]
-        if not given:
-            return []
-        named, them = " and ".join(f"{name} {getattr(self, name)}" for name in given), "them" if given[1:] else "it"
-        rule = "top_k, top_p and min_p limit what is drawn, and with temperature 0 nothing is"
-        return [f"{rule}; got {named}: leave {them} out, or set a temperature above 0"]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingOptions(SamplingSettings, Checked):
     """How tokens are drawn."""
-
-    def __post_init__(self) -> None:
-        self.check()
-        self.check(*self.unused_filters)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

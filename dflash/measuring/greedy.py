@@ -51,14 +51,14 @@ class Greedy:
             max_new_tokens=max_new_tokens,
             sampling=sampling,
         )
-        self.greedy_requests = self.requests([None] * len(groups), GREEDY.name, None)
+        self.greedy_requests = self.requests([None] * len(groups), GREEDY.name, 1)
         self.seconds: list[float] = []
         self.tokens: list[Rows] = []
         self.produced: list[Rows] = []
         self._outputs: dict[int, Rows] = {}
 
     def requests(
-        self, drafts: Sequence[Any], mode: str, block_size: int | None, *, budget: int | None = None, stops: bool = True
+        self, drafts: Sequence[Any], mode: str, block_size: int, *, budget: int | None = None, stops: bool = True
     ) -> list[Request]:
         """A checked request for the group of each draft (None: greedy), from the first on. Raises RequestError."""
         return [
@@ -103,7 +103,7 @@ class Greedy:
         known = self._outputs.get(group)
         if known is None or len(known[0]) < count:
             # Past the stop tokens too: the block that holds one must be accepted as far as any other.
-            longer = self.requests([None] * (group + 1), GREEDY.name, None, budget=count, stops=False)[group]
+            longer = self.requests([None] * (group + 1), GREEDY.name, 1, budget=count, stops=False)[group]
             decoder = self._compiled(dataclasses.replace(self.shape, max_new_tokens=count))
             self._outputs[group] = known = read_state(decoder.steps(prefill(decoder, longer)))[0]
         return [row[:count] for row in known]

@@ -63,8 +63,9 @@ class Case:
 
     @property
     def columns(self) -> int:
-        """Tokens that a step computes on one device."""
-        tokens = {"greedy": 1, "block": self.block_size, "sequential": 1}.get(self.program, self.context)
+        """Tokens that a step computes on one device: where it drafts, those of a block."""
+        block = self.block_size
+        tokens = {"greedy": 1, "block": block, "sequential": block}.get(self.program, self.context)
         return self.batch // self.dp * tokens
 
 

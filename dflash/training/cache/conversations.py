@@ -20,7 +20,7 @@ import tyro
 from tqdm import tqdm
 
 from dflash.config import Count, Fraction, Index, Mass, Seed, Share, Temperature
-from dflash.decoding.sampling import GREEDILY, Sampling
+from dflash.decoding.sampling import Sampling
 from dflash.host.disk import expanded, parse_object, whole_lines
 from dflash.models.llama import Llama
 from dflash.text.lengths import template_around
@@ -82,9 +82,7 @@ class ConversationConfig(PromptSource):
     """Seed of every draw."""
 
     def sampling(self, temperature: float, seed: int) -> Sampling:
-        """How tokens are drawn at this temperature, one of the two: the filters are those of whichever is above 0."""
-        if not temperature:
-            return GREEDILY
+        """How tokens are drawn at this temperature."""
         return Sampling(temperature=temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p, seed=seed)
 
     def excluded(self) -> Iterator[Prompt]:

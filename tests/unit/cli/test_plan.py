@@ -21,6 +21,9 @@ def _refused(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pyte
     ("arguments", "names"),
     [
         (["--target", "gpt-oss-21b"], "gpt-oss-20b"),
+        (["--target", ""], "gpt-oss-20b"),
+        (["--target", "smollm2-135m", "--draft", "smollm2-135m", "--draft-layers", "3"], "--draft-layers is for"),
+        (["--target", "smollm2-135m", "--num-anchors", "7"], "--num-anchors is for --training"),
         (["--target", "qwen3-8b", "--batch", "1,x"], "--batch"),
         (["--target", "qwen3-8b", "--batch", "1,"], "integers with commas between them"),
         (["--target", "qwen3-8b", "--context", "1024,4"], "a context has room for a prompt"),

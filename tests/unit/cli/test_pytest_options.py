@@ -11,7 +11,6 @@ from dflash.cli.pytest_options import (
     all_options,
     apply_protocol,
     check_lengths,
-    check_sampling,
     check_template,
     protocol_name,
     take_prompts,
@@ -74,20 +73,6 @@ def test_exact_lengths_are_of_builtin_text_or_random_tokens(parse, arguments, sa
         check_lengths(parse(*good))
     with pytest.raises(pytest.UsageError, match=said):
         check_lengths(parse(*arguments))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "env", "said"),
-    [
-        (["--top-k=5"], {}, "got top_k 5: leave it out"),
-        (["--top-p=0.5", "--temperature=0"], {"DFLASH_MIN_P": "0.1"}, r"got top_p 0\.5 and min_p 0\.1: leave them out"),
-    ],
-)
-def test_filters_need_tokens_that_are_drawn(parse, arguments, env, said):
-    for good in ([], ["--seed=3"], ["--temperature=0.7", "--top-k=5", "--top-p=0.5", "--min-p=0.1"]):
-        check_sampling(parse(*good))
-    with pytest.raises(pytest.UsageError, match=said):
-        check_sampling(parse(*arguments, **env))
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,7 @@ from dflash.weights.tiny import write_tiny_target, write_tiny_tokenizer
 pytestmark = pytest.mark.slow
 
 SMALL = ("--max-prompt-len", 64, "--max-user-turn", 40, "--max-new-tokens", 24, "--batch-size", 16)
-FEW = ("--num-conversations", 24, "--held-out", 0.25)
-ONE = ("--num-context-features", 1)
+FEW = ("--num-conversations", 24, "--held-out", 0.25, "--num-context-features", 1)
 SHORT = ("--steps", 4, "--batch-size", 8, "--num-anchors", 4, "--log-every", 2, "--save-every", 2)
 KEYS = {
     "cache_dir",
@@ -212,9 +211,7 @@ def test_a_draft_of_few_tokens_is_trained_exported_and_decoded_with(run, made):
 def test_the_target_of_a_cache_is_found_from_any_directory_or_asked_for(run, made, folder, tmp_path, monkeypatch):
     here = tmp_path / "here"
     shutil.copytree(folder, here / "mine")
-    monkeypatch.setattr(
-        sys, "argv", ["dflash", "build-cache", "kept", *map(str, (*SMALL, *FEW, *ONE)), "--target", "mine"]
-    )
+    monkeypatch.setattr(sys, "argv", ["dflash", "build-cache", "kept", *map(str, (*SMALL, *FEW)), "--target", "mine"])
     monkeypatch.chdir(here)
     assert cli.main() == 0
     assert run("train", here / "kept", tmp_path / "runs", *SHORT)[0] == 0
@@ -245,11 +242,11 @@ def test_windows_train_from_a_draft_and_evaluate(run, made):
         (("train", "cache", "r", "--draft-vocab-size", 261), "draft_vocab_size must be 1 to 260"),
         (("train", "cache", "r", "--architecture", "dflash2", "--draft-vocab-size", 7), "must be 8 to 260"),
         (("evaluate", "nowhere", "r"), "there is none at nowhere"),
-        (("build-cache", "cache", *SMALL, *FEW, *ONE), "new directory; cache exists"),
-        (("build-cache", "new", "--position-offsets", 131072, *FEW, *ONE), "within 131072 positions; got [131072]"),
+        (("build-cache", "cache", *SMALL, *FEW), "new directory; cache exists"),
+        (("build-cache", "new", "--position-offsets", 131072, *FEW), "within 131072 positions; got [131072]"),
         (("build-cache", "new", "--target-layer-ids", 1, 9, *FEW), "different layers, 0..3, got [1, 9]"),
-        (("build-cache", "new", "--prompts", "x.jsonl", *FEW, *ONE), "there is none at x.jsonl"),
-        (("build-cache", "new", "--openings", "x.jsonl", *FEW, *ONE), "there is no file at x.jsonl"),
+        (("build-cache", "new", "--prompts", "x.jsonl", *FEW), "there is none at x.jsonl"),
+        (("build-cache", "new", "--openings", "x.jsonl", *FEW), "there is no file at x.jsonl"),
         (("train", "cache", "new", "--steps", 0), "steps must be at least 1, got 0"),
         (("train", "cache", "new", "--batch-size", 3, "--accumulation", 2), "batch_size must be divisible"),
         (("evaluate", "cache", "nowhere"), "nowhere"),

@@ -22,7 +22,6 @@ from dflash.measuring.journal import Journal, Record
 from dflash.text.prompts import load_prompts
 from dflash.text.tokenizer import load_tokenizer
 from dflash.training.cache.arrays import ArrayWriter
-from dflash.training.cache.conversations import load_openings
 from dflash.weights.export import export_draft
 from dflash.weights.load import new_draft, read_any_draft
 from dflash.weights.snapshot import target_config
@@ -100,11 +99,8 @@ SPECIMENS = [
                    ("settings.json", "progress.json", "cache/conversations.jsonl", "cache/token_ids.npy")),
              ("cache.building/settings.json",), resumes=True),
     Specimen("texts", ["build-cache", "{o}", "--target={target}", "--prompts={s}/prompts.jsonl",
-                       *(word for word in TEXT if not word.startswith("--max-user-turn")),
-                       "--num-conversations=2", "--answers=given"],
-             ("prompts.jsonl",), ("prompts.jsonl",)),
-    Specimen("openings", lambda path: load_openings(str(path / "openings.jsonl")), ("openings.jsonl",),
-             ("openings.jsonl",)),
+                       "--openings={s}/openings.jsonl", *TEXT, "--num-conversations=2", "--answers=given"],
+             ("prompts.jsonl", "openings.jsonl"), ("prompts.jsonl", "openings.jsonl")),
     Specimen("report", ["report", "{s}/new.json", "{s}/old.json", "--out={o}"], ("new.json", "old.json"),
              ("new.json", "old.json")),
     Specimen("export-bencher", ["export-results", "{s}/new.json", "--format=bencher"], ("new.json",), ("new.json",)),
@@ -191,12 +187,12 @@ def _make_training(folder: Path) -> None:
     np.savez(folder / "npz" / "old.npz", meta=np.array((folder / "windows" / "meta.json").read_text()), **whole)
     run("train", folder / "sequences", folder / "run", "--target", folder / "target", *STEPS)
     shutil.copytree(folder / "run", folder / "resumed", ignore=shutil.ignore_patterns("run-2"))
+    (folder / "texts").mkdir()
     prompts = [{"prompt": f"What is {i}?"} for i in range(3)]
     talks = [{"messages": [{"role": "user", "content": p["prompt"]}, {"role": "assistant", "content": "No."}]}
              for p in prompts]  # fmt: skip
-    for place, name, lines in (("texts", "prompts", talks), ("openings", "openings", ["How ", "Why ", "When "])):
-        (folder / place).mkdir()
-        (folder / place / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for name, lines in (("prompts", talks), ("openings", ["How ", "Why ", "When "])):
+        (folder / "texts" / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def _make_results(folder: Path) -> None:

@@ -7,7 +7,6 @@ import pytest
 
 from dflash import decode, load_target, load_tokenizer
 from dflash.config import ConfigError
-from dflash.decoding.sampling import GREEDILY, Sampling
 from dflash.text.prompts import PromptError, load_prompts
 from dflash.training.cache.arrays import CacheError
 from dflash.training.cache.conversations import (
@@ -231,14 +230,6 @@ def test_the_record_of_how_a_text_was_made_keeps_its_keys():
     assert [(key, record[key]) for key in list(record)[:5]] == [
         ("source", "self"), ("data_dir", ""), ("prompt_template", ""), ("raw", False), ("openings", "builtin"),
     ]  # fmt: skip
-
-
-def test_filters_are_those_of_whichever_temperature_draws():
-    config = ConversationConfig(temperature=0, prompt_temperature=0.5, top_k=3)
-    assert config.sampling(config.temperature, 8) == GREEDILY
-    drawn = config.sampling(config.prompt_temperature, 8)
-    assert drawn == Sampling(temperature=0.5, top_k=3, min_p=0.05, seed=8)
-    assert drawn.unused_filters == []
 
 
 def test_long_and_repeated_prompts_are_left_out(make, tmp_path):
