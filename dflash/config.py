@@ -103,6 +103,12 @@ class Checked:
             raise ConfigError("; ".join(every))
 
 
+def option_name(kind: Any) -> str | None:
+    """What tyro calls the option of a field of this type, where that is another name than the field's."""
+    names = (getattr(part, "name", None) for part in typing.get_args(kind)[1:])
+    return next((name for name in names if name and isinstance(name, str)), None)
+
+
 def field_faults(record: Any) -> list[str]:
     """What the fields of a dataclass hold that their types don't allow, each a clause."""
     hints = typing.get_type_hints(type(record), include_extras=True)
@@ -119,8 +125,8 @@ def _faults(name: str, kind: Any, value: Any) -> list[str]:
     if origin is tuple:
         return [fault for item in value for fault in _faults(name, parts[0], item)]
     if origin is Annotated:
-        # What tyro calls it, where that is another name.
-        name = next((f"{name} (--{part.name})" for part in parts[1:] if getattr(part, "name", None)), name)
+        option = option_name(kind)
+        name = f"{name} (--{option})" if option else name
         ranges = [part for part in parts if isinstance(part, Range)]
         if ranges and not isinstance(value, numbers.Integral if parts[0] is int else numbers.Real):
             return [f"{name} must be {'an integer' if parts[0] is int else 'a number'}, got {value!r}"]

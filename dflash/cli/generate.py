@@ -21,7 +21,7 @@ from dflash.text.channels import shown
 from dflash.text.prompts import ids_sha256
 from dflash.text.tokenizer import Tokenizer
 from dflash.text.worker import WORKER
-from dflash.weights.load import UNTRAINED, default_draft, init_draft, load_draft, model_facts
+from dflash.weights.load import UNTRAINED, default_draft, load_draft, model_facts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,9 +113,8 @@ def generate(args: Annotated[Generate, tyro.conf.arg(name="")]) -> None:
     tokenizer = args.template.open(args.target)
     talk = [*system, {"role": "user", "content": args.prompt}]
     prompt = tokenizer.encode_raw(args.prompt) if args.raw else tokenizer.encode_chat(talk)
-    name, draft = _draft_name(args), None
-    if name is not None:
-        draft = init_draft(target) if name == UNTRAINED else load_draft(name, target)
+    name = _draft_name(args)
+    draft = None if name is None else load_draft(name, target)
     sampling = Sampling.of(args.sampling)
     request = check_request(
         target,

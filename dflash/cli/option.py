@@ -5,7 +5,7 @@ import typing
 from collections.abc import Iterable
 from typing import Any
 
-from dflash.config import ConfigError
+from dflash.config import ConfigError, option_name
 
 
 def given_options(arguments: Any, defaults: Any = None) -> dict[str, str]:
@@ -22,9 +22,7 @@ def given_options(arguments: Any, defaults: Any = None) -> dict[str, str]:
         if dataclasses.is_dataclass(value):
             given |= given_options(value, None if default is dataclasses.MISSING else default)
         elif value != default:
-            # What tyro calls it, where that is another name.
-            parts = typing.get_args(hints[field.name])[1:]
-            name = next((part.name for part in parts if isinstance(getattr(part, "name", None), str)), field.name)
+            name = option_name(hints[field.name]) or field.name
             given[field.name] = f"--{name.replace('_', '-')}"
     return given
 

@@ -69,12 +69,9 @@ class Gains:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PlannedCase:
+class PlannedCase(Setting):
     """`bytes` on one device by what they are of; `refused`: the compiler's words where it refuses a program."""
 
-    batch: int
-    context: int
-    block_size: int
     num_anchors: int | None = None
     fits: bool
     refused: list[str]

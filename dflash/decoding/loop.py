@@ -18,7 +18,6 @@ from flax import nnx
 from jax import Array
 from jax.stages import Lowered
 
-from dflash.config import ConfigError
 from dflash.decoding.accept import produced_length
 from dflash.decoding.modes import MODES
 from dflash.decoding.sampling import GREEDILY, Draws, Sampling, next_tokens
@@ -293,11 +292,7 @@ class Programs:
 
     def __init__(self, target: Llama, draft: Draft | None, shape: DecodeShape):
         assert (draft is not None) == MODES[shape.mode].drafts, (draft, shape)
-        if shape.batch % mesh.ways(target.mesh, mesh.DP):
-            dp = mesh.ways(target.mesh, mesh.DP)
-            raise ConfigError(
-                f"a batch must be divisible by the mesh's dp, {dp}; got {shape.batch} rows: take a multiple"
-            )
+        mesh.check_rows(target.mesh, shape.batch)
         draft = None if draft is None else mesh.place(draft, target.mesh)
         graphs = (nnx.graphdef(target), None if draft is None else nnx.graphdef(draft))
         weights = take_weights(target, draft)

@@ -81,6 +81,12 @@ def ways(mesh: Mesh | None, axis: str) -> int:
     return 1 if mesh is None else int(mesh.shape[axis])
 
 
+def check_rows(mesh: Mesh | None, rows: int) -> None:
+    """Raises ConfigError for a batch whose rows dp can't split evenly."""
+    if rows % (dp := ways(mesh, DP)):
+        raise ConfigError(f"a batch must be divisible by the mesh's dp, {dp}; got {rows} rows: take a multiple")
+
+
 def platform_of(mesh: Mesh) -> str:
     """What the mesh's devices are: cpu, gpu or tpu."""
     return str(mesh.devices.flat[0].platform)

@@ -14,7 +14,6 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from dflash.config import ConfigError
 from dflash.decoding.sampling import GREEDILY, Draws, Sampling
 from dflash.metrics import round_up
 from dflash.models import mesh
@@ -140,9 +139,7 @@ class Sampler:
         stop_token_ids: Sequence[int] = (),
         sampling: Sampling = GREEDILY,
     ):
-        dp = mesh.ways(target.mesh, mesh.DP)
-        if batch % dp:
-            raise ConfigError(f"a batch must be divisible by the mesh's dp, {dp}; got {batch} rows: take a multiple")
+        mesh.check_rows(target.mesh, batch)
         self.target, self.batch, self.max_new_tokens = target, batch, max_new_tokens
         self.chunk = min(CHUNK, round_up(max_prompt_len, 16))
         self.prompt_len = round_up(max_prompt_len, self.chunk)

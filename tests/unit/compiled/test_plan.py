@@ -5,48 +5,24 @@ import json
 from pathlib import Path
 
 import pytest
+from sample_plans import CHIP, case, plan, program
 
-from dflash.compiled.floor import Floor
 from dflash.compiled.plan import (
     COLLECTIVE_S,
     Gains,
     PlanFile,
     PlannedCase,
-    PlannedProgram,
     TriedMeshes,
     best_block_sizes,
     read_plan,
     write_plan,
 )
-from dflash.compiled.topology import CHIPS
 from dflash.measuring.result import ResultError
-
-CHIP = CHIPS["TPU v6 lite"]
-
-
-def _program(cycles: float, **collectives: tuple[int, float]) -> PlannedProgram:
-    return PlannedProgram(
-        cycles=cycles,
-        floor_cycles=cycles / 2,
-        floor=Floor(hbm_bytes=1e9, flops=4e9),
-        hbm_bytes=1e9,
-        unestimated={"topk": (2, 1e6)},
-        before_loop_bytes=0.0,
-        collectives=collectives,
-    )
 
 
 def _case(size: int, **cycles: float) -> PlannedCase:
-    case = PlannedCase(
-        batch=1,
-        context=1280,
-        block_size=size,
-        fits=True,
-        refused=[],
-        bytes={"weights": 1e9, "temporaries": None},
-        programs={name: _program(each) for name, each in cycles.items()},
-    )
-    return case.with_gains(CHIP)
+    programs = {name: program(each) for name, each in cycles.items()}
+    return case(size, **programs).with_gains(CHIP)
 
 
 def _gains(case: PlannedCase) -> Gains:
@@ -55,8 +31,8 @@ def _gains(case: PlannedCase) -> Gains:
 
 
 def test_a_steps_time_is_its_cycles_and_its_collectives() -> None:
-    program = _program(CHIP.clock_hz, reduce=(5, 10 * CHIP.link_bytes_per_s))
-    assert program.seconds(CHIP) == pytest.approx(1 + 5 * COLLECTIVE_S + 10)
+    exchanging = program(CHIP.clock_hz, reduce=(5, 10 * CHIP.link_bytes_per_s))
+    assert exchanging.seconds(CHIP) == pytest.approx(1 + 5 * COLLECTIVE_S + 10)
 
 
 def test_gains_follow_the_cost_model() -> None:
@@ -77,21 +53,9 @@ def test_the_best_block_size_grows_with_what_is_accepted_and_is_greedy_where_not
 
 
 def _plan(**changes: object) -> PlanFile:
-    case = _case(4, step=1e6, verify=1.5e6, draft=0.4e6)
-    refused = dataclasses.replace(case, fits=False, refused=["too large"], programs={}, gains=None)
-    plan = PlanFile(
-        estimate="nothing was run",
-        target="t",
-        topology="v6e:2x4",
-        tp=8,
-        dp=1,
-        dtype="bfloat16",
-        experts="bfloat16",
-        hbm_bytes=CHIP.hbm_bytes,
-        chip=CHIP,
-        cases=[case, refused],
-    )
-    return dataclasses.replace(plan, **changes)
+    made = _case(4, step=1e6, verify=1.5e6, draft=0.4e6)
+    refused = dataclasses.replace(made, fits=False, refused=["too large"], programs={}, gains=None)
+    return plan(made, refused, **changes)
 
 
 @pytest.mark.parametrize("auto", [None, TriedMeshes(fewest=1, fastest=8, step_ms={1: 9.0, 8: 2.0}, tried=[1, 3, 8])])
@@ -104,10 +68,10 @@ def test_the_file_has_the_documented_keys(tmp_path: Path) -> None:
     write_plan(tmp_path / "plan.json", _plan())
     raw = json.loads((tmp_path / "plan.json").read_text())
     assert {"estimate", "topology", "tp", "dp", "hbm_bytes", "cases"} <= raw.keys()
-    case = raw["cases"][0]
-    assert {"batch", "context", "block_size", "fits", "bytes", "programs"} <= case.keys()
-    assert case["gains"]["speedup_x"].keys() == {"0.5", "0.6", "0.7", "0.8", "0.9"}
-    step = case["programs"]["step"]
+    first = raw["cases"][0]
+    assert {"batch", "context", "block_size", "fits", "bytes", "programs"} <= first.keys()
+    assert first["gains"]["speedup_x"].keys() == {"0.5", "0.6", "0.7", "0.8", "0.9"}
+    step = first["programs"]["step"]
     assert {"cycles", "floor_cycles", "hbm_bytes", "unestimated", "before_loop_bytes", "collectives"} <= step.keys()
     assert step["unestimated"] == {"topk": [2, 1e6]}
 

@@ -3,11 +3,11 @@
 import dataclasses
 import json
 
+import sample_plans
 import sample_runs
 from matplotlib.axes import Axes
 
-from dflash.compiled.floor import Floor
-from dflash.compiled.plan import PlanFile, PlannedCase, PlannedProgram, write_plan
+from dflash.compiled.plan import write_plan
 from dflash.compiled.topology import Chip
 from dflash.measuring.result import read_file
 from dflash.report.page import write_report
@@ -19,36 +19,14 @@ CHIP = Chip(
 
 
 def program(cycles):
-    return PlannedProgram(
-        cycles=cycles,
-        floor_cycles=1e7,
-        floor=Floor(hbm_bytes=1e9, flops=4e9),
-        hbm_bytes=1e9,
-        unestimated={},
-        before_loop_bytes=0.0,
-        collectives={},
-    )
+    return sample_plans.program(cycles, floor_cycles=1e7)
 
 
-CASE = PlannedCase(
-    batch=1, context=1280, block_size=8, fits=False, refused=[], bytes={}, programs={"step": program(1.5e7)}
-)
+CASE = sample_plans.case(fits=False, step=program(1.5e7))
 
 
 def written(tmp_path, target="t", cases=(CASE,)):
-    plan = PlanFile(
-        estimate="nothing was run",
-        target=target,
-        topology="v6e:2x4",
-        tp=8,
-        dp=1,
-        dtype="bfloat16",
-        experts="bfloat16",
-        hbm_bytes=CHIP.hbm_bytes,
-        chip=CHIP,
-        cases=list(cases),
-    )
-    write_plan(tmp_path / "plan.json", plan)
+    write_plan(tmp_path / "plan.json", sample_plans.plan(*cases, chip=CHIP, target=target))
     return tmp_path / "plan.json"
 
 
