@@ -336,6 +336,10 @@ class _Stops:
         self._session = session
         self._heeding.enter_context(stopping.unwinding())
 
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_makereport(self) -> None:
+        stopping.insist()  # before a test is said to have failed by what became of a signal
+
     def pytest_runtest_logfinish(self) -> None:
         stopping.insist()
 

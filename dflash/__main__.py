@@ -26,6 +26,7 @@ def main() -> int:
     try:
         with stopping.unwinding():
             code = cli.main()
+            stopping.insist()
     except KeyboardInterrupt as stop:
         code = stopping.announce(stop)
     stopping.ignore()

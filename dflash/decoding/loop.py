@@ -76,9 +76,10 @@ def draft_head(target: Llama, draft: Draft) -> Array | None:
         return nnx.merge(graph, weights).head_rows(ids)
 
     specs = (mesh.weight_specs(weights),)
-    gathered = jax.jit(mesh.spread(run, target.mesh, specs, HEAD))
+    where = None if target.mesh is None else mesh.in_order(target.mesh, HEAD, (0, 1))
+    gathered = jax.jit(mesh.spread(run, target.mesh, specs, HEAD), out_shardings=where)
     abstract = isinstance(jax.tree.leaves(weights)[0], jax.ShapeDtypeStruct)
-    return gathered.eval_shape(weights) if abstract else gathered(weights)
+    return mesh.abstract(gathered.eval_shape(weights), where) if abstract else gathered(weights)
 
 
 def drafted_tokens(

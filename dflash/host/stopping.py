@@ -47,12 +47,19 @@ def leave_at_once() -> None:
 
 @contextlib.contextmanager
 def unwinding() -> Iterator[None]:
-    """Within the block a signal raises Stopped, and what is open is closed."""
+    """Within the block a signal raises Stopped, and what is open is closed.
+
+    Any error that leaves the block after a signal leaves it as Stopped: C code that our handler interrupts makes another
+    exception of it, such as a SystemError.
+    """
     before, earlier = _heed(_raise), len(_received)
     try:
         yield
-    except Stopped:
+    except BaseException as error:
+        ours = _received[earlier:]
         del _received[earlier:]
+        if ours and not isinstance(error, Stopped):
+            raise Stopped(ours[-1]) from None
         raise
     finally:
         for number, handler in before.items():
@@ -60,7 +67,7 @@ def unwinding() -> Iterator[None]:
 
 
 def insist() -> None:
-    """Raises Stopped again if it was swallowed: Python that C++ calls hands on another exception, or none."""
+    """Raises Stopped again if it was swallowed: C code that our handler interrupts hands on another exception, or none."""
     if _received:
         raise Stopped(_received[-1])
 

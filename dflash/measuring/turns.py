@@ -16,6 +16,7 @@ from typing import TypeVar
 import jax
 
 from dflash.decoding.decode import RequestError, forget_compiled
+from dflash.host import stopping
 from dflash.measuring.greedy import Greedy
 from dflash.measuring.paired import PairedRun
 
@@ -48,6 +49,7 @@ def attempt(action: Callable[[], T]) -> T | Failure:
     try:
         return action()
     except Exception as error:
+        stopping.insist()  # this may be what became of a signal
         out_of_memory = is_out_of_memory(error)
         known = out_of_memory or isinstance(error, RequestError)
         trace = "" if known else "".join(traceback.format_exception(error))

@@ -40,8 +40,7 @@ class Linear(nnx.Module):
     """y = W x + b. `weight` [out, in], `bias` [out] or None.
 
     `rows` and `columns` say what lies along `out` and `in` (`dflash.models.mesh`). On a mesh a device holds some rows
-    and gives these rows of y; or some columns, takes these rows of x (of a whole x its own), and gives all of y. Single
-    rows of a `table` are looked up too.
+    and gives these rows of y; or some columns, takes these rows of x (of a whole x its own), and gives all of y.
     """
 
     def __init__(
@@ -52,12 +51,11 @@ class Linear(nnx.Module):
         bias: bool = False,
         rows: tuple[Part, ...] | None = None,
         columns: tuple[Part, ...] | None = None,
-        table: bool = False,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
         self.in_size = in_size
-        self.weight = nnx.Param(0.02 * rngs.normal((out_size, in_size), dtype), axes=(rows, columns), table=table)
+        self.weight = nnx.Param(0.02 * rngs.normal((out_size, in_size), dtype), axes=(rows, columns))
         self.bias = nnx.Param(jnp.zeros(out_size, dtype), axes=(rows,)) if bias else None
 
     def __call__(self, x: Array) -> Array:

@@ -87,7 +87,7 @@ class Llama(nnx.Module):
         self.dtype = jnp.dtype(dtype)
         self.mesh: Mesh | None = None
         tokens = (Part("vocab", config.vocab_size),)
-        self.embedding = Linear(config.hidden_size, config.vocab_size, rows=tokens, table=True, dtype=dtype, rngs=rngs)
+        self.embedding = Linear(config.hidden_size, config.vocab_size, rows=tokens, dtype=dtype, rngs=rngs)
         self.layers = nnx.List(
             DecoderLayer(config, i, self.make_mlp(dtype, rngs), dtype=dtype, rngs=rngs)
             for i in range(config.num_layers)

@@ -8,6 +8,10 @@ collectives are those that stand in the source, and no others.
 
 A weight of two halves (gate and up; queries, keys and values) is split half by half, so its rows are put into another
 order when it is placed; key heads that are fewer than the devices are repeated. `Place` is that order.
+
+In a TPU's memory a weight lies as it is declared, its last axis in one piece, or as its `order` says
+(`Param(..., order=...)`: axes, the last in one piece). Left to itself the compiler lays each argument out with the least
+padding, and turns it before a loop that wants it otherwise.
 """
 
 import dataclasses
@@ -20,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
-from jax.experimental.layout import Format, Layout
+from jax.experimental.layout import Format, Layout, with_layout_constraint
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -145,17 +149,16 @@ class Place:
     orders: tuple[np.ndarray | None, ...]
 
     @classmethod
-    def of(cls, shape: Sequence[int], axes: Axes | None, mesh: Mesh, *, table: bool = False) -> "Place":
-        """`table`: its rows are looked up one by one, so each lies in one piece, also where a TPU would turn it."""
+    def of(
+        cls, shape: Sequence[int], axes: Axes | None, mesh: Mesh, *, order: tuple[int, ...] | None = None
+    ) -> "Place":
+        """`order`: of the axes in a TPU's memory, the last in one piece; None as they are declared."""
         axes = (None,) * len(shape) if axes is None else axes
         assert len(axes) == len(shape), (axes, shape)
         shards = ways(mesh, TP)
         orders = tuple(None if parts is None or shards == 1 else _order(parts, shards) for parts in axes)
         placed = tuple(n if order is None else order.size for n, order in zip(shape, orders, strict=True))
-        sharding = NamedSharding(mesh, spec(axes))
-        # On a mesh of no devices there are shapes, and no layouts.
-        turned = table and isinstance(mesh, Mesh) and platform_of(mesh) != "cpu"
-        return cls(placed, Format(Layout(tuple(range(len(shape)))), sharding) if turned else sharding, orders)
+        return cls(placed, in_order(mesh, spec(axes), order or tuple(range(len(shape)))), orders)
 
     def entries(self, index: tuple[slice, ...]) -> tuple[slice | np.ndarray, ...]:
         """Of each axis of the array what a device with this `index` of the placed shape holds: a slice where it can."""
@@ -210,6 +213,23 @@ class Place:
         return whole
 
 
+def in_order(mesh: Mesh, split: P, order: tuple[int, ...]) -> NamedSharding | Format:
+    """How an array with this split lies on a mesh, its axes in this order in a TPU's memory."""
+    sharding = NamedSharding(mesh, split)
+    # On a mesh of no devices there are shapes, and no layouts.
+    return Format(Layout(order), sharding) if isinstance(mesh, Mesh) and platform_of(mesh) == "tpu" else sharding
+
+
+def as_it_lies(x: Array, weight: nnx.Variable[Any]) -> Array:
+    """A part of a weight, with all its axes, in the order in which a TPU holds the weight: nothing is turned for it."""
+    order = weight.get_metadata().get("order")
+    if order is None:
+        return x
+    return jax.lax.platform_dependent(
+        x, tpu=lambda x: with_layout_constraint(x, Layout(order)), default=lambda x: x
+    )
+
+
 def split_by(*axes: str | None) -> P:
     """How an array with these logical axes is split over a mesh."""
     return P(*(None if axis is None else RULES[axis] for axis in axes))
@@ -234,7 +254,7 @@ def _is_weight(leaf: Any) -> bool:
 def place_of(weight: nnx.Variable[Any], mesh: Mesh) -> Place:
     """Where a weight of a network lies; it has the shape that the network declares."""
     declared = weight.get_metadata()
-    return Place.of(weight.get_value().shape, declared.get("axes"), mesh, table=declared.get("table", False))
+    return Place.of(weight.get_value().shape, declared.get("axes"), mesh, order=declared.get("order"))
 
 
 def place(model: AnyNetwork, mesh: Mesh | None) -> AnyNetwork:

@@ -37,6 +37,7 @@ class Case:
     context: int = 1280
     block_size: int = 8
     draft_layers: int = 5
+    draft_vocab: int | None = None
     experts: str | None = None
     layers: int | None = None
 
@@ -45,6 +46,7 @@ class Case:
         block = f"{self.block_size}" if self.program in ("block", "sequential") else ""
         mesh = f"-tp{self.tp}" * (self.tp > 1) + f"-dp{self.dp}" * (self.dp > 1)
         draft = f"-d{self.draft_layers}" * (self.program in (*WITH_DRAFT, "train"))
+        draft += f"-v{self.draft_vocab}" * (self.draft_vocab is not None)
         held = f"-{self.experts}" if self.experts else ""
         return f"{self.target}-{self.topology}{mesh}-{self.program}{block}-n{self.batch}-c{self.context}{draft}{held}"
 
@@ -57,9 +59,11 @@ class Case:
     @property
     def draft_config(self) -> DraftConfig:
         target = self.target_config
-        return nnx.eval_shape(
-            lambda: new_draft(target, num_layers=self.draft_layers, block_size=self.block_size)
-        ).config
+        new = nnx.eval_shape(lambda: new_draft(target, num_layers=self.draft_layers, block_size=self.block_size)).config
+        if self.draft_vocab is None:
+            return new
+        lowest = (2**self.draft_vocab - 1).to_bytes(-(-new.vocab_size // 8), "little")
+        return dataclasses.replace(new, vocabulary=lowest)
 
     @property
     def columns(self) -> int:

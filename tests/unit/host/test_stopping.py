@@ -1,5 +1,6 @@
 """Signals to commands that run: one line, the exit code of the signal, and nothing that they started stays."""
 
+import contextlib
 import json
 import os
 import signal
@@ -10,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from dflash import init_draft, load_target, write_draft
+from dflash import __main__, init_draft, load_target, write_draft
 from dflash.host import stopping
+from dflash.measuring.turns import attempt
 from dflash.weights.tiny import write_tiny_target, write_tiny_tokenizer
 
 ROOT = Path(__file__).parents[3]
@@ -40,6 +42,50 @@ def test_a_block_that_unwinds_leaves_the_handlers_as_they_were():
         stopped()
     assert stop.value.number == signal.SIGTERM
     assert [signal.getsignal(number) for number in CODES] == before
+
+
+def hands_on_another():
+    """A signal within C: numpy's own look at a type makes a SystemError of what our handler raises."""
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(PATIENCE_S)
+    except stopping.Stopped as stop:
+        raise SystemError("returned a result with an exception set") from stop
+
+
+def swallows():
+    with contextlib.suppress(stopping.Stopped):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(PATIENCE_S)
+    return 0
+
+
+@pytest.fixture
+def heeding():
+    before = {number: signal.getsignal(number) for number in CODES}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("command", [hands_on_another, swallows])
+def test_a_command_is_stopped_whatever_became_of_the_signal(command, heeding, capsys, monkeypatch):
+    monkeypatch.setattr("dflash.cli.main.main", command)
+    assert __main__.main() == 143
+    assert capsys.readouterr().err == "dflash: interrupted\n"
+    assert stopping.deferred() is None
+
+
+def test_a_case_does_not_fail_by_what_became_of_a_signal(heeding):
+    with pytest.raises(stopping.Stopped), stopping.unwinding():
+        attempt(hands_on_another)
+
+
+def test_a_later_error_is_no_signal_s():
+    with pytest.raises(stopping.Stopped), stopping.unwinding():
+        hands_on_another()
+    with pytest.raises(SystemError), stopping.unwinding():
+        raise SystemError
 
 
 # ---- whole commands
@@ -169,6 +215,34 @@ def test_a_benchmark_that_is_stopped_writes_what_it_measured(start, target, tmp_
     kept = json.loads((tmp_path / "x.json").read_text())["benchmarks"]
     assert kept[0]["extra_info"]["max_new_tokens"] == 8
     assert len(kept) < 6
+
+
+# Sends the signal where jax looks at a type, within numpy: a SystemError with the signal's exception as its cause.
+WITHIN_C = """
+import os, sys
+from jax._src.numpy import scalar_types
+from dflash import __main__
+
+look = scalar_types._ScalarMeta.__eq__
+
+
+def stopped(self, other):
+    if sys.argv[1:] and "building" in "".join(os.listdir(".")):
+        os.kill(os.getpid(), NUMBER)
+    return look(self, other)
+
+
+scalar_types._ScalarMeta.__eq__ = stopped
+sys.exit(__main__.main())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", CODES)
+def test_a_signal_within_c_is_no_traceback(start, target, tmp_path, number):
+    words = ("-c", WITHIN_C.replace("NUMBER", str(int(number))), "build-cache", "cache", "--target", target)
+    words += ("--num-conversations", 8, "--max-new-tokens", 8, "--batch-size", 4, "--target-layer-ids", 0, 2)
+    assert ended(start(*words), number) == ["dflash: interrupted"]
 
 
 # Sends the signal when pytest-benchmark knows of a benchmark of which there is no round yet.
