@@ -49,8 +49,8 @@ def leave_at_once() -> None:
 def unwinding() -> Iterator[None]:
     """Within the block a signal raises Stopped, and what is open is closed.
 
-    Any error that leaves the block after a signal leaves it as Stopped: C code that our handler interrupts makes another
-    exception of it, such as a SystemError.
+    Any error that leaves the block after a signal leaves it as Stopped: C code that our handler interrupts makes
+    another exception of it, such as a SystemError.
     """
     before, earlier = _heed(_raise), len(_received)
     try:
@@ -67,7 +67,7 @@ def unwinding() -> Iterator[None]:
 
 
 def insist() -> None:
-    """Raises Stopped again if it was swallowed: C code that our handler interrupts hands on another exception, or none."""
+    """Raises Stopped again if it was swallowed: C code that our handler interrupts hands on another error, or none."""
     if _received:
         raise Stopped(_received[-1])
 

@@ -38,8 +38,8 @@ class Experts(nnx.Module):
         self.gate_up = nnx.Param(gate_up.astype(held or dtype), axes=(None, halves, None))
         self.gate_up_scale = nnx.Param(jnp.ones((E, 2 * I), dtype), axes=(None, halves)) if narrow else None
         self.gate_up_bias = nnx.Param(jnp.zeros((E, 2 * I), dtype), axes=(None, halves))
-        # The product with all experts sums over both E and I, so I lies beside E; with a factor for each row it sums over
-        # I alone.
+        # The product with all experts sums over both E and I, so they lie side by side; with a factor for each row it
+        # sums over I alone.
         order = None if narrow else (0, 2, 1)
         self.down = nnx.Param(down.astype(held or dtype), axes=(None, None, (width,)), order=order)
         self.down_scale = nnx.Param(jnp.ones((E, H), dtype)) if narrow else None

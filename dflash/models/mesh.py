@@ -10,8 +10,8 @@ A weight of two halves (gate and up; queries, keys and values) is split half by 
 order when it is placed; key heads that are fewer than the devices are repeated. `Place` is that order.
 
 In a TPU's memory a weight lies as it is declared, its last axis in one piece, or as its `order` says
-(`Param(..., order=...)`: axes, the last in one piece). Left to itself the compiler lays each argument out with the least
-padding, and turns it before a loop that wants it otherwise.
+(`Param(..., order=...)`: axes, the last in one piece). Left to itself the compiler lays each argument out with the
+least padding, and turns it before a loop that wants it otherwise.
 """
 
 import dataclasses
@@ -225,9 +225,7 @@ def as_it_lies(x: Array, weight: nnx.Variable[Any]) -> Array:
     order = weight.get_metadata().get("order")
     if order is None:
         return x
-    return jax.lax.platform_dependent(
-        x, tpu=lambda x: with_layout_constraint(x, Layout(order)), default=lambda x: x
-    )
+    return jax.lax.platform_dependent(x, tpu=lambda x: with_layout_constraint(x, Layout(order)), default=lambda x: x)
 
 
 def split_by(*axes: str | None) -> P:
