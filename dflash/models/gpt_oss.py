@@ -38,10 +38,7 @@ class Experts(nnx.Module):
         self.gate_up = nnx.Param(gate_up.astype(held or dtype), axes=(None, halves, None))
         self.gate_up_scale = nnx.Param(jnp.ones((E, 2 * I), dtype), axes=(None, halves)) if narrow else None
         self.gate_up_bias = nnx.Param(jnp.zeros((E, 2 * I), dtype), axes=(None, halves))
-        # The product with all experts sums over both E and I, so they lie side by side; with a factor for each row it
-        # sums over I alone.
-        order = None if narrow else (0, 2, 1)
-        self.down = nnx.Param(down.astype(held or dtype), axes=(None, None, (width,)), order=order)
+        self.down = nnx.Param(down.astype(held or dtype), axes=(None, None, (width,)), batched=True)
         self.down_scale = nnx.Param(jnp.ones((E, H), dtype)) if narrow else None
         self.down_bias = nnx.Param(jnp.zeros((E, H), dtype))
 
@@ -76,7 +73,8 @@ class Experts(nnx.Module):
         """Each token's own experts: chosen, weights [N, k]."""
 
         def of(weight: nnx.Param, expert: Array) -> Array:
-            return mesh.as_it_lies(jax.lax.dynamic_index_in_dim(weight[...], expert), weight)[0]
+            one = jax.lax.dynamic_index_in_dim(weight[...], expert)
+            return (mesh.as_it_lies(one) if weight is self.down else one)[0]
 
         def product(weight: nnx.Param, scale: nnx.Param | None, expert: Array, column: Array) -> Array:
             return _product(of(weight, expert), None if scale is None else of(scale, expert), column)

@@ -9,9 +9,8 @@ collectives are those that stand in the source, and no others.
 A weight of two halves (gate and up; queries, keys and values) is split half by half, so its rows are put into another
 order when it is placed; key heads that are fewer than the devices are repeated. `Place` is that order.
 
-In a TPU's memory a weight lies as it is declared, its last axis in one piece, or as its `order` says
-(`Param(..., order=...)`: axes, the last in one piece). Left to itself the compiler lays each argument out with the
-least padding, and turns it before a loop that wants it otherwise.
+In a TPU's memory a weight lies in the order in which its products read it (`order_of`). Left to itself the compiler
+lays each argument out with the least padding, and turns it before a loop that wants it otherwise.
 """
 
 import dataclasses
@@ -29,6 +28,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dflash.config import ConfigError, DraftConfig, TargetConfig
+from dflash.metrics import round_up
 
 DP, TP = "dp", "tp"
 
@@ -149,16 +149,15 @@ class Place:
     orders: tuple[np.ndarray | None, ...]
 
     @classmethod
-    def of(
-        cls, shape: Sequence[int], axes: Axes | None, mesh: Mesh, *, order: tuple[int, ...] | None = None
-    ) -> "Place":
-        """`order`: of the axes in a TPU's memory, the last in one piece; None as they are declared."""
+    def of(cls, shape: Sequence[int], axes: Axes | None, mesh: Mesh, *, batched: bool = False) -> "Place":
+        """`batched` as in `order_of`."""
         axes = (None,) * len(shape) if axes is None else axes
         assert len(axes) == len(shape), (axes, shape)
         shards = ways(mesh, TP)
         orders = tuple(None if parts is None or shards == 1 else _order(parts, shards) for parts in axes)
         placed = tuple(n if order is None else order.size for n, order in zip(shape, orders, strict=True))
-        return cls(placed, in_order(mesh, spec(axes), order or tuple(range(len(shape)))), orders)
+        here = [size if order is None else size // shards for size, order in zip(placed, orders, strict=True)]
+        return cls(placed, in_order(mesh, spec(axes), order_of(here, batched)), orders)
 
     def entries(self, index: tuple[slice, ...]) -> tuple[slice | np.ndarray, ...]:
         """Of each axis of the array what a device with this `index` of the placed shape holds: a slice where it can."""
@@ -220,12 +219,27 @@ def in_order(mesh: Mesh, split: P, order: tuple[int, ...]) -> NamedSharding | Fo
     return Format(Layout(order), sharding) if isinstance(mesh, Mesh) and platform_of(mesh) == "tpu" else sharding
 
 
-def as_it_lies(x: Array, weight: nnx.Variable[Any]) -> Array:
-    """A part of a weight, with all its axes, in the order in which a TPU holds the weight: nothing is turned for it."""
-    order = weight.get_metadata().get("order")
-    if order is None:
-        return x
-    return jax.lax.platform_dependent(x, tpu=lambda x: with_layout_constraint(x, Layout(order)), default=lambda x: x)
+def order_of(shape: Sequence[int], batched: bool = False) -> tuple[int, ...]:
+    """The axes of a device's part of a weight as they lie in a TPU's memory: the last in one piece.
+
+    As they are declared; of matrices that are multiplied all at once (`batched`) the last axis is the one that takes
+    less padding, as the compiler wants it for that product.
+    """
+    declared = tuple(range(len(shape)))
+    if batched and _tiled(shape[-1], shape[-2]) < _tiled(shape[-2], shape[-1]):
+        return (*declared[:-2], declared[-1], declared[-2])
+    return declared
+
+
+def _tiled(rows: int, columns: int) -> int:
+    """Entries that a matrix takes in a TPU's memory, in tiles of 8 by 128."""
+    return round_up(rows, 8) * round_up(columns, 128)
+
+
+def as_it_lies(x: Array) -> Array:
+    """A part of a `batched` weight, with all its axes, in the order in which a TPU holds it: nothing is turned."""
+    layout = Layout(order_of(x.shape, batched=True))
+    return jax.lax.platform_dependent(x, tpu=lambda x: with_layout_constraint(x, layout), default=lambda x: x)
 
 
 def split_by(*axes: str | None) -> P:
@@ -252,7 +266,7 @@ def _is_weight(leaf: Any) -> bool:
 def place_of(weight: nnx.Variable[Any], mesh: Mesh) -> Place:
     """Where a weight of a network lies; it has the shape that the network declares."""
     declared = weight.get_metadata()
-    return Place.of(weight.get_value().shape, declared.get("axes"), mesh, order=declared.get("order"))
+    return Place.of(weight.get_value().shape, declared.get("axes"), mesh, batched=declared.get("batched", False))
 
 
 def place(model: AnyNetwork, mesh: Mesh | None) -> AnyNetwork:

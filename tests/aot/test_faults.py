@@ -89,3 +89,11 @@ def test_a_weight_converted_in_the_loop(monkeypatch: pytest.MonkeyPatch) -> None
     jax.clear_caches()
     monkeypatch.setattr(Linear, "__call__", widened)
     assert any("convert" in found or "fusion" in found for found in set(moved_inputs(_compile(SMALL))) - clean)
+
+
+def test_a_weight_that_lies_as_it_takes_least_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = dataclasses.replace(SMALL, program="sequential", draft_layers=1)
+    assert moved_inputs(_compile(case)) == []
+    jax.clear_caches()
+    monkeypatch.setattr(mesh, "in_order", lambda devices, split, order: NamedSharding(devices, split))
+    assert any(found.startswith("before the loop: copy of weights") for found in moved_inputs(_compile(case)))
