@@ -59,10 +59,13 @@ class KVCache:
         else:
             # One write for each head and token: a TPU's compiler then leaves the cache in the layout in which
             # attention reads it. Over rows and slots alone it would turn the whole cache before the loop and after it.
-            rows, heads = jnp.arange(B)[:, None, None], jnp.arange(keys.shape[0])[None, :, None]
-            slots = (self.positions(T) % old_values.shape[2])[:, None, :]
-            new_keys = old_keys.at[rows, heads, :, slots].set(keys.transpose(2, 0, 3, 1))
-            new_values = old_values.at[rows, heads, slots].set(values.transpose(2, 0, 3, 1))
+            heads = jnp.arange(keys.shape[0])[None, :, None]
+            slots = self.positions(T) % old_values.shape[2]
+            new_keys, new_values = old_keys, old_values
+            for some, tokens in _writes(keys.shape):
+                row, slot = jnp.arange(B)[some, None, None], slots[some, None, tokens]
+                new_keys = new_keys.at[row, heads, :, slot].set(keys[:, :, some, tokens].transpose(2, 0, 3, 1))
+                new_values = new_values.at[row, heads, slot].set(values[:, :, some, tokens].transpose(2, 0, 3, 1))
         return dataclasses.replace(
             self,
             keys=(*self.keys[:layer], new_keys, *self.keys[layer + 1 :]),
@@ -90,6 +93,24 @@ class KVCache:
     def rollback(self, lengths: Array) -> "KVCache":
         """Back to `lengths` int32 [B], at most `block` before the newest appended token (what rings still hold)."""
         return dataclasses.replace(self, lengths=lengths.astype(jnp.int32))
+
+
+def _writes(shape: tuple[int, ...]) -> list[tuple[slice, slice]]:
+    """The rows and tokens of keys [G, D, B, T] to be written at a time.
+
+    In a loop on a TPU 1024 heads and tokens at once that are narrower than a row of its memory turn the whole cache. A
+    prompt's chunk, more tokens than a block has, is written once and not in a loop.
+    """
+    heads, width, rows, tokens = shape
+    if width >= _LANES or tokens > _LONGEST_BLOCK:
+        return [(slice(rows), slice(tokens))]
+    some = min(rows, max(1, _MOST_WRITES // heads))
+    few = max(1, _MOST_WRITES // (some * heads))
+    return [(slice(r, r + some), slice(t, t + few)) for r in range(0, rows, some) for t in range(0, tokens, few)]
+
+
+_MOST_WRITES = 1023
+_LONGEST_BLOCK = 64
 
 
 def empty_cache(network: mesh.Network, *, batch: int, capacity: int, block: int) -> KVCache:

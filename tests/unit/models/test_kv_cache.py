@@ -162,6 +162,22 @@ def test_a_block_larger_than_agreed_is_refused(window):
         empty(window).append(0, tokens, tokens)
 
 
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize(("heads", "batch", "tokens"), [(8, 130, 3), (3, 90, 4), (1100, 2, 2)])
+def test_what_is_written_in_several_pieces_lies_where_it_belongs(window, heads, batch, tokens):
+    config = SimpleNamespace(windows=(window,), num_kv_heads=heads, head_dim=2)
+    network = SimpleNamespace(config=config, dtype=jnp.float32, mesh=None)
+    lengths = np.arange(batch) % 11
+    cache = empty_cache(network, batch=batch, capacity=16, block=tokens).commit(jnp.asarray(lengths))
+    new = np.arange(1, 1 + heads * 2 * batch * tokens, dtype=np.float32).reshape(heads, 2, batch, tokens)
+    cache = cache.append(0, jnp.asarray(new), jnp.asarray(-new))
+    expected = np.zeros(cache.values[0].shape, np.float32)
+    for row, token in np.ndindex(batch, tokens):
+        expected[row, :, (lengths[row] + token) % expected.shape[2]] = new[:, :, row, token]
+    np.testing.assert_array_equal(cache.keys[0].transpose(0, 1, 3, 2), expected)
+    np.testing.assert_array_equal(cache.values[0], -expected)
+
+
 def test_positions_go_on_from_each_rows_length():
     cache = empty(5).commit(jnp.array([3, 0, 17]))
     assert cache.positions(2).tolist() == [[3, 4], [0, 1], [17, 18]]
