@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from dflash.config import ConfigError
-from dflash.models.mesh import Part, Place, check_mesh, make_mesh
+from dflash.models.mesh import Part, Place, check_mesh, make_mesh, order_of
 from dflash.weights.config_json import read_target_config
 from dflash.weights.tiny import tiny_config
 
@@ -57,6 +57,23 @@ def test_what_lies_in_one_piece_is_taken_as_a_slice():
     place = Place.of((3, 8), (None, (Part("heads", 4, 2),)), on(4))
     assert place.entries((slice(None), slice(2, 4))) == (slice(None), slice(2, 4))
     assert Place.of((5, 5), None, on(4)).sharding.spec == P(None, None)
+
+
+@pytest.mark.parametrize(
+    ("shape", "batched", "order"),
+    [
+        ((), False, ()),
+        ((640,), False, (0,)),
+        ((640, 2880), False, (0, 1)),  # least padding would turn it
+        ((32, 5760, 2880), False, (0, 1, 2)),
+        ((32, 2880, 360), True, (0, 2, 1)),
+        ((1, 2880, 720), True, (0, 2, 1)),
+        ((32, 2880, 2880), True, (0, 1, 2)),
+        ((32, 2880, 384), True, (0, 1, 2)),
+    ],
+)
+def test_a_weight_lies_as_its_products_read_it(shape, batched, order):
+    assert order_of(shape, batched) == order
 
 
 @pytest.mark.parametrize(
