@@ -10,7 +10,7 @@ from dflash.compiled.estimate import collective_bytes
 from dflash.compiled.programs import Compiled, Networks, TooLarge, abstract_networks, compile_program, lower_decode
 from dflash.compiled.topology import Topology, describe
 from dflash.compiled.traffic import collective_kind
-from dflash.config import DraftConfig, TargetConfig
+from dflash.config import ConvConfig, DraftConfig, SelectorConfig, TargetConfig
 from dflash.decoding.modes import BLOCK, GREEDY, SEQUENTIAL
 from dflash.models.mesh import make_mesh
 from dflash.training.cache.source import FeatureReader
@@ -20,6 +20,9 @@ from dflash.weights.public import public_config
 
 # What may be copied or converted: norms' weights and the like. Anything of this size is a weight or a cache.
 LARGE = 2**20
+
+# What a DFlash 2 draft has.
+SECOND = {"conv": ConvConfig(kernel_size=3, group_size=64), "selector": SelectorConfig(rank=256, top_k=16)}
 
 WITH_DRAFT = ("block", "sequential", "prefill")
 
@@ -38,6 +41,7 @@ class Case:
     block_size: int = 8
     draft_layers: int = 5
     draft_vocab: int | None = None
+    second: bool = False
     experts: str | None = None
     layers: int | None = None
 
@@ -46,7 +50,7 @@ class Case:
         block = f"{self.block_size}" if self.program in ("block", "sequential") else ""
         mesh = f"-tp{self.tp}" * (self.tp > 1) + f"-dp{self.dp}" * (self.dp > 1)
         draft = f"-d{self.draft_layers}" * (self.program in (*WITH_DRAFT, "train"))
-        draft += f"-v{self.draft_vocab}" * (self.draft_vocab is not None)
+        draft += f"-v{self.draft_vocab}" * (self.draft_vocab is not None) + "-second" * self.second
         held = f"-{self.experts}" if self.experts else ""
         return f"{self.target}-{self.topology}{mesh}-{self.program}{block}-n{self.batch}-c{self.context}{draft}{held}"
 
@@ -58,8 +62,9 @@ class Case:
 
     @property
     def draft_config(self) -> DraftConfig:
-        target = self.target_config
-        new = nnx.eval_shape(lambda: new_draft(target, num_layers=self.draft_layers, block_size=self.block_size)).config
+        target, more = self.target_config, SECOND if self.second else {}
+        sizes = {"num_layers": self.draft_layers, "block_size": self.block_size}
+        new = nnx.eval_shape(lambda: new_draft(target, **sizes, **more)).config
         if self.draft_vocab is None:
             return new
         lowest = (2**self.draft_vocab - 1).to_bytes(-(-new.vocab_size // 8), "little")

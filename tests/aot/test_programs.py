@@ -22,6 +22,7 @@ QWEN_1_BLOCK = Case(target=QWEN, topology=ONE, program="block", block_size=16)
 QWEN_32 = Case(target=QWEN, topology=ONE, program="greedy", batch=32)
 QWEN_32_BLOCK = Case(target=QWEN, topology=ONE, program="block", block_size=16, batch=32)
 QWEN_TP = Case(target=QWEN, topology=HOST, tp=8, program="greedy")
+QWEN_SECOND = Case(target=QWEN, topology=HOST, tp=8, program="block", second=True)
 OSS_1 = Case(target=OSS, topology=HOST, tp=8, program="greedy")
 OSS_1_BLOCK = Case(target=OSS, topology=HOST, tp=8, program="block", draft_layers=8)
 OSS_32 = Case(target=OSS, topology=HOST, tp=8, program="greedy", batch=32)
@@ -36,7 +37,7 @@ TRAIN = Case(target=SMOL, topology="v5p:2x2x1", dp=4, program="train", batch=32,
 # What .ci/run compiles: no more than its minutes allow. The nightly workflow compiles the others too.
 FIRST = [QWEN_1, QWEN_1_BLOCK, QWEN_32, QWEN_TP, OSS_1, OSS_1_BLOCK, OSS_32, OSS_32_BLOCK, OSS_SEQUENTIAL]
 FIRST += [OSS_CHIP, OSS_CHIP_BLOCK, TRAIN]
-OTHERS = [QWEN_32_BLOCK, OSS_V5E, OSS_VOCABULARY]
+OTHERS = [QWEN_32_BLOCK, QWEN_SECOND, OSS_V5E, OSS_VOCABULARY]
 
 
 def _grid() -> list[Case]:
