@@ -21,7 +21,7 @@ from dflash.decoding.modes import Mode
 from dflash.models.draft import Draft
 from dflash.models.families import build
 from dflash.models.llama import Llama
-from dflash.models.mesh import TP, make_mesh, place, ways
+from dflash.models.mesh import make_mesh, place
 
 # Tokens that a decode may write; what is left of a context is the prompt.
 NEW_TOKENS = 256
@@ -172,10 +172,9 @@ def held_bytes(target: Llama, draft: Draft, shape: DecodeShape) -> dict[str, flo
     """
     state = jax.eval_shape(partial(shape.empty, target, draft))
     caches = device_bytes([(cache.keys, cache.values) for cache in (state.cache, state.draft_cache)])
-    head = device_bytes(draft_head(target, draft))
     return {
         "weights": device_bytes(nnx.state(target)),
-        "draft": device_bytes(nnx.state(draft)) + head / ways(target.mesh, TP),
+        "draft": device_bytes((nnx.state(draft), draft_head(target, draft))),
         # Rows over dp, key heads over tp.
         "caches": caches / (1 if target.mesh is None else target.mesh.size),
     }
