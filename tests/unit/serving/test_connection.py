@@ -103,7 +103,7 @@ def test_health_is_asked_within_bounds():
         assert time.monotonic() - begun < SLACK_S
     for code, healthy in ((200, True), (503, False), (302, False)):
         with hostile(head(code, "text/html")) as server:
-            assert Connection(server.url, timeout_s=5).is_healthy() is healthy
+            assert Connection(server.url, timeout_s=LIMIT_S).is_healthy() is healthy
 
 
 # ---- secrets
@@ -293,7 +293,7 @@ def test_what_is_no_url_of_a_server_is_refused(url):
 
 def test_requests_go_below_the_path_of_the_url():
     with hostile(head(200, "application/json") + b"{}") as server:
-        Connection(f"{server.url}/prefix/v1/", timeout_s=5).page("/v1/models")
+        Connection(f"{server.url}/prefix/v1/", timeout_s=LIMIT_S).page("/v1/models")
         assert server.requests[0][0].startswith(b"GET /prefix/v1/models HTTP/1.1\r\n")
 
 
