@@ -102,7 +102,7 @@ def _writes(shape: tuple[int, ...]) -> list[tuple[slice, slice]]:
     prompt's chunk, more tokens than a block has, is written once and not in a loop.
     """
     heads, width, rows, tokens = shape
-    if width >= _LANES or tokens > _LONGEST_BLOCK:
+    if width >= mesh.LANES or tokens > _LONGEST_BLOCK:
         return [(slice(rows), slice(tokens))]
     some = min(rows, max(1, _MOST_WRITES // heads))
     few = max(1, _MOST_WRITES // (some * heads))
@@ -135,8 +135,6 @@ def empty_cache(network: mesh.Network, *, batch: int, capacity: int, block: int)
 # A TPU holds bfloat16 in tiles of so many tokens. A cache that ends within one is copied to another layout before each
 # loop.
 _ROWS = 16
-# A TPU's memory is read in rows of so many numbers: shorter ones are padded.
-_LANES = 128
 # How keys [B, G, D, S] and values [B, G, S, D] lie in memory: each token in one piece, or each channel.
 _TOKENS = ((0, 1, 3, 2), (0, 1, 2, 3))
 _CHANNELS = ((0, 1, 2, 3), (0, 1, 3, 2))
@@ -163,7 +161,7 @@ def places(network: mesh.Network, tree: Any, specs: Any) -> Any:
             return place(split)
         rows, layers = part.lengths.shape[0] // mesh.ways(network.mesh, mesh.DP), len(part.keys)
         slices = [part.is_slice(i, rows) for i in range(layers)]
-        narrow = platform == "tpu" and part.values[0].shape[3] < _LANES
+        narrow = platform == "tpu" and part.values[0].shape[3] < mesh.LANES
         of_keys = [(_CHANNELS if is_slice else _TOKENS)[0] for is_slice in slices]
         of_values = [(_CHANNELS if is_slice and narrow else _TOKENS)[1] for is_slice in slices]
         return dataclasses.replace(

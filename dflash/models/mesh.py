@@ -32,6 +32,9 @@ from dflash.metrics import round_up
 
 DP, TP = "dp", "tp"
 
+# A TPU's memory is read in rows of so many numbers: shorter ones are padded.
+LANES = 128
+
 # Logical axis -> mesh axis. A batch's rows; query heads; key heads (repeated where they are fewer than the devices);
 # the inner width of an MLP or of every expert; the vocabulary (its last token repeated where it does not divide); the
 # context features side by side, as a draft's `fc` reads them.
@@ -233,7 +236,7 @@ def order_of(shape: Sequence[int], batched: bool = False) -> tuple[int, ...]:
 
 def _tiled(rows: int, columns: int) -> int:
     """Entries that a matrix takes in a TPU's memory, in tiles of 8 by 128."""
-    return round_up(rows, 8) * round_up(columns, 128)
+    return round_up(rows, 8) * round_up(columns, LANES)
 
 
 def as_it_lies(x: Array) -> Array:
