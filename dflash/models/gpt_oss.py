@@ -10,10 +10,17 @@ from flax import nnx
 from jax import Array
 
 from dflash.config import TargetConfig
-from dflash.models import mesh
-from dflash.models.layers import Linear, multiply, precision
+from dflash.models import mesh, native
+from dflash.models.layers import Linear, multiply, multiply_chosen, precision
 from dflash.models.llama import Llama
 from dflash.models.mesh import Part
+
+# Column n of [in, N] times matrix which[n], int32 [N], of a stack [E, out, in] -> [out, N].
+_Products = Callable[[nnx.Param, Array, Array], Array]
+
+
+def _by_kernel(stack: nnx.Param, which: Array, x: Array) -> Array:
+    return native.products_of(stack[...], which, x)
 
 
 class Experts(nnx.Module):
@@ -48,19 +55,29 @@ class Experts(nnx.Module):
         return logits, chosen
 
     def __call__(self, x: Array) -> Array:
-        """x [H, N] -> [H, N].
-
-        A few tokens read the experts that they chose, one after the other; more tokens wake most experts, and all of
-        them are read once, each multiplied with all tokens: that costs no more time than reading them does.
-        """
+        """x [H, N] -> [H, N]."""
         top, chosen = self.route(x)
         weights = jax.nn.softmax(top, axis=-1)
         rows = jnp.arange(x.shape[1])[:, None]
         share = jnp.zeros((self.settings.count, x.shape[1]), weights.dtype).at[chosen, rows].set(weights)
-        few = 4 * chosen.size <= self.settings.count
-        out = self._of_chosen(x, chosen, weights) if few else self._of_all(x, share)
+        out = self._mixed(x, chosen, weights, share)
         out = out if self.down.shape[2] == self.inner_size else mesh.total(out)
         return out + jnp.matmul(self.down_bias[...].T, share, precision=precision(x.dtype))
+
+    def _mixed(self, x: Array, chosen: Array, weights: Array, share: Array) -> Array:
+        """The sum of the chosen experts, without `down_bias`, read in the way that costs least.
+
+        Tokens that choose fewer experts than there are read those, one after the other, as often as they are chosen.
+        More tokens wake most experts, and all of them are read once, each multiplied with all tokens: that costs no
+        more time than reading them does. On a CPU our kernel reads each chosen expert once and multiplies it with the
+        tokens that chose it, however many; XLA copies a chosen expert there, which pays for very few.
+        """
+        of_all = partial(self._of_all, x, share)
+        one_by_one, by_kernel = (partial(self._of_chosen, x, chosen, weights, p) for p in (multiply_chosen, _by_kernel))
+        on_cpu = one_by_one if 4 * chosen.size <= self.settings.count else of_all
+        if native.takes(1, self.gate_up[...], x):
+            on_cpu = by_kernel
+        return native.on_cpu(on_cpu, one_by_one if chosen.size < self.settings.count else of_all)()
 
     def _act(self, inner: Array) -> Array:
         """[..., 2I, N] -> [..., I, N]."""
@@ -69,40 +86,26 @@ class Experts(nnx.Module):
         gate, up = jnp.minimum(gate, s.limit), jnp.clip(up, -s.limit, s.limit)
         return (up + 1) * gate * jax.nn.sigmoid(s.alpha * gate)
 
-    def _of_chosen(self, x: Array, chosen: Array, weights: Array) -> Array:
+    def _of_chosen(self, x: Array, chosen: Array, weights: Array, products: _Products) -> Array:
         """Each token's own experts: chosen, weights [N, k]."""
+        experts = chosen.reshape(-1)
 
-        def of(weight: nnx.Param, expert: Array) -> Array:
-            one = jax.lax.dynamic_index_in_dim(weight[...], expert)
-            return (mesh.as_it_lies(one) if weight is self.down else one)[0]
+        def product(weight: nnx.Param, scale: nnx.Param | None, columns: Array) -> Array:
+            y = products(weight, experts, columns)
+            return y if scale is None else y * scale[...][experts].T
 
-        def product(weight: nnx.Param, scale: nnx.Param | None, expert: Array, column: Array) -> Array:
-            return _product(of(weight, expert), None if scale is None else of(scale, expert), column)
-
-        def of_token(column: Array, experts: Array, share: Array) -> Array:
-            inner = jnp.stack([product(self.gate_up, self.gate_up_scale, e, column) for e in experts])
-            inner = self._act(inner + self.gate_up_bias[...][experts][:, :, None]) * share[:, None, None]
-            parts = zip(experts, inner, strict=True)
-            first, *others = (product(self.down, self.down_scale, e, part) for e, part in parts)
-            return sum(others, first)
-
-        columns = [of_token(x[:, n : n + 1], chosen[n], weights[n]) for n in range(x.shape[1])]
-        return jnp.concatenate(columns, axis=1)
+        inner = product(self.gate_up, self.gate_up_scale, jnp.repeat(x, chosen.shape[1], axis=1))
+        inner = self._act(inner + self.gate_up_bias[...][experts].T) * weights.reshape(-1)
+        return product(self.down, self.down_scale, inner).reshape(-1, *chosen.shape).sum(axis=2)
 
     def _of_all(self, x: Array, share: Array) -> Array:
         """All experts, each weighed by `share` [E, N]: zero for the tokens that did not choose it."""
         E, rows, H = self.gate_up.shape
-        scale = None if self.gate_up_scale is None else self.gate_up_scale[...].reshape(-1)
-        inner = _product(self.gate_up[...].reshape(-1, H), scale, x).reshape(E, rows, -1)
+        inner = multiply(self.gate_up[...].reshape(-1, H).astype(x.dtype), x).reshape(E, rows, -1)
+        inner = inner if self.gate_up_scale is None else inner * self.gate_up_scale[...][:, :, None]
         inner = self._act(inner + self.gate_up_bias[...][:, :, None]) * share[:, None, :]
         each = jnp.matmul(self.down[...].astype(x.dtype), inner, precision=precision(x.dtype))
         return (each if self.down_scale is None else each * self.down_scale[...][:, :, None]).sum(axis=0)
-
-
-def _product(weight: Array, scale: Array | None, x: Array) -> Array:
-    """weight [out, in], in its own dtype, times columns x [in, N], each row by its scale [out] -> [out, N]."""
-    y = multiply(weight.astype(x.dtype), x)
-    return y if scale is None else y * scale[:, None]
 
 
 class GptOss(Llama):

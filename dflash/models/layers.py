@@ -36,6 +36,17 @@ def multiply(weight: Array, x: Array) -> Array:
     return _multiply_xla(weight, x)
 
 
+def multiply_chosen(stack: nnx.Param, which: Array, x: Array) -> Array:
+    """Column n of x [in, N] times matrix `which[n]`, int32 [N], of stack [E, out, in], in its own dtype -> [out, N].
+
+    One after the other. A TPU reads a matrix where it lies, as often as it is named; XLA copies each of them on a CPU.
+    """
+    each = (jax.lax.dynamic_index_in_dim(stack[...], index) for index in which)
+    each = (mesh.as_it_lies(one) for one in each) if stack.get_metadata().get("batched", False) else each
+    columns = [_multiply_xla(one[0].astype(x.dtype), x[:, n : n + 1]) for n, one in enumerate(each)]
+    return jnp.concatenate(columns, axis=1)
+
+
 class Linear(nnx.Module):
     """y = W x + b. `weight` [out, in], `bias` [out] or None.
 

@@ -92,6 +92,23 @@ def product(weight: Array, x: Array) -> Array:
     )(weight, x)
 
 
+@differentiable_as(
+    lambda stack, which, x: jnp.einsum("noi,in->on", stack[which], x, precision=jax.lax.Precision.HIGHEST)
+)
+def products_of(stack: Array, which: Array, x: Array) -> Array:
+    """Column n of x float32 [in, N] times matrix `which[n]`, int32 [N], of stack float32 [E, out, in] -> [out, N].
+
+    Only matrices that a column names are read, and each of them once.
+    """
+    return jax.ffi.ffi_call(
+        _target("dflash_products_of"),
+        jax.ShapeDtypeStruct((stack.shape[1], x.shape[1]), x.dtype),
+        input_layouts=[None, None, (1, 0)],
+        output_layouts=(1, 0),
+        vmap_method="sequential",
+    )(stack, which, x)
+
+
 def attention(q: Array, keys: Array, values: Array, visible: Array, sinks: Array | None) -> Array:
     """`dflash.models.layers.attend` in float32: q [G, R, D, B, T], keys [B, G, D, S], ... -> [G, R, D, B, T]."""
     if sinks is None:
@@ -132,7 +149,7 @@ def _registered() -> str | BuildError:
         return error
     except OSError as error:
         return BuildError(f"the compiled kernels could not be loaded: {error}")
-    for name in ("dflash_product", "dflash_attention", "dflash_kept"):
+    for name in ("dflash_product", "dflash_products_of", "dflash_attention", "dflash_kept"):
         jax.ffi.register_ffi_target(f"{name}_{path.stem}", jax.ffi.pycapsule(getattr(kernels, name)), platform="cpu")
     return path.stem
 

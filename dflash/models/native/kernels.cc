@@ -5,7 +5,9 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <numeric>
 #include <thread>
+#include <vector>
 
 #include "attention.h"
 #include "product.h"
@@ -46,6 +48,45 @@ ffi::Error RunProduct(ffi::ThreadPool pool, Floats w, Floats x, Result y) {
                              x.dimensions()[1]});
 }
 
+// Some columns of x, next to each other, times one matrix of a stack each.
+struct Products {
+  std::vector<Product> each;
+
+  int64_t Pieces() const {
+    int64_t pieces = 0;
+    for (const Product& product : each) pieces += product.Pieces();
+    return pieces;
+  }
+  void operator()(int64_t piece) const {
+    auto product = each.begin();
+    for (; piece >= product->Pieces(); ++product) piece -= product->Pieces();
+    (*product)(piece);
+  }
+};
+
+// Column n of x [in, N] times matrix which[n] of stack [E, out, in]. A matrix is read once, for all its columns.
+ffi::Error RunProductsOf(ffi::ThreadPool pool, Floats stack, ffi::Buffer<ffi::S32> which, Floats x, Result y) {
+  const auto shape = stack.dimensions();
+  const int64_t out = shape[1], in = shape[2], columns = x.dimensions()[1];
+  const auto matrix = [&](int64_t n) { return std::clamp<int64_t>(which.typed_data()[n], 0, shape[0] - 1); };
+  std::vector<int64_t> order(columns);
+  std::iota(order.begin(), order.end(), 0);
+  std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return matrix(a) < matrix(b); });
+  std::vector<float> from(columns * in), to(columns * out);
+  Products products;
+  for (int64_t n = 0; n < columns; ++n) {
+    std::copy_n(x.typed_data() + order[n] * in, in, from.data() + n * in);
+    if (n == 0 || matrix(order[n]) != matrix(order[n - 1])) {
+      products.each.push_back(
+          {stack.typed_data() + matrix(order[n]) * out * in, from.data() + n * in, to.data() + n * out, in, out, 0});
+    }
+    ++products.each.back().columns;
+  }
+  const ffi::Error error = Share(pool, products);
+  for (int64_t n = 0; n < columns; ++n) std::copy_n(to.data() + n * out, out, y->typed_data() + order[n] * out);
+  return error;
+}
+
 ffi::Error RunAttention(ffi::ThreadPool pool, Floats q, Floats keys, Floats values, ffi::Buffer<ffi::PRED> visible,
                         Floats sinks, Result out) {
   const auto shape = q.dimensions();  // [G, R, D, B, T]
@@ -63,6 +104,14 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(dflash_kept, RunKept, ffi::Ffi::Bind().Arg<Floats>
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(dflash_product, RunProduct,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Floats>().Arg<Floats>().Ret<Floats>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(dflash_products_of, RunProductsOf,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Floats>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<Floats>()
+                                  .Ret<Floats>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(dflash_attention, RunAttention,
                               ffi::Ffi::Bind()

@@ -3,12 +3,14 @@
 import dataclasses
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 from networks import drawn
 
+from dflash.models import native
 from dflash.models.gpt_oss import Experts
 from dflash.weights.config_json import read_target_config
 from dflash.weights.load import load_target
@@ -37,22 +39,58 @@ def plain_experts(experts: Experts, x: np.ndarray) -> np.ndarray:
     return out
 
 
-# Of 16 experts, 1 and 2 tokens read those that they chose, more read all of them.
-@pytest.mark.parametrize("count", [4, 16])
-@pytest.mark.parametrize("tokens", [1, 2, 5, 40])
-def test_experts_are_the_plain_loop(tokens: int, count: int) -> None:
+def drawn_experts(count: int, rng: np.random.Generator) -> Experts:
+    """`count` experts of the tiny GPT-OSS, two a token, with weights as wide as its activations need."""
     config = read_target_config(tiny_config("gpt_oss"))
     config = dataclasses.replace(config, experts=dataclasses.replace(config.experts, count=count))
-    rng = np.random.default_rng(0)
     widths = {("gate_up",): 0.4, ("down",): 0.4, ("gate_up_bias",): 1, ("down_bias",): 1, ("router", "weight"): 0.3}
     widths[("router", "bias")] = 0.3
-    experts = drawn(
+    return drawn(
         lambda: Experts(config, dtype=jnp.float32, rngs=nnx.Rngs(0)),
         lambda path, shape: rng.normal(0, widths[path], shape),
     )
-    x = rng.normal(0, 2, (config.hidden_size, tokens)).astype(np.float32)
+
+
+# Of 16 experts, up to 2 tokens read those that they chose, and with our kernels any number; more read all of them.
+@pytest.mark.parametrize("kernels", ["auto", "0"])
+@pytest.mark.parametrize("count", [4, 16])
+@pytest.mark.parametrize("tokens", [1, 2, 5, 8, 40])
+def test_experts_are_the_plain_loop(tokens: int, count: int, kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DFLASH_NATIVE", kernels)
+    rng = np.random.default_rng(0)
+    experts = drawn_experts(count, rng)
+    x = rng.normal(0, 2, (experts.router.in_size, tokens)).astype(np.float32)
     expected = plain_experts(experts, x)
     np.testing.assert_allclose(experts(jnp.asarray(x)), expected, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(("tokens", "kernels"), [(1, "0"), (2, "0"), (1, "auto"), (7, "auto"), (70, "auto")])
+def test_experts_that_no_token_chose_are_not_read(tokens: int, kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DFLASH_NATIVE", kernels)
+    rng = np.random.default_rng(0)
+    experts = drawn_experts(16, rng)
+    if tokens > 2 and not native.takes(1, experts.gate_up[...]):
+        return  # without the kernels all of them are read
+    # The same few tokens again and again, so that some experts sleep.
+    x = jnp.asarray(np.resize(rng.normal(0, 2, (3, experts.router.in_size)), (tokens, experts.router.in_size)).T)
+    x = x.astype(jnp.float32)
+    expected = experts(x)
+    asleep = np.isin(np.arange(16), np.asarray(experts.route(x)[1]), invert=True)
+    assert asleep.any()
+    for weight in (experts.gate_up, experts.down):
+        weight[...] = jnp.where(asleep[:, None, None], jnp.nan, weight[...])
+    np.testing.assert_array_equal(experts(x), expected)
+
+
+@pytest.mark.parametrize(("tokens", "slices"), [(1, True), (7, True), (8, False)])
+def test_an_accelerator_reads_the_chosen_experts_of_fewer_tokens(tokens: int, slices: bool) -> None:
+    """Two of 16 experts a token: eight tokens may wake all of them, and read all of them at once."""
+    experts = drawn_experts(16, np.random.default_rng(0))
+    graph, weights = nnx.split(experts)
+    x = jax.ShapeDtypeStruct((experts.router.in_size, tokens), jnp.float32)
+    program = jax.jit(lambda weights, x: nnx.merge(graph, weights)(x)).trace(weights, x)
+    text = program.lower(lowering_platforms=("tpu",)).as_text()
+    assert ("dynamic_slice" in text) == slices
 
 
 @pytest.mark.parametrize("tokens", [1, 5])

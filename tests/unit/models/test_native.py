@@ -55,6 +55,33 @@ def test_product_is_numpys_for_any_shape(rows: int, size: int):
         np.testing.assert_allclose(jax.jit(native.product)(w, x), exact, atol=2e-6 * size**0.5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("rows", "size"), [(1, 1), (13, 33), (96, 64), (250, 129)])
+@pytest.mark.parametrize(("matrices", "columns"), [(1, 5), (4, 1), (3, 70), (40, 9)])
+def test_each_column_meets_the_matrix_that_it_names(matrices: int, columns: int, rows: int, size: int):
+    if _refused():
+        return
+    rng = np.random.default_rng(rows * 7919 + size * 31 + columns)
+    stack = rng.standard_normal((matrices, rows, size), np.float32)
+    which = rng.integers(0, matrices, columns, np.int32)
+    x = rng.standard_normal((size, columns), np.float32)
+    ours = jax.jit(native.products_of)(stack, which, x)
+    exact = np.stack([stack[e].astype(np.float64) @ x[:, n] for n, e in enumerate(which)], axis=1)
+    np.testing.assert_allclose(ours, exact, atol=2e-6 * size**0.5, rtol=1e-5)
+    alone = [native.products_of(stack, which[n : n + 1], x[:, n : n + 1]) for n in range(columns)]
+    np.testing.assert_array_equal(ours, np.concatenate(alone, axis=1))
+    unread = np.isin(np.arange(matrices), which, invert=True)
+    stack[unread] = np.nan
+    np.testing.assert_array_equal(native.products_of(stack, which, x), ours)
+
+
+def test_a_matrix_that_is_not_there_is_the_nearest_as_in_xla():
+    if _refused():
+        return
+    stack = np.arange(3, dtype=np.float32)[:, None, None]
+    found = native.products_of(stack, np.array([-(2**31), -1, 3, 2**31 - 1], np.int32), np.ones((1, 4), np.float32))
+    np.testing.assert_array_equal(found, [[0, 0, 2, 2]])
+
+
 @pytest.mark.parametrize(("rows", "size"), [(13, 33), (613, 576)])
 def test_a_column_is_the_same_to_the_bit_whatever_stands_beside_it(rows: int, size: int):
     if _refused():
@@ -88,6 +115,11 @@ def test_derivatives_and_batches_are_those_of_a_product():
     for argument in (0, 1):
         ours = jax.grad(lambda *a: (native.product(*a) ** 2).sum(), argument)(w, x)
         theirs = jax.grad(lambda *a: ((a[0] @ a[1]) ** 2).sum(), argument)(w, x)
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+    stack, which = np.stack([w, 2 * w, 3 * w]), np.array([2, 0, 2, 1], np.int32)
+    for argument in (0, 2):
+        ours = jax.grad(lambda *a: (native.products_of(*a) ** 2).sum(), argument)(stack, which, x)
+        theirs = jax.grad(lambda s, e, x: (jnp.einsum("noi,in->on", s[e], x) ** 2).sum(), argument)(stack, which, x)
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
     stacked = np.stack([x, 2 * x])
     np.testing.assert_allclose(jax.vmap(native.product, (None, 0))(w, stacked), w @ stacked, rtol=1e-4, atol=1e-4)
