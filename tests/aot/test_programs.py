@@ -25,6 +25,7 @@ QWEN_TP = Case(target=QWEN, topology=HOST, tp=8, program="greedy")
 QWEN_SECOND = Case(target=QWEN, topology=HOST, tp=8, program="block", second=True)
 OSS_1 = Case(target=OSS, topology=HOST, tp=8, program="greedy")
 OSS_1_BLOCK = Case(target=OSS, topology=HOST, tp=8, program="block", draft_layers=8)
+OSS_1_FEW = dataclasses.replace(OSS_1_BLOCK, block_size=4)
 OSS_32 = Case(target=OSS, topology=HOST, tp=8, program="greedy", batch=32)
 OSS_32_BLOCK = Case(target=OSS, topology=HOST, tp=8, program="block", batch=32)
 OSS_V5E = Case(target=OSS, topology="v5e:2x4", tp=8, program="block", batch=32, context=8192, draft_layers=8)
@@ -37,7 +38,7 @@ TRAIN = Case(target=SMOL, topology="v5p:2x2x1", dp=4, program="train", batch=32,
 # What .ci/run compiles: no more than its minutes allow. The nightly workflow compiles the others too.
 FIRST = [QWEN_1, QWEN_1_BLOCK, QWEN_32, QWEN_TP, OSS_1, OSS_1_BLOCK, OSS_32, OSS_32_BLOCK, OSS_SEQUENTIAL]
 FIRST += [OSS_CHIP, OSS_CHIP_BLOCK, TRAIN]
-OTHERS = [QWEN_32_BLOCK, QWEN_SECOND, OSS_V5E, OSS_VOCABULARY]
+OTHERS = [QWEN_32_BLOCK, QWEN_SECOND, OSS_V5E, OSS_VOCABULARY, OSS_1_FEW]
 
 
 def _grid() -> list[Case]:
@@ -111,7 +112,7 @@ def test_collectives_are_those_of_the_layers(case: Case) -> None:
 
 
 CYCLES = {QWEN_1: 19.5, QWEN_32: 30, QWEN_32_BLOCK: 52, OSS_1: 3.5, OSS_32: 8.5, OSS_CHIP: 10}
-RATIOS = {QWEN_1_BLOCK: (QWEN_1, 1.12), OSS_32_BLOCK: (OSS_32, 1.5)}
+RATIOS = {QWEN_1_BLOCK: (QWEN_1, 1.12), OSS_32_BLOCK: (OSS_32, 1.5), OSS_1_FEW: (OSS_1, 3.2)}
 COPIED = {QWEN_32: (1e9, 2**30), OSS_1: (1e9, 0.1 * 2**30), OSS_32: (1e9, 0.1 * 2**30)}
 
 
