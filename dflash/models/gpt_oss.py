@@ -67,17 +67,18 @@ class Experts(nnx.Module):
     def _mixed(self, x: Array, chosen: Array, weights: Array, share: Array) -> Array:
         """The sum of the chosen experts, without `down_bias`, read in the way that costs least.
 
-        Tokens that choose fewer experts than there are read those, one after the other, as often as they are chosen.
-        More tokens wake most experts, and all of them are read once, each multiplied with all tokens: that costs no
-        more time than reading them does. On a CPU our kernel reads each chosen expert once and multiplies it with the
-        tokens that chose it, however many; XLA copies a chosen expert there, which pays for very few.
+        Few tokens read the experts that they chose, one after the other, as often as they are chosen. More tokens wake
+        most experts, and all of them are read once, each multiplied with all tokens: that costs no more time than
+        reading them does. A TPU reads a chosen expert where it lies, and the first pays as long as fewer are chosen
+        than there are. XLA copies it on a CPU; our kernel there reads each chosen expert once, and multiplies it with
+        the tokens that chose it, however many.
         """
         of_all = partial(self._of_all, x, share)
         one_by_one, by_kernel = (partial(self._of_chosen, x, chosen, weights, p) for p in (multiply_chosen, _by_kernel))
-        on_cpu = one_by_one if 4 * chosen.size <= self.settings.count else of_all
-        if native.takes(1, self.gate_up[...], x):
-            on_cpu = by_kernel
-        return native.on_cpu(on_cpu, one_by_one if chosen.size < self.settings.count else of_all)()
+        few = one_by_one if 4 * chosen.size <= self.settings.count else of_all
+        fewer = one_by_one if chosen.size < self.settings.count else of_all
+        kernel = native.takes(1, self.gate_up[...], x)
+        return jax.lax.platform_dependent(cpu=by_kernel if kernel else few, tpu=fewer, default=few)
 
     def _act(self, inner: Array) -> Array:
         """[..., 2I, N] -> [..., I, N]."""

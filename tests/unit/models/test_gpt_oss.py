@@ -82,14 +82,17 @@ def test_experts_that_no_token_chose_are_not_read(tokens: int, kernels: str, mon
     np.testing.assert_array_equal(experts(x), expected)
 
 
-@pytest.mark.parametrize(("tokens", "slices"), [(1, True), (7, True), (8, False)])
-def test_an_accelerator_reads_the_chosen_experts_of_fewer_tokens(tokens: int, slices: bool) -> None:
+@pytest.mark.parametrize(
+    ("platform", "tokens", "slices"),
+    [("tpu", 1, True), ("tpu", 7, True), ("tpu", 8, False), ("cuda", 2, True), ("cuda", 3, False)],
+)
+def test_an_accelerator_reads_the_experts_that_few_tokens_chose(platform: str, tokens: int, slices: bool) -> None:
     """Two of 16 experts a token: eight tokens may wake all of them, and read all of them at once."""
     experts = drawn_experts(16, np.random.default_rng(0))
     graph, weights = nnx.split(experts)
     x = jax.ShapeDtypeStruct((experts.router.in_size, tokens), jnp.float32)
     program = jax.jit(lambda weights, x: nnx.merge(graph, weights)(x)).trace(weights, x)
-    text = program.lower(lowering_platforms=("tpu",)).as_text()
+    text = program.lower(lowering_platforms=(platform,)).as_text()
     assert ("dynamic_slice" in text) == slices
 
 
