@@ -76,9 +76,9 @@ class Experts(nnx.Module):
         of_all = partial(self._of_all, x, share)
         one_by_one, by_kernel = (partial(self._of_chosen, x, chosen, weights, p) for p in (multiply_chosen, _by_kernel))
         few = one_by_one if 4 * chosen.size <= self.settings.count else of_all
-        fewer = one_by_one if chosen.size < self.settings.count else of_all
-        kernel = native.takes(1, self.gate_up[...], x)
-        return jax.lax.platform_dependent(cpu=by_kernel if kernel else few, tpu=fewer, default=few)
+        cpu = by_kernel if native.takes(1, self.gate_up[...], x) else few
+        tpu = one_by_one if chosen.size < self.settings.count else of_all
+        return jax.lax.platform_dependent(cpu=cpu, tpu=tpu, default=few)
 
     def _act(self, inner: Array) -> Array:
         """[..., 2I, N] -> [..., I, N]."""

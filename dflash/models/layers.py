@@ -41,10 +41,13 @@ def multiply_chosen(stack: nnx.Param, which: Array, x: Array) -> Array:
 
     One after the other. A TPU reads a matrix where it lies, as often as it is named; XLA copies each of them on a CPU.
     """
-    each = (jax.lax.dynamic_index_in_dim(stack[...], index) for index in which)
-    each = (mesh.as_it_lies(one) for one in each) if stack.get_metadata().get("batched", False) else each
-    columns = [_multiply_xla(one[0].astype(x.dtype), x[:, n : n + 1]) for n, one in enumerate(each)]
-    return jnp.concatenate(columns, axis=1)
+    batched = stack.get_metadata().get("batched", False)
+
+    def product(index: Array, column: Array) -> Array:
+        one = jax.lax.dynamic_index_in_dim(stack[...], index)
+        return _multiply_xla((mesh.as_it_lies(one) if batched else one)[0].astype(x.dtype), column)
+
+    return jnp.concatenate([product(index, x[:, n : n + 1]) for n, index in enumerate(which)], axis=1)
 
 
 class Linear(nnx.Module):

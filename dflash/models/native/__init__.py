@@ -1,8 +1,9 @@
 """Our own CPU kernels for a few tokens in float32, compiled at first use by the user's C++ compiler.
 
 XLA multiplies a weight by one column at memory speed, but is slower from two columns on, which are the products that
-verify a block. It also copies whole key/value caches in a 1-token step. These kernels read weights and caches once for
-any number of tokens, and sum every output in the same order for any number.
+verify a block. It also copies whole key/value caches in a 1-token step, and every matrix that it takes out of a stack.
+These kernels read weights and caches once for any number of tokens, and sum every output in the same order for any
+number.
 
 `DFLASH_NATIVE` says whether they are used: `auto` (the default: if they can be built), `1` (fail if they can't), `0`
 (never). `status` says what is used, and why.
